@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
-from gblm_compress.storage import outputs
+from gblm_compress.storage import outputs, records
 
 if TYPE_CHECKING:
     from gblm_compress.layouts.values import Floats
@@ -30,7 +30,7 @@ START_SECONDS = 8.0  # imports and the runtime's start
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(records.Result):
     """Bytes are those of weights and graphs on disk, `checks` the results of verification."""
 
     format: str
@@ -39,9 +39,6 @@ class ExportResult:
     source_bytes: int
     seconds: float
     checks: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def export(

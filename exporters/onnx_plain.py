@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from gblm_compress.errors import ModelError, first_line, is_out_of_memory
+from gblm_compress.errors import ModelError, translated
 from gblm_compress.exporters.onnx_slim import slim_
 from gblm_compress.measure.engines import GENAI_INPUTS, GENAI_OUTPUTS
 from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
@@ -114,18 +114,13 @@ def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> i
 @contextmanager
 def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
     """Silence the tracer, and raise a ModelError for whatever is raised within."""
-    before = logging.root.manager.disable
+    before, what = logging.root.manager.disable, f"transformers' ONNX exporter does not manage {type(model).__name__}"
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            yield
-    except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"{source.name!r}: transformers' ONNX exporter does not manage {type(model).__name__} ({first_line(error)})"
-        ) from error
+            with translated(lambda said: ModelError(f"{source.name!r}: {what} ({said})")):
+                yield
     finally:
         logging.disable(before)
 

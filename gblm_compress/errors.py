@@ -19,7 +19,8 @@ A message says what is wrong, what was given, what was needed and what to do nex
 import errno
 import re
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 _ALLOCATION = re.compile(
@@ -108,6 +109,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         or (says and _ALLOCATION.search(str(error)) is not None)
         or is_out_of_memory(error.__cause__)
     )
+
+
+@contextmanager
+def translated(into: Callable[[str], GblmError]) -> Iterator[None]:
+    """Raise what `into` makes of the first line of a library's error. Our own errors and a lack of memory pass."""
+    try:
+        yield
+    except Exception as error:  # libraries raise many kinds for files that are not what they claim
+        if isinstance(error, GblmError) or is_out_of_memory(error):
+            raise
+        raise into(first_line(error)) from error
 
 
 def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:

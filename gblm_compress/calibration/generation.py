@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ BETWEEN = "<|endoftext|>"  # the separator in the training text of GPT-2, Qwen, 
 
 
 @dataclass(frozen=True)
-class GenerateResult:
+class GenerateResult(records.Result):
     """`tokens` counts the drawn tokens and the given starts."""
 
     file: str
@@ -52,9 +52,6 @@ class GenerateResult:
     dtype: str
     seconds: float
     peak_memory_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def generate(

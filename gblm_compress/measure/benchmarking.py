@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,6 +33,7 @@ from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings
+from gblm_compress.storage import records
 from gblm_compress.tasks.task import Task
 
 PROCESS_BYTES = 600_000_000  # of a model's process, beside the model
@@ -40,13 +41,10 @@ LOAD_SECONDS = 5.0  # of a process, until its libraries are there
 
 
 @dataclass(frozen=True)
-class BenchmarkResult:
+class BenchmarkResult(records.Result):
     measurements: tuple[Measurement, ...]
     settings: dict[str, Any]
     environment: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def benchmark(

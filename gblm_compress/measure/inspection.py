@@ -5,7 +5,7 @@ Gradient-based masks show structure: whole input columns matter little (arXiv 23
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
+from gblm_compress.storage import records
 
 CANDIDATES = tuple(Pattern(name) for name in ("1:2", "1:4", "2:4", "2:8", "4:8", "8:16", "16:32"))
 KEPT, GONE = 0.9, 0.1  # A row or column is kept if this share of its weights survives, and gone at most that.
@@ -43,15 +44,12 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class InspectResult:
+class InspectResult(records.Result):
     model: str
     layers: tuple[LayerReport, ...]
     kinds: tuple[dict[str, Any], ...]
     nonzeros: int
     weights: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def inspect(source: ModelSource, progress: Progress) -> InspectResult:

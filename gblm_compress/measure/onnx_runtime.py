@@ -3,8 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import MissingDependencyError, ModelError, is_out_of_memory
+from gblm_compress.errors import MissingDependencyError, ModelError, translated
 from gblm_compress.kernels import cpu
 from gblm_compress.measure.timings import Part
 from gblm_compress.models import loading
@@ -60,13 +60,13 @@ class _Graph:
         options.log_severity_level = 4  # errors come as exceptions
         if source.needs_operator:
             library = cpu.onnxruntime_library()
-            try:
+            with translated(
+                lambda said: MissingDependencyError(
+                    f"ONNX Runtime {onnxruntime.__version__} does not take the operators of gblm-compress ({said}); "
+                    "install a newer one, or export without --kernels"
+                )
+            ):
                 options.register_custom_ops_library(str(library))
-            except Exception as error:  # onnxruntime raises its own kinds, which share no base
-                raise MissingDependencyError(
-                    f"ONNX Runtime {onnxruntime.__version__} does not take the operators of gblm-compress "
-                    f"({str(error)[:300]}); install a newer one, or export without --kernels"
-                ) from error
         if profile:
             self._records = TemporaryDirectory()
             options.enable_profiling = True
@@ -81,15 +81,8 @@ class _Graph:
                 "versions it was built for are needed"
             )
 
-    @contextmanager
-    def _named_errors(self, verb: str) -> Iterator[None]:
-        """Raise a ModelError for anything that ONNX Runtime raises."""
-        try:
-            yield
-        except Exception as error:  # onnxruntime raises its own kinds, which share no base
-            if is_out_of_memory(error):
-                raise
-            raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
+    def _named_errors(self, verb: str) -> AbstractContextManager[None]:
+        return translated(lambda said: ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({said})"))
 
     def _other_interface(self, what: str) -> ModelError:
         return ModelError(

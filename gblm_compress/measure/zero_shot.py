@@ -116,15 +116,13 @@ def answers(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        try:
+        with errors.translated(
+            lambda said: DataError(
+                f"tasks {', '.join(tasks)}: cannot be read ({said}); without the hub, give task files that point at "
+                "local data with --include-path"
+            )
+        ):
             loaded = manager.load(list(tasks))["tasks"]
-        except Exception as error:  # the hub client, the file readers and lm-eval each raise their own kinds
-            if errors.is_out_of_memory(error):
-                raise
-            raise DataError(
-                f"tasks {', '.join(tasks)}: cannot be read ({first_line(error)}); without the hub, give task files "
-                "that point at local data with --include-path"
-            ) from error
         result: Any = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
             tasks=list(loaded.values()),

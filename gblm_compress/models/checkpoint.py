@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 
-from gblm_compress.errors import ModelError, first_line
+from gblm_compress.errors import ModelError, translated
 from gblm_compress.models import files
 from gblm_compress.models.experts import fused_weights
 from gblm_compress.storage import records
@@ -120,10 +120,8 @@ class _Names:
         return {key: found[before] for key, (_, before) in group.sources.items()}
 
     def _converted(self, converter: Any, target: str) -> dict[str, Tensor]:
-        try:
+        with translated(lambda said: ModelError(f"{target}: transformers cannot convert this tensor ({said})")):
             made = converter.convert(target, **self._about)
-        except Exception as error:  # its operations raise kinds of their own for tensors that do not fit
-            raise ModelError(f"{target}: transformers cannot convert this tensor ({first_line(error)})") from error
         return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
 
 

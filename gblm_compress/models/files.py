@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from gblm_compress.errors import ModelError, UsageError, first_line
+from gblm_compress.errors import ModelError, UsageError, first_line, translated
 from gblm_compress.storage.records import read_json
 
 if TYPE_CHECKING:
@@ -190,10 +190,8 @@ def _check_graph(folder: Path) -> None:
     from onnx.external_data_helper import ExternalDataInfo
 
     path = folder / GRAPH
-    try:
+    with translated(lambda said: ModelError(f"{str(path)!r} is no ONNX graph, or a truncated one ({said})")):
         graph = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf and onnx raise their own kinds for bytes that are no graph
-        raise ModelError(f"{str(path)!r} is no ONNX graph, or a truncated one ({first_line(error)})") from error
 
     def tensors(message: Any) -> Iterator[Any]:
         """All tensors: in functions, subgraphs and attributes too."""

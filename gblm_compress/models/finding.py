@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
 
-from gblm_compress.errors import ModelError, first_line
+from gblm_compress.errors import ModelError, first_line, translated
 from gblm_compress.machine import cache_folder, made_once
 from gblm_compress.models import files
 from gblm_compress.models.loading import save_processor
@@ -169,13 +169,11 @@ def _convert(gguf: Path, progress: Progress, folder: Path) -> None:
     silence_libraries()
     progress.say(f"converting {gguf.name} to safetensors (once) …")
     show = progress.console.is_terminal and not progress.quiet
-    try:
-        # transformers has no switch for the bar of this conversion.
-        with nullcontext() if show else redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # transformers raises many kinds for a file that is not what it claims
-        raise ModelError(f"model {str(gguf)!r}: cannot be read as GGUF ({first_line(error)})") from error
+    # transformers has no switch for the bar of this conversion.
+    quiet = nullcontext() if show else redirect_stderr(io.StringIO())
+    with quiet, translated(lambda said: ModelError(f"model {str(gguf)!r}: cannot be read as GGUF ({said})")):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain tensors now; what is left of the quantizer would make save_pretrained refuse.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -6,7 +6,7 @@ Size and time are linear in the number of blocks, which gives those of the whole
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +26,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.settings import AdviseSettings, ExportSettings, PruneSettings
+from gblm_compress.storage import records
 
 PROMPT, WARM_UP, STEPS = 64, 10, 100
 FEW, WEIGHTS = 5, 40_000_000
@@ -60,7 +61,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(records.Result):
     """The predictions, best first; the ways that do not work here, with the reason; and the advice in words."""
 
     predictions: tuple[Prediction, ...]
@@ -69,9 +70,6 @@ class Advice:
     blocks: int
     seconds: float
     environment: dict[str, Any] = field(default_factory=environment)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress) -> Advice:

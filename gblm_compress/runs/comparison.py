@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -43,7 +43,7 @@ REPORT, PLOT = "comparison.json", "comparison.png"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(records.Result):
     """One method, pattern and seed. `seconds` and memory include loading and saving; task figures are means."""
 
     method: str
@@ -58,12 +58,9 @@ class Cell:
     seconds: float
     peak_memory_bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class CompareResult:
+class CompareResult(records.Result):
     """The whole grid, as in `comparison.json`. `rows` are the means over the seeds."""
 
     model: str
@@ -74,9 +71,6 @@ class CompareResult:
     evaluation: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
     plot: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import shlex
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class DryRun:
+class DryRun(records.Result):
     """The stages that a run would do.
 
     Attributes:
@@ -86,9 +86,6 @@ class DryRun:
     unchecked: list[str]
     seconds: float | None
     notes: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:

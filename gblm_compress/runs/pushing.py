@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from gblm_compress.errors import GblmError, ModelError, UsageError, VerificationError, first_line
+from gblm_compress.errors import GblmError, ModelError, UsageError, VerificationError, first_line, translated
 from gblm_compress.models import files
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -106,14 +106,10 @@ def _card(path: Path) -> str:
 
 def complete(report: RunReport, artefact: str, card: str) -> str:
     """The artefact's card, with measurements: tables for people, `model-index` for the hub."""
-    try:
+    fault = f"the first lines of {artefact}/{CARD}, between '---', are no metadata that the hub reads"
+    with translated(lambda said: ModelError(f"{fault} ({said}); correct them")):
         found = ModelCard(card, ignore_metadata_errors=True)
         str(found)
-    except Exception as error:  # huggingface_hub and its reader of YAML raise kinds of their own
-        raise ModelError(
-            f"the first lines of {artefact}/{CARD}, between '---', are no metadata that the hub reads "
-            f"({first_line(error)}); correct them"
-        ) from error
     if not REPO.fullmatch(str(found.data.base_model)):
         found.data.base_model = None  # a local name, which the hub has no page for
     found.data.model_name = artefact

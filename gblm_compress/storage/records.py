@@ -5,10 +5,20 @@ import json
 import math
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from gblm_compress.errors import OutputError
+
+
+class Result:
+    """Base of the dataclasses that commands return."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(cast(Any, self))
+
 
 SEAL = "sha256"  # key of a record: the hash of its other keys
 _LARGEST_JSON = 256 << 20

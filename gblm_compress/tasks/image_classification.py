@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_memory
+from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_memory, translated
 from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks import text
 from gblm_compress.tasks.classification import Classes, class_of, names_of
@@ -162,13 +162,9 @@ def _pixels(processor: Any, config: Any, image: Image, where: str) -> Tensor:
     """The processed image [1, channels, height, width]."""
     # Grey images stay grey: processors that turn all images into colours are told not to.
     to_colours = config.num_channels == 1 and getattr(processor, "do_convert_rgb", None)
-    try:
-        options = {"do_convert_rgb": False} if to_colours else {}
+    options = {"do_convert_rgb": False} if to_colours else {}
+    with translated(lambda said: ModelError(f"the image processor does not take {where} ({said})")):
         found: Tensor = processor(image, return_tensors="pt", **options)["pixel_values"]
-    except Exception as error:  # its config can hold anything, and what reads it raises what it likes
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(f"the image processor does not take {where} ({first_line(error)})") from error
     wanted = (1, config.num_channels, *_size(config))
     if found.shape != wanted and (found.shape[:2] != wanted[:2] or _takes_one_size(config)):
         raise ModelError(

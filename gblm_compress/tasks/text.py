@@ -11,12 +11,12 @@ import os
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from gblm_compress.errors import DataError, GblmError, ModelError, first_line, is_out_of_memory
+from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_memory, translated
 from gblm_compress.settings.fields import SELF
 
 if TYPE_CHECKING:
@@ -218,15 +218,9 @@ def vocabulary_of(config: Any) -> int:
         raise ModelError(f"the model's config names no vocabulary ({first_line(error)})") from error
 
 
-@contextmanager
-def reading(source: str, advice: str = "") -> Iterator[None]:
-    """The hub client, its transport, the readers of files and the splits each raise their own kinds for bad data."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, GblmError) or is_out_of_memory(error):
-            raise
-        raise DataError(f"dataset {source!r} cannot be read ({first_line(error)}){advice}") from error
+def reading(source: str, advice: str = "") -> AbstractContextManager[None]:
+    """Turn any error of the hub client and the readers of files into a DataError."""
+    return translated(lambda said: DataError(f"dataset {source!r} cannot be read ({said}){advice}"))
 
 
 def _dataset(source: str, **arguments: Any) -> Any:
