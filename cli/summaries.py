@@ -283,11 +283,8 @@ def titled(content: Any) -> list[Any]:
 
 def run(result: Any) -> list[Any]:
     from gblm_compress.runs import report, tables
-    from gblm_compress.runs.pipeline import DryRun
     from gblm_compress.runs.run_report import REPORT, headline
 
-    if isinstance(result, DryRun):
-        return _dry_run(result.as_dict())
     word, output = report.pass_or_fail(result), Path(result.output)
     found = [part for content in tables.of(result) if content.title in report.SHORT for part in titled(content)]
     if reused := [stage.name for stage in result.stages if stage.reused]:
@@ -298,24 +295,16 @@ def run(result: Any) -> list[Any]:
     return [*found, Text.assemble((f"{word}: " if word else "", colour), printable(headline(result)))]
 
 
-def _dry_run(c: dict[str, Any]) -> list[Any]:
-    columns = "# = {number} | stage = {does} | what would happen = {fate} | >last time = {seconds:.0f}"
-    rows = [step | {"number": number} for number, step in enumerate(c["steps"], 1)]
-    time = "not known; some of these stages are new to this folder"
-    if c["seconds"] is not None:
-        time = f"{c['seconds']:.0f} s when these stages were last done in this folder"
-    limits = ", ".join(f"{name} {value}" for group in c["gates"] for name, value in group.items())
-    gates = [f"gates to check: {limits}"] if limits else []
-    lines = [f"time: {time}", f"output: {c['output']}", *(f"note: {note}" for note in c["notes"])]
-    return [_table(columns, rows), *gates, *lines, *_unchecked(c)]
-
-
-def _unchecked(c: dict[str, Any]) -> list[str]:
-    return [f"not looked at before the run, as it is not on this machine yet: {name}" for name in c["unchecked"]]
-
-
 def validate(c: dict[str, Any]) -> list[Any]:
-    return [f"{c['path']}: valid", *_unchecked(c)] if c["valid"] else []
+    if not c["valid"]:
+        return []
+    absent = [f"not looked at before the run, as it is not on this machine yet: {name}" for name in c["unchecked"]]
+    return [
+        f"{c['path']}: valid",
+        *(f"• {stage}" for stage in c["stages"]),
+        *(f"note: {n}" for n in c["notes"]),
+        *absent,
+    ]
 
 
 def report(result: Any) -> list[Any]:
@@ -415,16 +404,6 @@ def _compared(c: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
     return _prune(given["model"], method=best["method"], pattern=best["pattern"], **text)
 
 
-def _changes(given: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(word for change in given.get("set", ()) for word in ("--set", change))
-
-
-def _ran(result: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
-    if hasattr(result, "steps"):  # a dry run
-        return ("run", given["recipe"], "-o", result.output, *_changes(given))
-    return _push(result.output, result.best)
-
-
 def _push(run: str, best: str | None) -> tuple[str, ...]:
     return ("push", run, best) if best and (Path(run) / best).is_dir() else ()
 
@@ -446,8 +425,8 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "benchmark": lambda _, given: _timed(given["models"], given["baseline"][0]),
     "report": lambda result, given: _push(given["runs"][-1], result.runs[-1].best),
     "compare": _compared,
-    "run": _ran,
-    "validate": lambda c, given: ("run", given["recipe"], *_changes(given)),
+    "run": lambda result, _: _push(result.output, result.best),
+    "validate": lambda _, given: ("run", given["recipe"], *(f"--set={change}" for change in given.get("set", ()))),
     "doctor": lambda c, _: ("run", "quickstart") if c["ok"] else (),
 }
 """The words of the next command, from a result and the given arguments. MODEL is a dense model without a name."""

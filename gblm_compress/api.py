@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from gblm_compress.pruning.stage import PruneResult
     from gblm_compress.runs.advice import Advice
     from gblm_compress.runs.comparison import CompareResult
-    from gblm_compress.runs.pipeline import DryRun
     from gblm_compress.runs.pushing import PushResult
     from gblm_compress.runs.report import ReportResult
     from gblm_compress.runs.run_report import RunReport
@@ -297,11 +296,10 @@ def run(
     output: Annotated[FileName | None, "Folder of the artefacts; runs/RECIPE if unset."] = None,
     *,
     set: Changes = (),
-    dry_run: Annotated[bool, "Show what would be done, and stop."] = False,
     junit: Annotated[FileName | None, "Write the gates to this file, as JUnit XML."] = None,
     summary: Annotated[FileName | None, "Write the verdict and tables to this file, as Markdown."] = None,
     quiet: Quiet = False,
-) -> "RunReport | DryRun":
+) -> "RunReport":
     """Run a recipe: prune, export, evaluate, benchmark, check gates.
 
     Example: gblm-compress run quickstart -o first
@@ -320,8 +318,6 @@ def run(
     from gblm_compress.runs import report as documents
 
     outputs.check_workable(folder, "run")
-    if dry_run and (junit or summary):
-        raise UsageError("--junit and --summary would do nothing with --dry-run, which measures nothing")
     asked = ((junit, outputs.JUNIT, documents.junit), (summary, outputs.SUMMARY, documents.markdown))
     with ExitStack() as stack:
         written = [
@@ -333,9 +329,6 @@ def run(
 
         from gblm_compress.runs import pipeline
 
-        if dry_run:
-            errors.raise_all(pipeline.check(content, progress) + pipeline.check_output(content, folder))
-            return pipeline.dry_run(content, folder, progress)
         result = pipeline.run(content, folder, progress)
         for write, content_of in written:
             write(content_of(result))
@@ -381,7 +374,7 @@ def push(
 
 @command
 def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> dict[str, Any]:
-    """Check a recipe, and that this machine can run it. Lists all faults; downloads nothing.
+    """Check a recipe, and that this machine can run it. Lists all faults, or the stages of a run; downloads nothing.
 
     Example: gblm-compress validate quickstart --set prune.pattern=2:4
     """
@@ -396,8 +389,8 @@ def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> 
     except GblmError as error:
         error.result = {"valid": False, "faults": error.faults or (str(error),), "recipe": None}
         raise
-    found = {"valid": True, "faults": [], "recipe": content.model_dump(mode="json")}
-    return found | {"path": str(path), "unchecked": pipeline.unchecked(content)}
+    found = {"valid": True, "faults": [], "recipe": content.model_dump(mode="json"), "path": str(path)}
+    return found | pipeline.outlook(content)
 
 
 @command

@@ -1,12 +1,11 @@
-"""The run of a recipe: its check, its dry run and the run itself."""
+"""The run of a recipe: its check, an outlook on it, and the run itself."""
 
 import shlex
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError
@@ -17,7 +16,7 @@ from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.runs import report, rows
-from gblm_compress.runs.job import Job, carry_out, read_record
+from gblm_compress.runs.job import Job, carry_out
 from gblm_compress.runs.rows import DENSE, Row, check_gates
 from gblm_compress.runs.run_report import Outcome, RunReport
 from gblm_compress.runs.stages import exports_of_dense, stages_of
@@ -28,7 +27,6 @@ from gblm_compress.storage import outputs, records
 RECIPE = "recipe.json"
 """A run's recipe in its folder, with the changes of `--set`: JSON, which is YAML too."""
 ANYWHERE = Path()  # checks do not depend on the folder
-Fate = Literal["do", "reuse", "reuse if its inputs come out the same"]
 
 
 def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
@@ -52,63 +50,14 @@ def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
     return foreign or errors.collect(stage.check_place for stage in stages_of(Job(recipe, None, output)))
 
 
-def unchecked(recipe: Recipe) -> list[str]:
-    """The model and datasets that are not on this machine yet, which `check` cannot look at."""
-    job = Job(recipe, None, ANYWHERE)
-    datasets = dict.fromkeys(name for stage in stages_of(job) for name in stage.texts)
-    model = [] if find_here(recipe.model.source) else [f"model {recipe.model.source}"]
-    return model + [f"dataset {name}" for name in filter(job.is_given, datasets) if not tasks.is_here(name)]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A stage in a dry run. `seconds` is None if no earlier run is recorded."""
-
-    name: str
-    does: str
-    fate: Fate
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class DryRun(records.Result):
-    """The stages that a run would do.
-
-    Attributes:
-        unchecked: models and texts that are not on this machine yet.
-        seconds: the last time of the steps to do; None unless all are recorded.
-        notes: why exports are not as the recipe would have them.
-    """
-
-    output: str
-    steps: list[Step]
-    gates: list[dict[str, Any]]
-    unchecked: list[str]
-    seconds: float | None
-    notes: list[str]
-
-
-def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
-    """The stages that a run in `output` would do. Nothing is written."""
-    job = Job(recipe, find_here(recipe.model.source), output, progress)
-    steps: list[Step] = []
-    made_anew: set[Path] = set() if job.found else {job.dense.folder}
-    for stage in stages_of(job):
-        known = made_anew.isdisjoint([*(source.folder for source in stage.reads), *map(Path, stage.texts)])
-        record = read_record(stage.name, output, progress)
-        fate: Fate = "do"
-        if record is not None and not known:
-            fate = "reuse if its inputs come out the same"
-        elif record is not None and record.holds(stage):
-            fate = "reuse"
-        if stage.place is not None and fate != "reuse":
-            made_anew.add(stage.place)
-        steps.append(Step(stage.name, stage.does, fate, record.seconds if record else None))
-    gates = [group.model_dump(mode="json", exclude_none=True) for group in recipe.gates]
-    times = [step.seconds for step in steps if step.fate != "reuse"]
-    known_times = [seconds for seconds in times if seconds is not None]
-    seconds = sum(known_times) if len(known_times) == len(times) else None
-    return DryRun(str(output), steps, gates, unchecked(recipe), seconds, job.notes)
+def outlook(recipe: Recipe) -> dict[str, list[str]]:
+    """What a run would do, why exports are not as the recipe would have them, and what `check` cannot look at yet."""
+    job = Job(recipe, find_here(recipe.model.source), ANYWHERE)
+    stages = stages_of(job)
+    datasets = dict.fromkeys(name for stage in stages for name in stage.texts)
+    absent = [] if job.found else [f"model {recipe.model.source}"]
+    absent += [f"dataset {name}" for name in filter(job.is_given, datasets) if not tasks.is_here(name)]
+    return {"stages": [stage.does for stage in stages], "notes": job.notes, "unchecked": absent}
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:

@@ -87,24 +87,19 @@ def test_bad_input_gets_one_message_and_its_code(program, tmp_path, line, code, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_says_what_would_be_done(program, tmp_path) -> None:
-    done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json")
-    assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["steps"][0]["does"] == "prune tiny by gblm, 1:4"
-    said = program("run", "ci-smoke", "--dry-run").stdout
-    assert "gates to check: artefact bitmask, max_perplexity_increase 0.5, min_decode_speedup 0.01" in said
-    done = program("run", "ci-smoke", "--dry-run", "--junit", "gates.xml")
-    assert done.code == 2 and "--junit and --summary would do nothing with --dry-run" in done.stderr
+def test_a_run_is_refused_with_all_its_faults(program, tmp_path) -> None:
     wrong = ("--set", "prune.pattern=unstructured", "--set", "calibration.dataset=./gone.txt")
-    for arguments in (("--dry-run",), ()):
-        done = program("run", "ci-smoke", *wrong, *arguments)
+    for command in ("validate", "run"):
+        done = program(command, "ci-smoke", *wrong)
         assert done.code == 2 and not done.stdout and "error: 2 faults" in done.stderr
         assert "'./gone.txt': no such file" in done.stderr and "pattern unstructured is not 2:4" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_a_recipe_is_validated(program, tmp_path) -> None:
-    assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\nnext: gblm-compress run ci-smoke\n")
+    said = program("validate", "ci-smoke").stdout
+    assert "ci-smoke.yaml: valid\n• prune tiny by gblm, 2:4\n" in said
+    assert said.endswith("next: gblm-compress run ci-smoke\n")
     recipe = tmp_path / "my.yaml"
     recipe.write_text("model: demo\nprun: {}\n")
     done = program("validate", str(recipe), "--json")
@@ -303,7 +298,7 @@ def test_misspelt_paths_are_found_before_torch_is_loaded(tmp_path) -> None:
         compare tiny -o mine --calibration demo --dataset demo
         run gone.yaml
         run ci-smoke -o mine
-        run ci-smoke -o file/below --dry-run
+        run ci-smoke -o file/below
         validate gone.yaml
         report gone
         push gone bitmask

@@ -10,7 +10,6 @@ from gblm_compress.cli import summaries
 from gblm_compress.printing import PlainConsole
 from gblm_compress.printing import table as make_table
 from gblm_compress.runs import tables
-from gblm_compress.runs.pipeline import DryRun
 from gblm_compress.runs.report import ReportResult
 from tests.runs.reports import report
 
@@ -141,7 +140,7 @@ ROWS = [
         ),
         ("inspect", {"model": "x"}, "prune x -o pruned"),
         ("compare", {"model": "x", "samples": 8}, "prune x -o pruned --method wanda --pattern 2:4 --samples 8"),
-        ("validate", {"recipe": "my.yaml", "set": ["a.b=1"]}, "run my.yaml --set a.b=1"),
+        ("validate", {"recipe": "my.yaml", "set": ["a.b=1"]}, "run my.yaml --set=a.b=1"),
         ("doctor", {}, "run quickstart"),
     ],
 )
@@ -180,6 +179,3 @@ def test_the_next_command_of_a_run_is_the_run_or_the_push_of_what_it_made(tmp_pa
     assert summaries.FOLLOWING["run"](ran, {"recipe": "x"}) == ("push", str(tmp_path), "bitmask")
     read = ReportResult("report.html", [ran], None)
     assert summaries.FOLLOWING["report"](read, {"runs": [str(tmp_path)]}) == ("push", str(tmp_path), "bitmask")
-    dry = DryRun(str(tmp_path), [], [], 0, [], None, None, [])
-    words = summaries.FOLLOWING["run"](dry, {"recipe": "x", "set": ["a=1"]})
-    assert words == ("run", "x", "-o", str(tmp_path), "--set", "a=1")

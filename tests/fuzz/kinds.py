@@ -124,7 +124,7 @@ KINDS: dict[str, Kind] = {
     "run folder": Kind("run", (".out.pruning/*",), (_with(PRUNE, "dense", "--resume"),), (".out.pruning",)),
     **{f"{name} folder": Kind(name, (f"{name}/*",), (_with(EVALUATE, name),)) for name in EXPORTS},
     "records of a recipe": Kind("ran", _RECORDS, (RUN,), changes=("ran",)),
-    "recipe": Kind("dense", ("recipe.yaml",), (["validate", "recipe.yaml"], ["run", "recipe.yaml", "--dry-run"])),
+    "recipe": Kind("dense", ("recipe.yaml",), (["validate", "recipe.yaml"],)),
     "text": Kind("dense", ("text.txt", "text.jsonl"), (_with(PRUNE, "dense", *_WANDA), _table("text.jsonl"))),
     "parquet": Kind(
         "dense", ("text.parquet",), (_table("text.parquet"), _with(PRUNE, "dense", "--calibration", "text.parquet"))

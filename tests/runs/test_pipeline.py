@@ -14,14 +14,13 @@ from gblm_compress.kernels import cpu
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.methods.zeros import count_nonzeros
-from gblm_compress.models.finding import resolve_model
+from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
 from gblm_compress.runs import pipeline, report, run_report, stages, tables
-from gblm_compress.runs.job import Job
-from gblm_compress.runs.pipeline import dry_run
+from gblm_compress.runs.job import Job, read_record
 from gblm_compress.runs.recipe import find_recipe, load_recipe
 from gblm_compress.runs.stages import stages_of
 from gblm_compress.storage.outputs import working_in
@@ -225,11 +224,11 @@ def test_a_run_without_kernels_says_so_at_its_start_and_in_its_report(tmp_path, 
     monkeypatch.setattr(cpu, "library_file", lambda: None)
     export = "export=[{format: onnx, graph: plain, kernels: auto}]"
     bare = smoke("prune.fit=none", export, "evaluate=null", "benchmark=null", "gates={}")
-    planned, result = dry_run(bare, tmp_path / "run", QUIET), pipeline.run(bare, tmp_path / "run", Progress())
+    planned, result = pipeline.outlook(bare), pipeline.run(bare, tmp_path / "run", Progress())
     said, fact = capsys.readouterr().err, "export onnx-graph-plain is dense, so zeros save neither bytes nor time"
     assert said.index(f"note: {fact}") < said.index("• prune")
-    for shown, name in ((planned, "note"), (result, "kernels")):
-        assert any(f"{name}: {fact}" in str(part) for part in parts("run", shown))
+    assert any(note.startswith(fact) for note in planned["notes"])
+    assert any(f"kernels: {fact}" in str(part) for part in parts("run", result))
     assert fact in run_report.read(tmp_path / "run").conditions["kernels"]
 
 
@@ -244,37 +243,23 @@ def test_the_list_of_stages_names_all_of_them_and_asks_tasks_in_torch_only(finis
     assert written == {path.name for path in output.iterdir() if path.is_dir()} - {".stages", report.PICTURES}
 
 
-def to_do(seen: pipeline.DryRun) -> list[pipeline.Step]:
-    return [step for step in seen.steps if step.fate != "reuse"]
+def reused(recipe, output: Path) -> dict[str, bool]:
+    """{stage: whether it would be reused now}."""
+    found = {}
+    for stage in stages_of(Job(recipe, find_here(recipe.model.source), output)):
+        record = read_record(stage.name, output, QUIET)
+        found[stage.name] = record is not None and record.holds(stage)
+    return found
 
 
-def fates(recipe, output: Path) -> dict[str, str]:
-    return {step.name: step.fate for step in dry_run(recipe, output, QUIET).steps}
-
-
-def test_a_dry_run_says_what_is_reused_and_how_long_the_rest_took(finished) -> None:
+def test_a_stage_is_reused_unless_its_settings_changed(finished) -> None:
     output, _ = finished
-    first = pipeline.run(smoke(), output, QUIET)
-    seconds = {outcome.name: outcome.seconds for outcome in first.stages}
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    seen = dry_run(smoke(), output, QUIET)
-    assert {step.fate for step in seen.steps} == {"reuse"} and (seen.bytes, seen.seconds) == (0, 0)
-    again = dry_run(smoke("evaluate.max_windows=3"), output, QUIET)
-    assert [step.name for step in to_do(again)] == ["evaluate pruned", "evaluate bitmask", "evaluate onnx"]
-    assert again.seconds == pytest.approx(sum(seconds[step.name] for step in to_do(again)))
-
-    anew = fates(smoke("prune.alpha=77"), output)
-    assert anew.pop("prune") == "do" and anew.pop("export dense-onnx") == "reuse"
-    assert set(anew.values()) == {"reuse if its inputs come out the same"}
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-
-
-def test_a_dry_run_of_a_model_that_is_not_here(finished, tmp_path) -> None:
-    output, _ = finished
-    seen = dry_run(smoke("model=owner/model"), tmp_path, QUIET)
-    assert {step.fate for step in seen.steps} == {"do"} and seen.seconds is None
-    assert seen.unchecked == ["model owner/model"]
-    assert fates(smoke("model=owner/model"), output)["prune"] == "reuse if its inputs come out the same"
+    pipeline.run(smoke(), output, QUIET)
+    assert all(reused(smoke(), output).values())
+    again = reused(smoke("evaluate.max_windows=3"), output)
+    assert [name for name in again if not again[name]] == ["evaluate pruned", "evaluate bitmask", "evaluate onnx"]
+    anew = reused(smoke("prune.alpha=77"), output)
+    assert not anew["prune"] and anew["export dense-onnx"]
 
 
 WRITING = (
@@ -285,13 +270,11 @@ WRITING = (
 
 
 NAMES = ["generate", "prune", "recover", "export bitmask", "evaluate recovered", "evaluate bitmask"]
-LATER = "reuse if its inputs come out the same"
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pipeline.RunReport]:
     output = tmp_path_factory.mktemp("writing") / "run"
-    assert fates(smoke(*WRITING), output) == dict.fromkeys(NAMES, "do")
     return output, pipeline.run(smoke(*WRITING), output, QUIET)
 
 
@@ -316,12 +299,10 @@ def test_written_text_is_written_again_where_it_is_gone_or_asked_for_otherwise(w
     shutil.copytree(written[0], output)
     text = output / "written.txt"
     before, other = text.read_text(), (*WRITING, "generate.seed=1")
-    assert set(fates(smoke(*WRITING), written[0]).values()) == {"reuse"}
+    assert all(reused(smoke(*WRITING), written[0]).values())
 
     text.unlink()
-    assert [*fates(smoke(*WRITING), output).values()] == ["do", *[LATER] * 5]
     pipeline.run(smoke(*WRITING), output, QUIET)
     assert text.read_text() == before
-    assert [*fates(smoke(*other), output).values()] == ["do", *[LATER] * 5]
     again = pipeline.run(smoke(*other), output, QUIET)
     assert text.read_text() != before and not any(stage.reused for stage in again.stages)

@@ -9,8 +9,9 @@ from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.models.loading import load_model
 from gblm_compress.runs import pipeline
-from gblm_compress.runs.job import data_hash
-from gblm_compress.runs.pipeline import check, unchecked
+from gblm_compress.runs.job import Job, data_hash
+from gblm_compress.runs.pipeline import check, outlook
+from gblm_compress.runs.stages import stages_of
 from gblm_compress.settings import Recipe
 from tests.tasks import families
 from tests.tasks.test_image_classification import idx
@@ -122,14 +123,14 @@ def test_an_operator_that_was_not_compiled_and_a_float16_checkpoint(progress, ti
     assert faults(progress, model=str(tmp_path / "half"), export=exports) == []
 
 
-def test_kernels_auto_means_where_they_were_compiled(progress, tmp_path, monkeypatch) -> None:
+def test_kernels_auto_means_where_they_were_compiled(tiny, progress, tmp_path, monkeypatch) -> None:
     auto = {"format": "onnx", "kernels": "auto", "quantise": "int8"}
     keys = {"export": [auto, {**auto, "kernels": False}], "benchmark": SHORT}
     gate = {"gates": {"artefact": "onnx-kernels-quantise-int8", "max_bytes": "1GB"}}
 
     def planned() -> tuple[list[str], list[str]]:
-        seen = pipeline.dry_run(recipe(**keys), tmp_path, progress)
-        return [step.name for step in seen.steps if step.name.startswith("export")], seen.notes
+        job = Job(recipe(**keys), tiny("llama"), tmp_path)
+        return [stage.name for stage in stages_of(job) if stage.name.startswith("export")], job.notes
 
     monkeypatch.setattr(cpu, "library_file", Path)
     names = ["export onnx-kernels-quantise-int8", "export onnx-quantise-int8", "export dense-onnx-quantise-int8"]
@@ -166,17 +167,17 @@ def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatc
     absent = recipe(model="owner/model", calibration={"dataset": "c4"}, export=[{"format": "semi-structured"}])
     (fault,) = check(absent, progress)
     assert "prune.pattern: pattern unstructured is not 2:4" in str(fault)
-    assert unchecked(absent) == ["model owner/model", "dataset c4"]
-    assert unchecked(recipe()) == unchecked(recipe(calibration={"dataset": "self"})) == []
+    assert outlook(absent)["unchecked"] == ["model owner/model", "dataset c4"]
+    assert outlook(recipe())["unchecked"] == outlook(recipe(calibration={"dataset": "self"}))["unchecked"] == []
     trained = recipe(recover={"data": ["demo", "owner/texts"], "disjoint_from": ["wikitext2"]})
-    assert unchecked(trained) == ["dataset owner/texts", "dataset wikitext2"]
+    assert outlook(trained)["unchecked"] == ["dataset owner/texts", "dataset wikitext2"]
 
 
 def test_text_that_a_run_writes_need_not_be_there(progress, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     keys = {"generate": {"starts": "owner/texts"}, "recover": {"data": ["written", "demo"], "sequence_length": 64}}
     assert faults(progress, **keys, **WRITTEN) == []
-    assert unchecked(recipe(**keys, **WRITTEN)) == ["dataset owner/texts"]
+    assert outlook(recipe(**keys, **WRITTEN))["unchecked"] == ["dataset owner/texts"]
     assert faults(progress, model="owner/model", **keys, **WRITTEN) == []
 
 
