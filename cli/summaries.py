@@ -205,7 +205,7 @@ def compare(c: dict[str, Any]) -> list[Any]:
     columns = (
         "method = {method} | pattern = {pattern} | >seeds = {seeds} | >perplexity = {perplexity:.2f}"
         "{perplexity_error:±.2f} | >KL from dense = {mean_kl:.3f}{mean_kl_error:±.3f} | >accuracy = {accuracy:.3f}"
-        " | >recovery = {recovery:.3f} | >time = {seconds:.0f} s | >peak memory = {peak_memory_bytes:bytes}"
+        " | >recovery = {recovery:.3f} | >time = {seconds:.0f} s"
     )
     note = same_text(c["evaluation"]["dataset"], c["calibration"]["dataset"])
     return [

@@ -1,31 +1,27 @@
 """Pruning methods and patterns compared on one model: a grid with a cell for each method, pattern and seed.
 
-Each cell is pruned in its own process, so that its peak memory is its own. Finished cells are saved and reused.
+Finished cells are saved and reused.
 """
 
 import math
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from gblm_compress import errors
-from gblm_compress.errors import ModelError, UsageError, raise_all
+from gblm_compress.errors import UsageError, raise_all
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.evaluation import Reference
-from gblm_compress.models import finding, loading
+from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
-from gblm_compress.pruning.stage import PruneJob, PruneResult, prune
+from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.runs import charts
 from gblm_compress.runs.job import Look, Stage, carry_out
 from gblm_compress.runs.rows import Row
@@ -44,7 +40,7 @@ REPORT, PLOT = "comparison.json", "comparison.png"
 
 @dataclass(frozen=True)
 class Cell(records.Result):
-    """One method, pattern and seed. `seconds` and memory include loading and saving; task figures are means."""
+    """One method, pattern and seed. `seconds` include loading and saving; task figures are means."""
 
     method: str
     pattern: str
@@ -56,7 +52,6 @@ class Cell(records.Result):
     accuracy: float | None
     recovery: float | None
     seconds: float
-    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class Grid:
         def work() -> Cell:
             with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as folder:
                 pruned = ModelSource(method, Path(folder) / "pruned")
-                cost = _in_own_process(f"{method}, {pattern}", partial(_prune, job, pruned.folder, progress.quiet))
+                seconds = prune(job, pruned.folder, progress).seconds
                 found = evaluation.evaluate(pruned, asked, baseline=self.dense, progress=progress, **place)
             assert found.baseline is not None and found.fidelity is not None
             tasks = found.zero_shot
@@ -114,8 +109,7 @@ class Grid:
                 top1_agreement=found.fidelity["top1_agreement"],
                 accuracy=tasks.mean_accuracy if tasks else None,
                 recovery=tasks.recovery.ratio if tasks and tasks.recovery else None,
-                seconds=cost.seconds,
-                peak_memory_bytes=cost.peak_memory_bytes,
+                seconds=seconds,
             )
 
         name = f"{method} {pattern} seed {seed}"
@@ -190,21 +184,5 @@ def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
         for name in ("accuracy", "recovery", "seconds"):
             known = [value for cell in group if (value := getattr(cell, name)) is not None]
             summary[name] = math.fsum(known) / len(known) if known else None
-        result.append(summary | {"peak_memory_bytes": max(cell.peak_memory_bytes for cell in group)})
+        result.append(summary)
     return result
-
-
-def _in_own_process(cell: str, prune: Callable[[], PruneResult]) -> PruneResult:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(prune).result()
-        except BrokenProcessPool as error:
-            raise ModelError(
-                f"the process that pruned by {cell} was killed, most likely for want of memory; the same command "
-                "goes on from here, with fewer --samples or a shorter --sequence-length it needs less"
-            ) from error
-
-
-def _prune(job: PruneJob, output: Path, quiet: bool) -> PruneResult:
-    finding.silence_libraries()
-    return prune(job, output, Progress(quiet))

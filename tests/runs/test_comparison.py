@@ -3,9 +3,7 @@
 import json
 import math
 import shutil
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from unittest.mock import MagicMock
 
 import pytest
 from pydantic import ValidationError
@@ -54,22 +52,22 @@ def test_cells_are_what_the_stages_give_and_are_reused(grid, tmp_path, progress,
     assert json.loads((output / comparison.REPORT).read_text()) == json.loads(json.dumps(result.as_dict()))
     assert (output / comparison.PLOT).stat().st_size > 5000 and not list(output.glob(".cell-*"))
 
-    monkeypatch.setattr(comparison, "_in_own_process", lambda *_: pytest.fail("a cell on record was run again"))
+    monkeypatch.setattr(comparison, "prune", lambda *_: pytest.fail("a cell on record was run again"))
     assert compare(what, progress).cells == result.cells
 
 
 def test_summaries_are_means_and_standard_errors_over_seeds() -> None:
-    one = Cell("a", "2:4", 0, 10.0, 9.0, 0.5, 0.5, accuracy=0.5, recovery=None, seconds=1.0, peak_memory_bytes=10)
+    one = Cell("a", "2:4", 0, 10.0, 9.0, 0.5, 0.5, accuracy=0.5, recovery=None, seconds=1.0)
     cells = [
         one,
         replace(one, method="b", accuracy=None),
-        replace(one, seed=1, perplexity=12.0, accuracy=0.7, seconds=3.0, peak_memory_bytes=30),
+        replace(one, seed=1, perplexity=12.0, accuracy=0.7, seconds=3.0),
         replace(one, seed=2, perplexity=17.0, accuracy=None, seconds=2.0),
     ]
     first, second = summarise(cells)
     assert [first[name] for name in ("method", "seeds", "perplexity", "seconds")] == ["a", 3, 13.0, 2.0]
     assert first["perplexity_error"] == pytest.approx(math.sqrt(13.0 / 3))
-    assert first["peak_memory_bytes"] == 30 and first["accuracy"] == pytest.approx(0.6)
+    assert first["accuracy"] == pytest.approx(0.6)
     assert [second[name] for name in ("method", "perplexity_error", "accuracy")] == ["b", None, None]
 
 
@@ -91,22 +89,8 @@ def test_methods_and_what_is_chosen_with_them() -> None:
             CompareSettings(methods=(method,))
 
 
-def test_a_failing_cell_raises_its_own_error(grid, tmp_path, progress) -> None:
-    """The error of the other process arrives as it was raised there."""
-    (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(DataError, match="short.txt' gives 5 tokens"):
-        compare(grid(calibration=tmp_path / "short.txt"), progress)
-
-
-def test_a_cell_that_was_killed_is_named(grid, progress, monkeypatch) -> None:
-    killed = {"return_value.__enter__.return_value.submit.side_effect": BrokenProcessPool}
-    monkeypatch.setattr(comparison, "ProcessPoolExecutor", MagicMock(**killed))
-    with pytest.raises(ModelError, match="the process that pruned by wanda, 2:4 was killed"):
-        compare(grid(), progress)
-
-
 def test_faults_are_found_before_the_first_pruning(grid, tiny, tmp_path, progress, monkeypatch) -> None:
-    monkeypatch.setattr(comparison, "_in_own_process", None)
+    monkeypatch.setattr(comparison, "prune", None)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").touch()
     shutil.copy(tiny("llama").folder / "config.json", tmp_path / "export")
