@@ -26,8 +26,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.runs.run_report import Outcome
-from gblm_compress.settings import CalibrationSettings, ComputeSettings, ExportSettings, Recipe, RecoverSettings
-from gblm_compress.settings.stages import WRITTEN
+from gblm_compress.settings import ComputeSettings, ExportSettings, Recipe, RecoverSettings
 from gblm_compress.storage import outputs, records
 
 STAGES = ".stages"
@@ -66,31 +65,14 @@ class Job:
         except GblmError:
             return self.recipe.model.device
 
-    @property
-    def written(self) -> Path:
-        return self.output / f"{WRITTEN}.txt"
-
-    def text(self, name: str) -> str:
-        return str(self.written) if name == WRITTEN and self.recipe.generate else name
-
-    def is_given(self, dataset: str) -> bool:
-        """Whether a dataset exists without this run."""
-        return self.recipe.generate is None or dataset != str(self.written)
-
-    @cached_property
-    def calibration(self) -> CalibrationSettings:
-        given = self.recipe.calibration
-        return given.model_copy(update={"dataset": self.text(given.dataset)})
-
     @cached_property
     def recover(self) -> RecoverSettings | None:
         """The training, which leaves out the text that the run evaluates on."""
         given, evaluate = self.recipe.recover, self.recipe.evaluate
         if given is None:
             return None
-        data = tuple(source.model_copy(update={"dataset": self.text(source.dataset)}) for source in given.data)
         evaluated = (*given.disjoint_from, *([evaluate.dataset] if evaluate else []))
-        return given.model_copy(update={"data": data, "disjoint_from": tuple(dict.fromkeys(evaluated))})
+        return given.model_copy(update={"disjoint_from": tuple(dict.fromkeys(evaluated))})
 
     def artefact(self, name: str) -> ModelSource:
         return ModelSource(name, self.output / name)
@@ -137,7 +119,7 @@ class Job:
     def looks_at(self, texts: Iterable[str], length: int = 0, key: str = "") -> list[Look]:
         """Checks of the given texts, and of the length under a recipe's `key`."""
         task = loading.task_of(self.found) if self.found else tasks
-        looks: list[Look] = [partial(task.data_files, name) for name in texts if self.is_given(name)]
+        looks: list[Look] = [partial(task.data_files, name) for name in texts]
         if length and self.found:
             looks.append(partial(loading.check_length, self.found, length, key))
         return looks
@@ -150,7 +132,7 @@ class Stage:
     Attributes:
         does: the work in words.
         decides: settings and plain values that decide the result, besides the inputs.
-        place: the folder or text that it writes, if any.
+        place: the folder that it writes, if any.
         looks: what can be checked before the work.
     """
 
@@ -164,10 +146,7 @@ class Stage:
     place: Path | None = None
 
     def check_place(self) -> None:
-        if self.place is not None and self.place.suffix == ".txt":
-            if self.place.exists():
-                outputs.TEXT.check(self.place, force=True)
-        elif self.place is not None:
+        if self.place is not None:
             outputs.check_output(self.place, force=True, inputs=[source.folder for source in self.reads])
 
     @property
@@ -234,8 +213,6 @@ def _content(place: Path | None) -> str | None:
     """A fingerprint of a stage's output; None if there is none, or it is damaged."""
     if place is None or not place.exists():
         return None
-    if place.is_file():
-        return data_hash(str(place))
     try:
         return ModelSource("", place).fingerprint
     except ModelError:

@@ -21,7 +21,6 @@ from gblm_compress.runs.rows import DENSE, Row, check_gates
 from gblm_compress.runs.run_report import Outcome, RunReport
 from gblm_compress.runs.stages import exports_of_dense, stages_of
 from gblm_compress.settings import Recipe
-from gblm_compress.settings.stages import WRITTEN
 from gblm_compress.storage import outputs, records
 
 RECIPE = "recipe.json"
@@ -56,7 +55,7 @@ def outlook(recipe: Recipe) -> dict[str, list[str]]:
     stages = stages_of(job)
     datasets = dict.fromkeys(name for stage in stages for name in stage.texts)
     absent = [] if job.found else [f"model {recipe.model.source}"]
-    absent += [f"dataset {name}" for name in filter(job.is_given, datasets) if not tasks.is_here(name)]
+    absent += [f"dataset {name}" for name in datasets if not tasks.is_here(name)]
     return {"stages": [stage.does for stage in stages], "notes": job.notes, "unchecked": absent}
 
 
@@ -143,9 +142,6 @@ def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
 
 def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
     recipe, here, found = job.recipe, environment(), {}
-    if written := recipe.generate:
-        begun = f", begun with words of {written.starts}" if written.starts else ""
-        found[WRITTEN] = f"{written.tokens:,} tokens by the dense model{begun}, seed {written.seed}"
     if recipe.prune.needs_text:
         text = recipe.calibration
         size = f"{text.samples} samples of {text.sequence_length} tokens"

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from functools import partial
 
 from gblm_compress import errors, exporters
-from gblm_compress.calibration import generation
 from gblm_compress.errors import UsageError, raise_all
 from gblm_compress.exporters import check_grid, export
 from gblm_compress.formats import FORMATS
@@ -24,7 +23,6 @@ from gblm_compress.settings import (
     BenchmarkSettings,
     EvaluateSettings,
     ExportSettings,
-    GenerateSettings,
     PruneSettings,
     RecoverSettings,
 )
@@ -33,8 +31,7 @@ from gblm_compress.training.recovery import Recovery, check_kind, recover
 
 def stages_of(job: Job) -> list[Stage]:
     recipe = job.recipe
-    stages = [_generate(job, recipe.generate)] if recipe.generate else []
-    stages.append(_prune(job))
+    stages = [_prune(job)]
     if job.recover is not None:
         stages.append(_recover(job, job.recover))
     stages += [_export(job, settings) for settings in job.exports]
@@ -74,22 +71,8 @@ def timed_against(job: Job) -> list[ExportSettings]:
     return list(dict.fromkeys(found))
 
 
-def _generate(job: Job, settings: GenerateSettings) -> Stage:
-    texts = () if settings.starts is None else (settings.starts,)
-    return Stage(
-        name="generate",
-        does=f"let {job.dense.name} write {settings.tokens:,} tokens",
-        reads=(job.dense,),
-        texts=texts,
-        decides=lambda: [settings, job.device],
-        place=job.written,
-        looks=[lambda: raise_all(generation.check(job.dense, settings))] if job.found else job.looks_at(texts),
-        work=partial(generation.generate, job.dense, job.written, settings, job.device, job.progress, force=True),
-    )
-
-
 def _prune(job: Job) -> Stage:
-    settings, text, place = job.recipe.prune, job.calibration, job.as_pruned.folder
+    settings, text, place = job.recipe.prune, job.recipe.calibration, job.as_pruned.folder
     texts, length = ((text.dataset,), text.sequence_length) if settings.needs_text else ((), 0)
     what = PruneJob(job.dense, settings, text, job.compute, job.recipe.resources)
     return Stage(

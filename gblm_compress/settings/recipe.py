@@ -15,12 +15,10 @@ from gblm_compress.settings.fields import MANY, WHERE_ZEROS_GO, Memory, OneOf, P
 from gblm_compress.settings.prune import PRESETS, PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
-    WRITTEN,
     BenchmarkSettings,
     CalibrationSettings,
     EvaluateSettings,
     ExportSettings,
-    GenerateSettings,
     ModelSettings,
     ResourceSettings,
 )
@@ -145,11 +143,6 @@ class Recipe(Settings):
     """A whole run: prune, export, evaluate, benchmark, and what must hold at the end."""
 
     model: ModelSettings = Field(description="The dense model; a plain string is its source.")
-    generate: GenerateSettings | None = Field(
-        None,
-        description=f"Text that the dense model writes first; '{WRITTEN}' is its name in calibration.dataset and "
-        "recover.data.",
-    )
     calibration: CalibrationSettings = Field(
         default_factory=CalibrationSettings, description="Text for the statistics."
     )
@@ -185,22 +178,6 @@ class Recipe(Settings):
             self._check_gates(gates)
         if len(set(self.export)) < len(self.export):
             raise ValueError("the same export is listed twice")
-        return self
-
-    @model_validator(mode="after")
-    def _check_written(self) -> Self:
-        recover, evaluate = self.recover, self.evaluate
-        trained = [source.dataset for source in recover.data] if recover else []
-        read = trained + ([self.calibration.dataset] if self.prune.needs_text else [])
-        judges = [*(recover.disjoint_from if recover else ()), *([evaluate.dataset] if evaluate else [])]
-        if self.generate is not None and self.generate.starts == WRITTEN:
-            raise ValueError(f"generate.starts is {WRITTEN!r}, which is not there before; give another text")
-        if WRITTEN in judges:
-            raise ValueError(f"{WRITTEN!r} is what the model writes itself, and judges no model; give another text")
-        if WRITTEN in read and self.generate is None:
-            raise ValueError(f"dataset {WRITTEN!r} needs a 'generate' section, which says what the model writes")
-        if WRITTEN not in read and self.generate is not None:
-            raise ValueError(f"'generate' would do nothing: name {WRITTEN!r} in calibration.dataset or recover.data")
         return self
 
     def _check_gates(self, gates: GateSettings) -> None:

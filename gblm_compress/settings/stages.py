@@ -25,8 +25,6 @@ from gblm_compress.settings.fields import (
     budget_of,
 )
 
-WRITTEN = "written"
-"""The name of the text that `generate` writes, in a recipe."""
 MOST_THREADS = 1024
 RuntimeName = Annotated[
     str,

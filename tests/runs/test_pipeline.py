@@ -1,7 +1,6 @@
 """A whole run on a tiny model: artefacts, report, reuse, gates."""
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -211,11 +210,8 @@ def test_a_foreign_file_where_a_stage_writes_is_found_before_the_first(tmp_path,
         for name in ("onnx", "dense-onnx"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "notes.txt").touch()
-        (tmp_path / "written.txt").mkdir()
     with pytest.raises(UsageError, match="cannot be written"):
         pipeline.run(smoke(), tmp_path / "onnx" / "notes.txt" / "out", QUIET)
-    with pytest.raises(UsageError, match=r"written.txt' is a link or no file"):
-        pipeline.run(smoke(*WRITING), tmp_path, QUIET)
     with pytest.raises(UsageError, match=r"(?s)2 faults.*/onnx' exists and was not made.*/dense-onnx' exists"):
         pipeline.run(smoke(), tmp_path, QUIET)
 
@@ -262,47 +258,21 @@ def test_a_stage_is_reused_unless_its_settings_changed(finished) -> None:
     assert not anew["prune"] and anew["export dense-onnx"]
 
 
-WRITING = (
-    "generate={tokens: 2000, sequence_length: 40, batch: 25}", "calibration.dataset=written",
-    "calibration.sequence_length=32", "recover.data=[demo=0.5, written=0.5]", "recover.tokens=1280",
-    "recover.sequence_length=32", "recover.batch=2", "export=[{format: bitmask}]", "benchmark=null", "gates={}",
-)  # fmt: skip
-
-
-NAMES = ["generate", "prune", "recover", "export bitmask", "evaluate recovered", "evaluate bitmask"]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pipeline.RunReport]:
-    output = tmp_path_factory.mktemp("writing") / "run"
-    return output, pipeline.run(smoke(*WRITING), output, QUIET)
-
-
-def test_written_text_is_trained_on_and_the_recovered_model_exported(written) -> None:
-    output, result = written
-    assert [stage.name for stage in result.stages] == NAMES
-    text = output / "written.txt"
-    assert result.stages[0].result["words"] == len(text.read_text().split()) > 100
+def test_own_text_is_trained_on_and_the_recovered_model_exported(tmp_path) -> None:
+    changes = (
+        "calibration.dataset=self", "calibration.sequence_length=32", "recover.data=[demo=0.5, self=0.5]",
+        "recover.tokens=1280", "recover.sequence_length=32", "recover.batch=2", "export=[{format: bitmask}]",
+        "benchmark=null", "gates={}",
+    )  # fmt: skip
+    output = tmp_path / "run"
+    result = pipeline.run(smoke(*changes), output, QUIET)
+    names = ["prune", "recover", "export bitmask", "evaluate recovered", "evaluate bitmask"]
+    assert [stage.name for stage in result.stages] == names and all(reused(smoke(*changes), output).values())
     manifest = json.loads((output / "recovered" / "gblm_manifest.json").read_text())
-    assert manifest["calibration"]["dataset"] == str(text)
-    assert [source["dataset"] for source in manifest["recovery"]["settings"]["data"]] == ["demo", str(text)]
-    assert result.conditions["written"] == "2,000 tokens by the dense model, seed 0"
+    assert manifest["calibration"]["dataset"] == "self"
+    assert [source["dataset"] for source in manifest["recovery"]["settings"]["data"]] == ["demo", "self"]
     manifest = json.loads((output / "bitmask" / "gblm_manifest.json").read_text())
     assert manifest["source_sha256"] == ModelSource("recovered", output / "recovered").fingerprint
-    curve, looks = result.stages[2].result["curve"], result.find("held_out_loss")
+    curve, looks = result.stages[1].result["curve"], result.find("held_out_loss")
     assert [(look.tokens, look.value) for look in looks] == [(s["tokens"], s["held_out"]) for s in curve]
     assert min(looks, key=lambda look: look.value).part == "kept"
-
-
-def test_written_text_is_written_again_where_it_is_gone_or_asked_for_otherwise(written, tmp_path) -> None:
-    output = tmp_path / "run"
-    shutil.copytree(written[0], output)
-    text = output / "written.txt"
-    before, other = text.read_text(), (*WRITING, "generate.seed=1")
-    assert all(reused(smoke(*WRITING), written[0]).values())
-
-    text.unlink()
-    pipeline.run(smoke(*WRITING), output, QUIET)
-    assert text.read_text() == before
-    again = pipeline.run(smoke(*other), output, QUIET)
-    assert text.read_text() != before and not any(stage.reused for stage in again.stages)

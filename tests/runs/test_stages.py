@@ -20,7 +20,6 @@ PARTS = {
     "calibration": {"dataset": "demo", "sequence_length": 64, "samples": 2},
     "evaluate": {"dataset": "demo", "sequence_length": 64},
 }
-WRITTEN = {"calibration": {"dataset": "written", "sequence_length": 64, "samples": 2}}
 
 
 def recipe(**keys) -> Recipe:
@@ -52,8 +51,6 @@ INT4 = {"prune": {"quantise": "int4"}}
         ({"recover": {"sequence_length": 1024}}, "512 positions; recover.sequence_length is 1024"),
         ({**INT4, "export": [{"format": "onnx", "quantise": "int4"}]}, "ONNX Runtime does not have; add --kernels"),
         ({**INT4, "export": [{"format": "bitmask-int4", "group": 32}]}, "grids of 64; leave --group out"),
-        ({"generate": {"starts": "gone.txt"}, **WRITTEN}, "dataset 'gone.txt': no such file"),
-        ({"generate": {"sequence_length": 600}, **WRITTEN}, "512 positions; a piece with its start is 622"),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
         ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it on cpu: nothing would be timed"),
         ({"export": SEMI}, "pattern unstructured is not 2:4"),
@@ -171,14 +168,6 @@ def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatc
     assert outlook(recipe())["unchecked"] == outlook(recipe(calibration={"dataset": "self"}))["unchecked"] == []
     trained = recipe(recover={"data": ["demo", "owner/texts"], "disjoint_from": ["wikitext2"]})
     assert outlook(trained)["unchecked"] == ["dataset owner/texts", "dataset wikitext2"]
-
-
-def test_text_that_a_run_writes_need_not_be_there(progress, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    keys = {"generate": {"starts": "owner/texts"}, "recover": {"data": ["written", "demo"], "sequence_length": 64}}
-    assert faults(progress, **keys, **WRITTEN) == []
-    assert outlook(recipe(**keys, **WRITTEN))["unchecked"] == ["dataset owner/texts"]
-    assert faults(progress, model="owner/model", **keys, **WRITTEN) == []
 
 
 def test_a_hash_of_data_depends_on_its_last_folder_alone(tmp_path: Path) -> None:
