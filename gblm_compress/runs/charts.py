@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
 
-import numpy as np
-
 from gblm_compress.measure.timings import Part
 from gblm_compress.printing import plain_figures, printable
-from gblm_compress.runs.rows import DENSE, LESS_IS_BETTER, Row, amount
+from gblm_compress.runs.rows import LESS_IS_BETTER, Row, amount
 from gblm_compress.runs.run_report import RunReport
 
 GREY = "#7f7f7f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 """Colours that people with each kind of colour blindness tell apart (Okabe and Ito). Grey is for dense."""
+MARKERS = "os^Dv"
 INCHES, DPI = 5.12, 250  # of a picture 1280 pixels wide, whose text can be read at a third of that
 LINE, GAP = 0.17, 0.15  # inches of a line of a label, and between two labels
 LETTERS = 18  # of a line of a label
@@ -125,8 +124,8 @@ def _recovery(report: RunReport) -> Chart | None:
 
 
 @plain_figures()
-def drawn(draw: Callable[[Any], None], height: float, finish: Callable[[Any], None] | None = None) -> bytes:
-    """A picture, `height` inches high besides its labels; `finish` draws what depends on the final places."""
+def drawn(draw: Callable[[Any], None], height: float) -> bytes:
+    """A picture, `height` inches high besides its labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,9 +138,6 @@ def drawn(draw: Callable[[Any], None], height: float, finish: Callable[[Any], No
         columns = max(1, 56 // (6 + max(map(len, legend))))
         figure.set_figheight(0.8 + height + 0.2 * math.ceil(len(legend) / columns))
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1)
-    if finish is not None:
-        figure.draw_without_rendering()
-        finish(axes)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DPI, format="png")
     return picture.getvalue()
@@ -167,41 +163,15 @@ def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0
                 axis.set_minor_locator(NullLocator())
             axes.axhline(points[0][1].baseline, color=GREY, ls="--", lw=1)
         axes.margins(0.15)
-        for (a, b), colour in zip(points, _colours(axes, [a for a, _ in points]), strict=True):
-            axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), fmt="o", color=colour)
+        for (a, b), (marker, colour) in zip(points, product(MARKERS, COLOURS), strict=False):
+            style = {"fmt": marker, "color": GREY if a.dense else colour, "label": _name(a)}
+            axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), **style)
         if front:
             line = best((a.value or 0, front * (b.value or 0)) for a, b in points)
             axes.step([a for a, _ in line], [front * b for _, b in line], where="post", color=GREY, ls="--", lw=1)
         axes.set(xlabel=x, ylabel=y)
 
-    named = [(a.value or 0, b.value or 0, _wrapped(a.artefact)) for a, b in points]
-    return drawn(draw, 2.8, lambda axes: _name(axes, named))
-
-
-def _name(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name (x, y, name) near its point, where it covers no other; a thin line leads to it if it is far."""
-    from matplotlib.transforms import Bbox
-
-    figure = axes.figure
-    room, point = axes.get_window_extent(), figure.dpi / 72
-    places = [axes.transData.transform((x, y)) for x, y, _ in points]
-    taken = [Bbox.from_bounds(x - 4 * point, y - 4 * point, 8 * point, 8 * point) for x, y in places]
-    for (*xy, name), (x, y) in zip(points, places, strict=True):
-        text = axes.annotate(name, xy, xytext=(0, 0), textcoords="offset points", ma="center", in_layout=False)
-        width, height = text.get_window_extent(figure.canvas.get_renderer()).size
-        boxes = [
-            Bbox.from_bounds(x + dx, y + dy, width, height)
-            for far in point * np.arange(5, 200, 15)
-            for dx, dy in product((far, -far - width, -width / 2), (far, -far - height, -height / 2))
-        ]
-        inside = (box for box in boxes if (Bbox.union([box, room]).size <= room.size).all())
-        box = next((box for box in inside if not box.count_overlaps(taken)), boxes[0])
-        taken.append(box)
-        text.set_position((box.min - np.array((x, y))) / point)
-        if boxes.index(box) >= 9:
-            edge = np.clip((x, y), box.min, box.max) - np.array((x, y))
-            line = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0}
-            axes.annotate("", xy, edge / point, textcoords="offset points", arrowprops=line, in_layout=False)
+    return drawn(draw, 2.8)
 
 
 def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -236,17 +206,6 @@ def _tiles(name: str, title: str, rows: Sequence[Row], caption: str) -> Chart | 
     return Chart(name, title, caption, drawn(draw, _height(labels)))
 
 
-def _colours(axes: Any, rows: Sequence[Row]) -> list[str]:
-    """A colour for each row by its runtime, if there are several, or its pattern; dense is grey."""
-    several = "runtime" not in _shared(rows)
-    kinds = [DENSE if row.dense else (several and row.runtime) or row.part or "pruned" for row in rows]
-    others = sorted(set(kinds) - {DENSE})
-    colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(others)} | {DENSE: GREY}
-    for kind in dict.fromkeys(kinds):
-        axes.plot([], [], "o", color=colours[kind], label=printable(kind)[:60])
-    return [colours[kind] for kind in kinds]
-
-
 def _spread(row: Row) -> list[list[float]] | None:
     if row.value is not None and row.low is not None and row.high is not None:
         return [[max(row.value - row.low, 0.0)], [max(row.high - row.value, 0.0)]]
@@ -266,6 +225,10 @@ def _labels(rows: Sequence[Row]) -> list[str]:
         batch = "" if "batch" in shared or row.batch is None else f"batch {row.batch}"
         labels.append(_wrapped(", ".join(filter(None, (row.artefact, row.part, runtime, batch)))))
     return labels
+
+
+def _name(row: Row) -> str:
+    return printable(f"{row.artefact}, {row.part}" if row.part else row.artefact)[:60]
 
 
 def _wrapped(label: str) -> str:
