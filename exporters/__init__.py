@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +22,6 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import outputs, records
-
-if TYPE_CHECKING:
-    from gblm_compress.layouts.values import Floats
 
 START_SECONDS = 8.0  # imports and the runtime's start
 
@@ -113,17 +110,15 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
     return stored if (stored := stored_dtype(source)) in dtypes else dtypes[0]
 
 
-def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
-    """Refuse weights with so few zeros that they would take more bytes packed."""
+def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights with so few zeros that a mask, of a bit for each weight, takes more bytes than they save."""
     total = sum(weight.numel() for weight in weights.values())
     zeros = total - sum(map(count_nonzeros, weights.values()))
     width = 8 * next(iter(weights.values())).element_size()
-    each, nonzero = packed.bits(width)
-    if total * each + (total - zeros) * nonzero >= total * width:
-        pays = 100 * (1 - (width - each) / nonzero)
+    if zeros * width <= total:
         raise UsageError(
             f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
-            f"take more bytes (packing pays from {pays:.1f} %): the model is dense; prune it first"
+            f"take more bytes (packing pays from {100 / width:.1f} %): the model is dense; prune it first"
         )
 
 

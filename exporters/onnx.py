@@ -25,7 +25,6 @@ from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
-from gblm_compress.layouts import LAYOUTS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
@@ -100,7 +99,7 @@ def export(
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     check_nonzeros(source, weights)
     if layers and (settings.sparse or settings.kernels):
-        check_is_pruned(weights, LAYOUTS["bitmask"].kind)
+        check_is_pruned(weights)
     rounded = round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     loaded = _Loaded(source, settings, model, processor, layers, rounded)
     graph = graph_of(model, settings)

@@ -81,7 +81,8 @@ def export(
     if layout.pattern is not None:
         _check_weights(dense, layout.pattern, settings.format)
     check_nonzeros(source, dense)
-    check_is_pruned(dense, kind)
+    if kind.counts and not layout.width:
+        check_is_pruned(dense)
     progress.say("packing …")
     options: dict[str, Any] = {"grids": read_grids(source), "group": settings.group} if layout.width else {}
     tables = None if settings.keep_head else layout.tables

@@ -35,10 +35,6 @@ class Mask(ABC):
         return (count + PADDING,)
 
     @abstractmethod
-    def bits(self, width: int) -> tuple[int, int]:
-        """Bits of every weight, and more bits of every nonzero, for stored weights of `width` bits."""
-
-    @abstractmethod
     def choose(self, weight: Tensor) -> Tensor:
         """Which of [rows, columns] weights, or booleans, are stored; UsageError where the kind has no such mask."""
 
@@ -107,9 +103,6 @@ class Bitmask(Mask):
     def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
         return {self.name: (shape[0], -(-shape[1] // WORD))}
 
-    def bits(self, width: int) -> tuple[int, int]:
-        return 1, width
-
     def choose(self, weight: Tensor) -> Tensor:
         """Everything but +0.0, so that the round trip is exact even for -0.0."""
         if weight.dtype is torch.bool:
@@ -130,9 +123,6 @@ class _TwoOfFour(Mask):
 
     stored = "two of four"
     fills = True
-
-    def bits(self, width: int) -> tuple[int, int]:
-        return 1 + width // 2, 0
 
     def choose(self, weight: Tensor) -> Tensor:
         if violation := Pattern("2:4").first_violation(weight):
@@ -234,9 +224,6 @@ class Whole(Mask):
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         return tuple(shape)
-
-    def bits(self, width: int) -> tuple[int, int]:
-        return width, 0
 
     def choose(self, weight: Tensor) -> Tensor:
         return torch.ones_like(weight, dtype=torch.bool)

@@ -42,10 +42,6 @@ class Floats:
         self.names: tuple[str, ...] = (*((mask.name,) if mask.name else ()), "values")
         self.sizes: tuple[str, ...] = (self.counted,) if self.counts else ()
 
-    def bits(self, width: int) -> tuple[int, int]:
-        """Bits of every weight, and more bits of every nonzero, for a dense weight of `width` bits."""
-        return self.mask.bits(self.width or width)
-
     def empty(self, shape: Shape, dtype: torch.dtype, device: str | None, sizes: dict[str, Any]) -> dict[str, Tensor]:
         """Empty buffers, in order of `names`; ModelError for impossible sizes."""
         count, most = sizes.get(self.counted, 0), shape[0] * (shape[1] + bool(self.width))

@@ -42,22 +42,8 @@ class Chart:
     picture: bytes
 
 
-def short_names(report: RunReport) -> dict[str, str]:
-    """{artefact: its name in charts}, without the words that the names of all exports share, as far as all differ."""
-    words = {row.artefact: row.artefact.split("-") for row in report.find("bytes")}
-    exports = [name for name, own in words.items() if len(own) > 1]
-    for word in words[exports[0]] if len(exports) > 1 else []:
-        without = {name: [each for each in own if each != word] for name, own in words.items()}
-        unlike = len({tuple(own) for own in without.values() if own}) == len(words)
-        if unlike and all(word in words[name] for name in exports):
-            words = without
-    return {name: "-".join(own) for name, own in words.items() if "-".join(own) != name}
-
-
 def of(report: RunReport) -> list[Chart]:
     """The charts that a report has data for, unless all values are alike."""
-    short = short_names(report)
-    report = replace(report, rows=[replace(row, artefact=short.get(row.artefact, row.artefact)) for row in report.rows])
     sizes = [replace(row, value=(row.value or 0) / 1e6) for row in report.find("bytes")]
     figure, axis = ("tpot_ms", "ms per token") if report.generates else ("ttft_ms", "ms per forward pass")
     times = [row for row in report.find(figure) if row.batch == report.smallest_batch]
@@ -92,7 +78,7 @@ def _step(report: RunReport) -> Chart | None:
     rows = [row for row in report.find("step_ms") if row.batch == report.smallest_batch]
     if not rows:
         return None
-    where = dict(zip(rows, _labels([replace(row, part="") for row in rows]), strict=True))
+    where = {row: _wrapped(row.artefact) for row in rows}
     labels = list(dict.fromkeys(where.values()))
 
     def draw(axes: Any) -> None:
@@ -210,21 +196,6 @@ def _spread(row: Row) -> list[list[float]] | None:
     if row.value is not None and row.low is not None and row.high is not None:
         return [[max(row.value - row.low, 0.0)], [max(row.high - row.value, 0.0)]]
     return None if row.error is None else [[row.error], [row.error]]
-
-
-def _shared(rows: Sequence[Row]) -> dict[str, str]:
-    """The runtime and the batch that all rows have in common: the axis names them, not every label."""
-    words = {"runtime": {row.runtime for row in rows}, "batch": {f"batch {row.batch}" for row in rows}}
-    return {name: each.pop() for name, each in words.items() if len(each) == 1 and rows[0].runtime}
-
-
-def _labels(rows: Sequence[Row]) -> list[str]:
-    shared, labels = _shared(rows), []
-    for row in rows:
-        runtime = "" if "runtime" in shared else row.runtime
-        batch = "" if "batch" in shared or row.batch is None else f"batch {row.batch}"
-        labels.append(_wrapped(", ".join(filter(None, (row.artefact, row.part, runtime, batch)))))
-    return labels
 
 
 def _name(row: Row) -> str:

@@ -73,7 +73,6 @@ def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence
         title=f"{report.model}: {report.method}",
         word=pass_or_fail(report),
         verdict=verdict(report),
-        names=charts.short_names(report),
         subtitle=f"gblm-compress {report.environment.get('gblm_compress', '')}, finished {finished} UTC",
         charts=[(chart, base64.b64encode(chart.picture).decode()) for chart in shown],
         tables=[*([changed] if changed else []), *tables.of(report)],

@@ -330,36 +330,32 @@ def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
         path = next((file for file in _idx_files(path) if file.name.startswith(part)), path)
         if path.is_dir():
             raise DataError(f"dataset {source!r} has no part for {role}: no file {part}images-idx3-ubyte")
-    (count, height, width), pixels = _idx(path, source, dimensions=3)
-    beside = _labels_beside(path)
-    labels: Sequence[Label] = [None] * count
+    pixels, labels, beside = _idx(path, source, dimensions=3), None, _labels_beside(path)
     if beside is not None:
-        (labelled,), labels = _idx(beside, source, dimensions=1)
-        if labelled != count:
-            raise DataError(f"dataset {source!r}: {count} images in {path.name}, {labelled} labels in {beside.name}")
-    size = height * width
+        labels = _idx(beside, source, dimensions=1)
+        if len(labels) != len(pixels):
+            counts = f"{len(pixels)} images in {path.name}, {len(labels)} labels in {beside.name}"
+            raise DataError(f"dataset {source!r}: {counts}")
+    return [
+        Picture(
+            f"image {number} of {str(path)!r}",
+            None if labels is None else int(labels[number]),
+            partial(Image.fromarray, pixels[number]),
+        )
+        for number in range(len(pixels))
+    ]
 
-    def image(number: int) -> Picture:
-        at = slice(number * size, (number + 1) * size)
-        where = f"image {number} of {str(path)!r}"
-        return Picture(where, labels[number], lambda: Image.frombytes("L", (width, height), pixels[at]))
 
-    return [image(number) for number in range(count)]
+def _idx(path: Path, source: str, dimensions: int) -> Any:
+    """The numbers of an IDX file in uint8: bytes 0, 0, 8 (the type) and dimensions, big-endian sizes, the numbers."""
+    import numpy
 
-
-def _idx(path: Path, source: str, dimensions: int) -> tuple[tuple[int, ...], bytes]:
-    """Sizes and numbers of an IDX file: bytes 0, 0, 8 (the type) and dimensions, big-endian sizes, the numbers."""
     where = f"dataset {source!r}: {path.name}"
     with text.reading(source), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        head = file.read(4 + 4 * dimensions)
-        if head[:4] != bytes([0, 0, 8, dimensions]) or len(head) < 4 + 4 * dimensions:
+        if file.read(4) != bytes([0, 0, 8, dimensions]):
             raise DataError(f"{where} is no IDX file of bytes in {dimensions} dimensions")
-        sizes = struct.unpack(f">{dimensions}I", head[4:])
+        sizes = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
         numbers, shape = math.prod(sizes), "×".join(map(str, sizes))
         if not 0 < numbers <= LARGEST_IDX:
             raise DataError(f"{where} says that it holds {shape} numbers; 1 to {LARGEST_IDX:,} can be read")
-        content = file.read(numbers + 1)
-    if len(content) != numbers:
-        held = "more" if len(content) > numbers else f"{len(content):,}"
-        raise DataError(f"{where} says that it holds {shape} numbers, and holds {held}; give whole files")
-    return sizes, content
+        return numpy.frombuffer(file.read(numbers), numpy.uint8).reshape(sizes)

@@ -207,7 +207,7 @@ def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size,
 def test_an_export_is_not_pruned_inspected_or_exported_again(exported, tmp_path, progress) -> None:
     folder, out = exported("bitmask")[1], tmp_path / "x"
     for refused in (
-        lambda: inspect(folder, None, progress),
+        lambda: inspect(folder, progress),
         lambda: export(folder, out, format="onnx"),
         lambda: prune(folder, out, PruneSettings(method="magnitude", fit="none")),
     ):

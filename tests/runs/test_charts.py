@@ -94,18 +94,6 @@ def test_no_text_of_a_chart_is_cut_or_covers_another(name, monkeypatch) -> None:
             assert not its_box.padded(-1).overlaps(other_box.padded(-1)), (one, other)
 
 
-def test_names_are_short_where_that_leaves_them_different() -> None:
-    def named(*names: str) -> dict[str, str]:
-        return charts.short_names(report(rows=measured(*(model(name, None, 1000, None) for name in names))))
-
-    assert named("dense", "pruned", "dense-onnx-quantise-int8", "onnx-kernels-quantise-int8") == {
-        "dense-onnx-quantise-int8": "dense-int8", "onnx-kernels-quantise-int8": "kernels-int8"
-    }  # fmt: skip
-    assert named("dense", "dense-onnx", "onnx") == named("dense", "bitmask-int8") == {}
-    assert named("onnx-kernels-int8", "onnx-kernels-int4") == {"onnx-kernels-int8": "int8", "onnx-kernels-int4": "int4"}
-    assert named("dense", "dense-onnx", "onnx-kernels", "bitmask-int8") == {}
-
-
 def test_zeros_that_are_alike_in_all_layers_are_no_chart() -> None:
     def drawn(nonzeros: int) -> list[str]:
         layers = {f"layers.{block}.up": {"shape": [64, 64], "nonzeros": nonzeros * block} for block in (1, 2)}
