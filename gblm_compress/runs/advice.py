@@ -96,8 +96,8 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
                 advance()
     if not predictions:
         raise UsageError(f"nothing can be made of {source.name!r} here: {next(iter(left_out.values()))}")
-    predictions.sort(key=lambda each: _cost(each, settings.target))
-    said = tuple(sentences(predictions, settings.target))
+    predictions.sort(key=lambda each: each.ms_per_token)
+    said = tuple(sentences(predictions))
     return Advice(tuple(predictions), left_out, said, len(blocks), time.monotonic() - start)
 
 
@@ -159,25 +159,20 @@ def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[
     return Spread.of(spent[WARM_UP:])
 
 
-def _cost(prediction: Prediction, target: str) -> float:
-    return prediction.bytes if target == "bytes" else prediction.ms_per_token
-
-
-def sentences(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
-    """The advice in words; the best prediction comes first."""
+def sentences(predictions: Sequence[Prediction]) -> Iterator[str]:
+    """The advice in words; the fastest prediction comes first."""
     kinds = ("pruned", "dense", "quantised")
     pruned, dense, quantised = (next((p for p in predictions if p.kind == kind), None) for kind in kinds)
     rival = next((each for each in predictions if each.kind != "pruned"), None)
 
     def gains(one: Prediction, other: Prediction) -> bool:
-        return _cost(other, target) / _cost(one, target) >= WORTH
+        return other.ms_per_token / one.ms_per_token >= WORTH
 
     def against(one: Prediction, other: Prediction) -> str:
-        if target == "latency" and one.high >= other.low:
+        if one.high >= other.low:
             ranges = " and ".join(f"{each.name} {each.low:.1f}–{each.high:.1f}" for each in (one, other))
             return f"cannot tell, for the ranges overlap: {ranges} ms per token; ask again, or measure with `benchmark`"
-        what = "bytes" if target == "bytes" else "time"
-        return f"{one.name} needs {_cost(one, target) / _cost(other, target):.2f} times the {what} of {other.name}"
+        return f"{one.name} needs {one.ms_per_token / other.ms_per_token:.2f} times the time of {other.name}"
 
     if pruned and rival and gains(pruned, rival):
         yield f"Does pruning pay here? {against(pruned, rival)}. `evaluate` tells what it costs in quality."

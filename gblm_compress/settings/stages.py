@@ -166,9 +166,6 @@ class ExportSettings(Settings):
 class AdviseSettings(Settings):
     """What to predict."""
 
-    target: Literal["bytes", "latency"] = Field(
-        "latency", description="What matters most: bytes of the weights, or latency (time per token)."
-    )
     pattern: PatternName = Field("unstructured", description=f"Where the zeros go: {WHERE_ZEROS_GO}.")
     sparsity: Fraction | None = Field(None, description=SPARSITY)
     blocks: Annotated[int | None, Panel.MORE] = Field(

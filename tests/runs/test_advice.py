@@ -34,7 +34,7 @@ def written(folder, family: str = "llama", **config) -> ModelSource:
 def test_sizes_are_those_of_the_whole_models_artefacts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(advice, "WAYS", SMALL | {"no way": ("pruned", "auto", {"format": "semi-structured"})})
     model = written(tmp_path / "model", num_hidden_layers=6)
-    found = advise(model, AdviseSettings(target="bytes", blocks=3), progress=QUIET)
+    found = advise(model, AdviseSettings(blocks=3), progress=QUIET)
     assert found.blocks == 6
     chosen = PruneSettings(method="magnitude", fit="none")
     prune(model, tmp_path / "pruned", chosen, CalibrationSettings(), progress=QUIET)
@@ -46,7 +46,7 @@ def test_sizes_are_those_of_the_whole_models_artefacts(tmp_path, monkeypatch) ->
     assert predicted.keys() == sizes.keys()
     for name, size in sizes.items():
         assert predicted[name] == pytest.approx(size, rel=0.005), name  # headers of files are not quite linear
-    assert [p.bytes for p in found.predictions] == sorted(p.bytes for p in found.predictions)
+    assert [p.ms_per_token for p in found.predictions] == sorted(p.ms_per_token for p in found.predictions)
     assert all(p.low <= p.ms_per_token <= p.high for p in found.predictions)
     assert "2:4" in found.left_out["no way"]
     json.dumps(found.as_dict())
@@ -59,7 +59,6 @@ def predictions(times: tuple[float, float, float], spread: float) -> list[Predic
 
 
 PAYS = "Does pruning pay here? "
-NEEDS = f"{PAYS}pruned needs 0.67 times the bytes of quantised. `evaluate`"
 CANNOT_TELL = (
     f"{PAYS}cannot tell, for the ranges overlap: pruned 2.9–5.6 and quantised 4.3–8.4 ms per token; ask again, or "
     "measure with `benchmark`."
@@ -67,18 +66,16 @@ CANNOT_TELL = (
 
 
 @pytest.mark.parametrize(
-    ("times", "spread", "target", "said"),
+    ("times", "spread", "said"),
     [
-        ((10, 6, 4), 1.1, "latency", f"{PAYS}pruned needs 0.67 times the time of quantised. `evaluate`"),
-        ((10, 6, 4), 1.1, "bytes", NEEDS),
-        ((10, 6, 4), 1.4, "bytes", NEEDS),
-        ((10, 6, 4), 1.4, "latency", CANNOT_TELL),
-        ((10, 6, 5.9), 1.1, "latency", "Does quantisation alone pay here? quantised needs 0.60 times the"),
-        ((10, 9.5, 9.9), 1.01, "latency", "Leave the model as it is: nothing needs clearly less than quantised."),
+        ((10, 6, 4), 1.1, f"{PAYS}pruned needs 0.67 times the time of quantised. `evaluate`"),
+        ((10, 6, 4), 1.4, CANNOT_TELL),
+        ((10, 6, 5.9), 1.1, "Does quantisation alone pay here? quantised needs 0.60 times the"),
+        ((10, 9.5, 9.9), 1.01, "Leave the model as it is: nothing needs clearly less than quantised."),
     ],
 )
-def test_the_words_follow_from_the_figures_and_their_ranges(times, spread, target, said) -> None:
-    assert next(sentences(predictions(times, spread), target)).startswith(said)
+def test_the_words_follow_from_the_figures_and_their_ranges(times, spread, said) -> None:
+    assert next(sentences(predictions(times, spread))).startswith(said)
 
 
 def test_a_model_of_few_positions_or_one_block(tmp_path, monkeypatch) -> None:
