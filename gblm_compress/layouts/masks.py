@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import masks
-from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts, words
+from gblm_compress.kernels.masks import PADDING, WORD, bits
 from gblm_compress.layouts.packed import check_tensor
 from gblm_compress.methods.patterns import Pattern
 
@@ -59,21 +59,6 @@ class Mask(ABC):
         """The dense matrix of values [stored]."""
         alive = bits(self.to_words(buffer), columns)
         return values.new_zeros(alive.shape).masked_scatter_(alive, values)
-
-    def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
-        """Buffer and values [stored] of ranges of rows and columns; UsageError where the kind cannot be cut there."""
-        mask = self.to_words(buffer)
-        counts = row_counts(mask)
-        first = int(counts[: rows.start].sum())
-        mask, counts = mask[rows.start : rows.stop], counts[rows.start : rows.stop]
-        values = values[first : first + int(counts.sum())]
-        if columns != range(shape[1]):
-            alive = bits(mask, shape[1])
-            kept = torch.zeros(shape[1], dtype=torch.bool, device=mask.device)
-            kept[columns.start : columns.stop] = True
-            values = values[kept.expand_as(alive)[alive]]
-            mask = words(alive[:, columns.start : columns.stop])
-        return self.from_words(mask.clone(), len(columns)), values.clone()
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
         """ModelError, beginning with the buffer's name, where it is no mask of a matrix of that shape."""
@@ -131,13 +116,6 @@ class _TwoOfFour(Mask):
         # Stable, so that nonzeros come first and each kind stays in order.
         chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, chosen, True).reshape(weight.shape)
-
-    def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
-        if columns.start % 4 or columns.stop % 4:
-            raise UsageError(
-                f"columns {columns.start} to {columns.stop - 1}: a 2:4 layout can be cut at multiples of 4 only"
-            )
-        return super().cut(buffer, values, shape, rows, columns)
 
     def _check_groups(self, shape: Shape) -> None:
         if shape[1] % 4:
@@ -230,7 +208,3 @@ class Whole(Mask):
 
     def spread(self, buffer: Tensor, values: Tensor, columns: int) -> Tensor:
         return values.reshape(-1, columns)
-
-    def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
-        part = values.reshape(tuple(shape))[rows.start : rows.stop, columns.start : columns.stop]
-        return buffer, part.clone().flatten()

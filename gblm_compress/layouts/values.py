@@ -74,11 +74,8 @@ class Floats:
         return {**others, "values": self.mask.hold(values, (sum(heights), columns))}
 
     def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        """A copy of ranges of rows and columns; UsageError where the layout cannot be cut there."""
-        others = [name for name in self.names if name not in (self.mask.name, "values")]
-        buffer, codes = self.mask.cut(self.places(held), self._codes(held), shape, rows, columns)
-        part = self._hold(buffer, self._stored(codes, buffer), (len(rows), len(columns)))
-        return {**{name: held[name][rows.start : rows.stop].clone() for name in others}, **part}
+        """Ranges of rows and columns, packed anew; UsageError where the layout cannot be cut there."""
+        return self.pack(self._part(held, shape, rows, columns))
 
     def check(self, held: Held, shape: Shape, group: int | None) -> None:
         """ModelError, beginning with a buffer's name, where kernels must not read the buffers.
@@ -111,12 +108,10 @@ class Floats:
     def _hold(self, buffer: Tensor, values: Tensor, shape: Shape) -> dict[str, Tensor]:
         return {**({self.mask.name: buffer} if self.mask.name else {}), "values": self.mask.hold(values, shape)}
 
-    def _codes(self, held: Held) -> Tensor:
-        """What is stored for each weight [stored], one to an element."""
-        return self.mask.flat(held["values"])
-
-    def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
-        return codes
+    def _part(self, held: Held, shape: Shape, rows: range, columns: range) -> Tensor:
+        """The dense weight of ranges of rows and columns."""
+        weight = self.unpack(held, shape[1], torch.float32)
+        return weight[rows.start : rows.stop, columns.start : columns.stop].contiguous()
 
     def _count(self, mask: Tensor) -> int:
         return int(row_counts(mask).sum())
@@ -192,6 +187,9 @@ class Levels(Floats):
     def _codes_of(self, levels: Tensor, table: Tensor) -> Tensor:
         return levels
 
+    def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
+        return codes
+
     def levels_of(self, held: Held, columns: int) -> Tensor:
         """All levels [rows, columns] in int8; zeros where none is stored."""
         return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
@@ -208,17 +206,17 @@ class Levels(Floats):
         return super().stack(parts, heights, columns)
 
     def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        group = group_of(shape[1], held["scales"].shape[1])
-        if group is None or columns == range(shape[1]):
-            return super().cut(held, shape, rows, columns)
-        if columns.start % group or (columns.stop % group and columns.stop != shape[1]):
-            raise UsageError(
-                f"columns {columns.start} to {columns.stop - 1}: scales are shared by {group} columns, and the layout "
-                "can be cut at multiples of that only"
-            )
-        part = super().cut(held, shape, rows, columns)
-        scales = part["scales"][:, columns.start // group : -(-columns.stop // group)]
-        return {**part, "scales": scales.contiguous()}
+        scales = held["scales"].view(torch.float16)[rows.start : rows.stop]
+        group = group_of(shape[1], scales.shape[1])
+        if group is not None:
+            if columns.start % group or (columns.stop % group and columns.stop != shape[1]):
+                raise UsageError(
+                    f"columns {columns.start} to {columns.stop - 1}: scales are shared by {group} columns, and the "
+                    "layout can be cut at multiples of that only"
+                )
+            scales = scales[:, columns.start // group : -(-columns.stop // group)]
+        grid = Grid(scales.clone(), self.table(held).clone(), group)  # not parts of a mapped file
+        return self.pack(self._part(held, shape, rows, columns), grid=grid)
 
     def check(self, held: Held, shape: Shape, group: int | None) -> None:
         self.check_values(held, shape, (self.dtype,))
@@ -293,9 +291,6 @@ class Places(Levels):
     def _codes_of(self, levels: Tensor, table: Tensor) -> Tensor:
         return torch.searchsorted(table, levels.contiguous()).to(torch.uint8)
 
-    def _codes(self, held: Held) -> Tensor:
-        return unpack_places(self.mask.to_words(self.places(held)), held["values"])
-
     def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
         return pack_places(self.mask.to_words(buffer), codes)
 
@@ -317,10 +312,6 @@ class Places(Levels):
             return {**whole, "levels": tables[0].clone()}
         rows = [table.expand(count, -1) for table, count in zip(tables, heights, strict=True)]
         return {**whole, "levels": torch.cat(rows)}
-
-    def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        table = held["levels"] if len(held["levels"]) == 1 else held["levels"][rows.start : rows.stop]
-        return {**super().cut(held, shape, rows, columns), "levels": table.clone()}
 
     def _check_levels(self, held: Held, shape: Shape) -> None:
         levels = held["levels"]

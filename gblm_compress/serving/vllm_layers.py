@@ -89,7 +89,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """How vLLM fills and runs a layer that is packed, in part at least.
 
     A part is one layer of the folder. When its tensors are there, the share of this process is cut out and stays
-    packed: no mapped file is held, and no dense weight is made.
+    packed. No mapped file is held, and one layer at a time is dense.
     """
 
     def __init__(self, layout: str, prefix: str, described: list[dict[str, Any]]) -> None:
