@@ -3,8 +3,8 @@
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 SAMPLE_EVERY_S = 0.02
@@ -20,16 +20,14 @@ class PeakMemory:
     """The highest value seen, valid once the `with` has ended."""
 
     peak_bytes: int = 0
-    at_work: Callable[[], AbstractContextManager[None]] = nullcontext  # around each piece of the work, in turn
 
 
 @contextmanager
-def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
+def peak_memory(device: str) -> Iterator[PeakMemory]:
     """Measure the peak while the `with` runs.
 
     On a CPU the resident set is sampled every 20 ms: the kernel's own high-water mark covers the whole process. On CUDA
-    torch counts what it allocates. For other libraries (not `of_torch`) the loss of free memory is sampled while
-    `at_work` runs, other programs included.
+    torch counts what it allocates.
     """
     result = PeakMemory()
     if device.startswith("cuda"):
@@ -37,50 +35,26 @@ def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
 
         # The counter of a device with a number does not wake CUDA.
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        if of_torch:
-            torch.cuda.reset_peak_memory_stats(device)
-            yield result
-            result.peak_bytes = torch.cuda.max_memory_allocated(device)
-            return
-        held = 0  # by this process, where several take turns to work on the device
-
-        def free() -> int:
-            return int(torch.cuda.mem_get_info(device)[0])
-
-        @contextmanager
-        def at_work() -> Iterator[None]:
-            nonlocal held
-            before, kept = free(), held
-            with _sampled(lambda: kept + before - free(), result):
-                yield
-            held += before - free()
-
-        result.at_work = at_work
+        torch.cuda.reset_peak_memory_stats(device)
         yield result
+        result.peak_bytes = torch.cuda.max_memory_allocated(device)
         return
     import psutil
 
-    process = psutil.Process()
-    with _sampled(lambda: process.memory_info().rss, result):
-        yield result
-
-
-@contextmanager
-def _sampled(taken: Callable[[], int], result: PeakMemory) -> Iterator[None]:
-    done = threading.Event()
+    process, done = psutil.Process(), threading.Event()
 
     def watch() -> None:
         while not done.wait(SAMPLE_EVERY_S):
-            result.peak_bytes = max(result.peak_bytes, taken())
+            result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield result
     finally:
         done.set()
         watcher.join()
-        result.peak_bytes = max(result.peak_bytes, taken())
+        result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
 
 
 def free_memory(device: str) -> int:

@@ -289,13 +289,13 @@ def _answers() -> Iterator[dict[str, Any]]:
     setup = json.loads(sys.stdin.readline())
     source = ModelSource(setup["name"], Path(setup["folder"]))
     task = loading.task_of(source)
-    with peak_memory(setup["device"], of_torch=setup["runtime"] == "torch") as memory:
+    # Other runtimes do not say what they take of a GPU: of them the process's own memory counts.
+    with peak_memory(setup["device"] if setup["runtime"] == "torch" else "cpu") as memory:
         passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
         where = setup["dtype"], setup["device"], setup["threads"]
-        with memory.at_work():
-            start = time.perf_counter()
-            runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes, generate=setup["generate"])
-            loaded = time.perf_counter() - start
+        start = time.perf_counter()
+        runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes, generate=setup["generate"])
+        loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
         if task.generates:
             timed = partial(generate, runtime, vocabulary(source), prompt=setup["prompt"], generate=setup["generate"])
@@ -307,9 +307,7 @@ def _answers() -> Iterator[dict[str, Any]]:
             request = json.loads(line)
             if request.get("finish"):
                 break
-            with memory.at_work():
-                done = timed(**request)
-            yield done
+            yield timed(**request)
     yield {"peak_memory_bytes": memory.peak_bytes}
 
 

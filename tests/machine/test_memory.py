@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -35,29 +34,6 @@ def test_pages_of_freed_tensors_are_used_again_in_a_process_of_our_own_and_given
     elsewhere, within, after = map(int, ran.stdout.split())
     # 20 tensors of 64 MiB: each of the 16,384 pages of one comes once, or every time.
     assert within < 2 * 16_384 < 10 * 16_384 < min(elsewhere, after)
-
-
-def test_on_cuda_those_who_take_turns_count_what_each_takes(monkeypatch) -> None:
-    free = [1000]
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1000))
-
-    def work(memory, most: int, stays: int) -> None:
-        with memory.at_work():
-            free[0] -= most
-            time.sleep(0.1)
-            free[0] += most - stays
-
-    with peak_memory("cuda:1", of_torch=False) as dense, peak_memory("cuda:1", of_torch=False) as pruned:
-        for memory, most, stays in (
-            (dense, 150, 100),
-            (pruned, 60, 50),
-            (dense, 30, 0),
-            (pruned, 40, 10),
-            (dense, 60, 0),
-        ):
-            work(memory, most, stays)
-    assert (dense.peak_bytes, pruned.peak_bytes) == (160, 90)
 
 
 def test_cuda_is_awake_before_its_counter_is_set_back(monkeypatch) -> None:
