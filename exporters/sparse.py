@@ -50,18 +50,6 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
             raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which export to {settings.format} needs")
 
 
-def _check_weights(weights: Mapping[str, Tensor], needed: str, format: str) -> None:
-    pattern = Pattern(needed)
-    broken = {name: violation for name, weight in weights.items() if (violation := pattern.first_violation(weight))}
-    if broken:
-        listed = "\n".join(f"  {name}: {violation}" for name, violation in list(broken.items())[:5])
-        more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UsageError(
-            f"{len(broken)} of {len(weights)} layers are not {needed}, which {format} needs:\n{listed}{more}\n"
-            f"prune with `--pattern {needed}` first"
-        )
-
-
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
@@ -78,8 +66,6 @@ def export(
     layout_name = FORMATS[settings.format].layout or ""
     layout = LAYOUTS[layout_name]
     kind = layout.kind
-    if layout.pattern is not None:
-        _check_weights(dense, layout.pattern, settings.format)
     check_nonzeros(source, dense)
     if kind.counts and not layout.width:
         check_is_pruned(dense)

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.layouts import LAYOUTS, check_described
 from gblm_compress.layouts.packed_linear import OWN, PackedEmbedding, PackedLinear
 from gblm_compress.methods.quantisation import Grid
@@ -169,6 +169,9 @@ def pack_(
                 exact.append(name)
         except ModelError as error:
             raise ModelError(f"{name}.{error}") from error
+        except UsageError as error:
+            pattern = LAYOUTS[layout].pattern
+            raise UsageError(f"{name}: {error}; prune with `--pattern {pattern}` first") from error
         packed.transposed = is_transposed(dense)
         model.set_submodule(name, packed)
         layers[name] = _described(packed, layout)
