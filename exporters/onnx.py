@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -101,32 +101,26 @@ def export(
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned(weights)
     rounded = round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
-    loaded = _Loaded(source, settings, model, processor, layers, rounded)
+    loaded = source, settings, model, processor, layers, rounded
+    write = partial(_write, *loaded, output, force=force, progress=progress)
     graph = graph_of(model, settings)
     try:
-        return _write(loaded, output, graph, force=force, progress=progress)
+        return write(graph)
     except ModelError as error:
         if settings.graph or graph == "plain" or is_out_of_memory(error):
             raise
         reason = first_line(error)
     progress.say(f"the plain graph takes the place of the fused one: {reason}")
-    return _write(loaded, output, "plain", reason, force=force, progress=progress)
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A model whose weights are sound, and rounded with `quantise`; those of `layers` were pruned."""
-
-    source: ModelSource
-    settings: ExportSettings
-    model: Any
-    processor: Any
-    layers: list[str]
-    rounded: Rounded | None
+    return write("plain", reason)
 
 
 def _write(
-    loaded: _Loaded,
+    source: ModelSource,
+    settings: ExportSettings,
+    model: Any,
+    processor: Any,
+    layers: list[str],
+    rounded: Rounded | None,
     output: Path,
     graph: str,
     why_not_fused: str | None = None,
@@ -134,9 +128,7 @@ def _write(
     force: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write the verified folder with a fused or plain graph, and return the checks."""
-    source, settings, model, processor = loaded.source, loaded.settings, loaded.model, loaded.processor
-    layers, rounded = loaded.layers, loaded.rounded
+    """Write the verified folder of a model whose `layers` were pruned, with a fused or plain graph; the checks."""
     task, stored = loading.task_of(source), dtype_of(source, settings)
     half = settings.kernels and stored == "float16"  # of the weights only: the arithmetic is float32
     dtype = "float32" if half else stored
