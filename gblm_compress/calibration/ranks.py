@@ -6,6 +6,7 @@ alone writes.
 
 import json
 import os
+import re
 import sys
 import threading
 import zlib
@@ -90,9 +91,10 @@ class Ranks:
         try:
             act(*arguments)
         except RuntimeError as error:
-            raise RankError(self.lost(first_line(error))) from error
+            raise RankError(self.lost(error)) from error
 
-    def lost(self, why: str) -> str:
+    def lost(self, error: RuntimeError) -> str:
+        why = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # gloo says where in its code, and more
         return (
             f"rank {self.rank} of {self.size}: another process of the run ended or does not answer ({why}); its own "
             "message is further up. The same command with --resume goes on from what is kept"
@@ -137,7 +139,7 @@ def _watch(ranks: Ranks, group: distributed.ProcessGroup, leaves: threading.Even
             distributed.all_reduce(left, group=group)
     except RuntimeError as error:
         if not leaves.wait(NOTICED):
-            print(f"error: {ranks.lost(first_line(error))}", file=sys.stderr, flush=True)
+            print(f"error: {ranks.lost(error)}", file=sys.stderr, flush=True)
             os._exit(RankError.exit_code)
 
 
