@@ -51,6 +51,7 @@ from gblm_compress.models.packed_checkpoint import pack_
 from gblm_compress.progress import Progress
 
 SIZE, ROTATE_BYTES = 4096, 1 << 30
+PAUSE_S = 0.3  # in which the threads of the runtime before stop spinning
 
 
 def interleaved(candidates: dict[str, Callable[[int], Any]], rounds: int, calls: int) -> dict[str, float]:
@@ -203,6 +204,7 @@ def generations(
     tokens: dict[str, list[Any]] = {}
     for number in range(rounds + 1):
         for name, runtime in runtimes.items():
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             token, cache = runtime.prefill(ids)
             first = time.perf_counter()
