@@ -26,6 +26,10 @@ ERRORS = (
     "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, on "
     "the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
 )
+LOSS = (
+    "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the training "
+    "weighs it, on text that the training does not see: lower is better. The filled dot was kept."
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def of(report: RunReport) -> list[Chart]:
         _step(report),
         _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS),
         _tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
+        _recovery(report),
     )
     return [chart for chart in made if chart is not None]
 
@@ -101,6 +106,17 @@ def _step(report: RunReport) -> Chart | None:
         of_what = "a step on one token, profiled apart from the timings and without a prompt"
     what = f"Milliseconds of each part of {of_what}. Zeros shorten the products; attention, norms and the rest stay."
     return Chart("step", title, what, drawn(draw, _height(labels)))
+
+
+def _recovery(report: RunReport) -> Chart | None:
+    rows = report.find("held_out_loss")
+
+    def draw(axes: Any) -> None:
+        for shown, face in ((rows, "white"), ([row for row in rows if row.part == "kept"], COLOURS[0])):
+            axes.plot([row.tokens for row in shown], [row.value for row in shown], "o-", color=COLOURS[0], mfc=face)
+        axes.set(xlabel="tokens trained on", ylabel="nats per token")
+
+    return Chart("recovery", "Learning curve", LOSS, drawn(draw, 2.4)) if len(rows) > 1 else None
 
 
 @plain_figures()

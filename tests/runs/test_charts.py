@@ -28,7 +28,7 @@ def test_the_front_is_what_a_plain_loop_finds() -> None:
 def test_the_charts_that_there_is_data_for(name) -> None:
     drawn = charts.of(report(name))
     assert [chart.name for chart in drawn] == [
-        "quality-bytes", "quality-time", "step", "output-error",
+        "quality-bytes", "quality-time", "step", "output-error", "recovery",
     ]  # fmt: skip
     for chart in drawn:
         with Image.open(io.BytesIO(chart.picture)) as picture:
@@ -64,6 +64,8 @@ def test_what_is_drawn_is_what_was_measured(monkeypatch) -> None:
     assert given("quality-bytes", "errorbar") == [(1.0, 20.0), (1.0, 24.0), (0.6, 24.0)]
     assert given("quality-bytes", "step") == [([0.6, 1.0], [24.0, 20.0])]
     assert given("step", "barh") == [([0, 1, 2], [10.0, 9.75, 5.0]), ([0, 1, 2], [5.0, 4.875, 2.5])]
+    curve, kept = given("recovery", "plot")
+    assert curve[:2] == ([0, 4000, 8000, 12_000], [0.9, 0.5, 0.4, 0.45]) and kept[:2] == ([8000], [0.4])
 
 
 @pytest.mark.parametrize("name", ["onnx-kernels-quantise-int8", "a-name-of-an-export-that-is-rather-long"])
@@ -84,7 +86,7 @@ def test_no_text_of_a_chart_is_cut_or_covers_another(name, monkeypatch) -> None:
     names = ["bitmask-int8", *(f"{name}-{number}" for number in range(6))]
     many = [model(each, 10.0 + n / 2, 600_000 + 9000 * n, 24.0 - n / 4) for n, each in enumerate(names)]
     charts.of(report(name, rows=[*measured(models()[0], *many), *results(name)]))
-    assert len(found) == 4
+    assert len(found) == 5
     for paper, texts in found:
         for text, box in texts:
             assert Bbox.union([box, paper]).extents == pytest.approx(paper.extents, abs=1), text
