@@ -211,6 +211,7 @@ def compare(c: dict[str, Any]) -> list[Any]:
     return [
         _table(columns, c["rows"]),
         f"dense: perplexity {c['dense_perplexity']:.2f}{note and f'; {note}'}",
+        f"plot: {c['plot']}",
     ]
 
 

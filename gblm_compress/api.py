@@ -224,7 +224,7 @@ def evaluate(
 @command
 def compare(
     model: Model,
-    output: Annotated[FileName, "Folder of the records and the table."] = "comparison",
+    output: Annotated[FileName, "Folder of the records, table and plot."] = "comparison",
     *,
     settings: CompareSettings,
     text: Annotated[CalibrationSettings, {"dataset": "calibration", "seed": None}],

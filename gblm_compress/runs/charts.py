@@ -69,19 +69,9 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
     points = [(row, found[row.artefact]) for row in rows if row.artefact in found]
     if len(points) < 2:
         return None
-    sign = 1 if less else -1
-
-    def draw(axes: Any) -> None:
-        axes.margins(0.15)
-        for (a, b), (marker, colour) in zip(points, product(MARKERS, COLOURS), strict=False):
-            style = {"fmt": marker, "color": GREY if a.dense else colour, "label": printable(a.artefact)[:60]}
-            axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), **style)
-        front = best((a.value or 0, sign * (b.value or 0)) for a, b in points)
-        axes.step([a for a, _ in front], [sign * b for _, b in front], where="post", color=GREY, ls="--", lw=1)
-        axes.set(xlabel=axis, ylabel=metric)
-
     caption = f"{what} The broken line joins the points that no other beats on both axes. "
-    return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", drawn(draw, 2.8))
+    picture = scatter(points, axis, metric, front=1 if less else -1)
+    return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
 
 
 def _step(report: RunReport) -> Chart | None:
@@ -139,6 +129,37 @@ def drawn(draw: Callable[[Any], None], height: float) -> bytes:
     return picture.getvalue()
 
 
+def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:
+    """Points (row of x, row of y) with their errors and names, without those that are not finite.
+
+    Args:
+        front: joins the points that no other beats, where smaller x and smaller (1) or larger (-1) y are better.
+        log: draws logarithmic axes, and the dense model as a broken line.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    points = [(a, b) for a, b in points if a.value is not None and b.value is not None]
+
+    def draw(axes: Any) -> None:
+        if log and points:
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(NullLocator())
+            axes.axhline(points[0][1].baseline, color=GREY, ls="--", lw=1)
+        axes.margins(0.15)
+        for (a, b), (marker, colour) in zip(points, product(MARKERS, COLOURS), strict=False):
+            style = {"fmt": marker, "color": GREY if a.dense else colour, "label": _name(a)}
+            axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), **style)
+        if front:
+            line = best((a.value or 0, front * (b.value or 0)) for a, b in points)
+            axes.step([a for a, _ in line], [front * b for _, b in line], where="post", color=GREY, ls="--", lw=1)
+        axes.set(xlabel=x, ylabel=y)
+
+    return drawn(draw, 2.8)
+
+
 def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no other beats, where smaller is better in both coordinates."""
     kept: list[tuple[float, float]] = []
@@ -172,11 +193,13 @@ def _tiles(name: str, title: str, rows: Sequence[Row], caption: str) -> Chart | 
 
 
 def _spread(row: Row) -> list[list[float]] | None:
-    """The interval of a row that has a value."""
-    assert row.value is not None
-    if row.low is None or row.high is None:
-        return None
-    return [[max(row.value - row.low, 0.0)], [max(row.high - row.value, 0.0)]]
+    if row.value is not None and row.low is not None and row.high is not None:
+        return [[max(row.value - row.low, 0.0)], [max(row.high - row.value, 0.0)]]
+    return None if row.error is None else [[row.error], [row.error]]
+
+
+def _name(row: Row) -> str:
+    return printable(f"{row.artefact}, {row.part}" if row.part else row.artefact)[:60]
 
 
 def _wrapped(label: str) -> str:

@@ -22,7 +22,9 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.pruning.stage import PruneJob, prune
+from gblm_compress.runs import charts
 from gblm_compress.runs.job import Look, Stage, carry_out
+from gblm_compress.runs.rows import Row
 from gblm_compress.settings import (
     CalibrationSettings,
     CompareSettings,
@@ -33,7 +35,7 @@ from gblm_compress.settings import (
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
 
-REPORT = "comparison.json"
+REPORT, PLOT = "comparison.json", "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class CompareResult(records.Result):
     calibration: dict[str, Any]
     evaluation: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
+    plot: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Grid:
 
 
 def compare(grid: Grid, progress: Progress) -> CompareResult:
-    """Prune and evaluate every cell; write records and table. Finished cells are reused."""
+    """Prune and evaluate every cell; write records, table and plot. Finished cells are reused."""
     output, source = grid.output, grid.dense.source
     with outputs.working_in(output, "comparison"), closing(grid.dense):
         check(grid, progress)
@@ -138,7 +141,14 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
             calibration=grid.calibration.model_dump(mode="json", exclude={"seed"}),
             evaluation=grid.evaluation.model_dump(mode="json"),
             environment=environment(),
+            plot=str(output / PLOT),
         )
+        points = []
+        for mean in result.rows:
+            figure, dense = partial(Row, mean["method"], part=mean["pattern"]), result.dense_perplexity
+            perplexity = figure("perplexity", mean["perplexity"], error=mean["perplexity_error"], baseline=dense)
+            points.append((figure("seconds", mean["seconds"]), perplexity))
+        records.write_file(output / PLOT, charts.scatter(points, "seconds of pruning", "perplexity", log=True))
         records.write_file(output / REPORT, records.as_json(result.as_dict()))
         return result
 

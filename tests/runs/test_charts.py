@@ -12,7 +12,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from gblm_compress.runs import charts
-from gblm_compress.runs.rows import layer_rows
+from gblm_compress.runs.rows import Row, layer_rows
 from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report, results
 
 
@@ -100,3 +100,11 @@ def test_zeros_that_are_alike_in_all_layers_are_no_chart() -> None:
         return [chart.name for chart in charts.of(report(rows=list(layer_rows("pruned", layers))))]
 
     assert drawn(1024) == ["sparsity"] and drawn(10) == []
+
+
+@pytest.mark.parametrize("values", [(20.0, float("inf")), (float("nan"), float("inf"))])
+def test_a_method_whose_perplexity_is_not_finite_is_no_point(values) -> None:
+    points = [(Row("a", "seconds", 2.0), Row("a", "perplexity", value, baseline=9.0)) for value in values]
+    finite = [pair for pair in points if pair[1].value is not None]
+    drawn, expected = (charts.scatter(each, "seconds", "perplexity", log=True) for each in (points, finite))
+    assert drawn == expected
