@@ -49,9 +49,16 @@ def of(report: RunReport) -> list[Chart]:
     times = [row for row in report.find(figure) if row.batch == report.smallest_batch]
     smaller = "Quality against size: to the left is smaller."
     faster = f"Quality against time at batch {report.smallest_batch}: to the left is faster; lines span p10 to p90."
+    first, prefill = "Time of a forward pass", "a forward pass"
+    if report.generates:
+        first, prefill = "Time to the first token", "prefill"
+    spans = "a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
+    decode, prefill = (f"Milliseconds of {what}: {spans}" for what in ("decode", prefill))
     made = (
         _front(report, "quality-bytes", "Quality and size", smaller, sizes, "megabytes on disk"),
         _front(report, "quality-time", "Quality and speed", faster, times, axis),
+        _dotted(report, "tpot_ms", "latency-decode", "Time per token after the first", decode, "milliseconds"),
+        _dotted(report, "ttft_ms", "latency-prefill", first, prefill, "milliseconds"),
         _step(report),
         _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS),
         _tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
@@ -72,6 +79,11 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
     caption = f"{what} The broken line joins the points that no other beats on both axes. "
     picture = scatter(points, axis, metric, front=1 if less else -1)
     return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
+
+
+def _dotted(report: RunReport, figure: str, name: str, title: str, caption: str, axis: str) -> Chart | None:
+    rows = report.find(figure)
+    return Chart(name, title, caption, dots(rows, axis)) if len(rows) > 1 else None
 
 
 def _step(report: RunReport) -> Chart | None:
@@ -167,6 +179,18 @@ def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         if not kept or point[1] < kept[-1][1]:
             kept.append(point)
     return kept
+
+
+def dots(rows: Sequence[Row], axis: str) -> bytes:
+    """A dot with its interval for each row."""
+    labels, shared = _labels(rows), ", ".join(_shared(rows).values())
+
+    def draw(axes: Any) -> None:
+        for number, (row, colour) in enumerate(zip(rows, _colours(axes, rows), strict=True)):
+            axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=colour)
+        _lines(axes, labels, f"{axis} ({shared})" if shared else axis)
+
+    return drawn(draw, _height(labels))
 
 
 def _tiles(name: str, title: str, rows: Sequence[Row], caption: str) -> Chart | None:

@@ -68,7 +68,7 @@ def test_artefacts_and_report(finished) -> None:
     assert "dense-onnx" in html and "data:image/png" in html
     drawn = {path.stem for path in (output / report.PICTURES).iterdir()}
     assert drawn == {
-        "quality-bytes", "quality-time", "step", "output-error",
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "step", "output-error",
     }  # fmt: skip
 
 
