@@ -276,18 +276,23 @@ def benchmark(
 @command
 def inspect(
     model: Model,
+    heat_map: Annotated[FileName | None, "Draw a PNG of how many weights survive in each column."] = None,
     *,
     processor: InMemory = None,
+    force: Force = False,
     quiet: Quiet = False,
 ) -> "InspectResult":
     """Show where the zeros are, and the patterns that they follow.
 
-    Example: gblm-compress inspect pruned
+    Example: gblm-compress inspect pruned --heat-map zeros.png
     """
+    picture = None if heat_map is None else Path(heat_map)
+    if picture is not None:
+        outputs.HEAT_MAP.check(picture, force)
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.measure import inspection
 
-        return inspection.inspect(source, progress)
+        return inspection.inspect(source, picture, progress, force)
 
 
 @command

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from gblm_compress.layouts import LAYOUTS, Layout
 
+FOLDER_RUNTIMES = ("torch", "vllm")  # Runtimes of a Hugging Face folder; the first evaluates it.
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -26,7 +28,7 @@ class Format:
 
     exporter: str
     help: str
-    runtimes: tuple[str, ...] = ("torch",)
+    runtimes: tuple[str, ...] = FOLDER_RUNTIMES
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     reads: tuple[str, ...] = ()
     copies: int = 0

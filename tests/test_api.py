@@ -216,7 +216,7 @@ BOTH_WAYS = {
     "evaluate": (("pruned",), {"baseline": "tiny", "sequence_length": 32, **HELD_OUT}),
     "compare": (("tiny",), {**GRID, **TEXT_OF, **HELD_OUT}),
     "benchmark": (("pruned",), {"baseline": ("tiny",), **RUNNING}),
-    "inspect": (("pruned",), {}),
+    "inspect": (("pruned",), {"heat_map": "map.png"}),
     "run": (("recipe.yaml",), {"set": ("prune.method=magnitude", "prune.fit=none"), "output": "new"}),
     "report": (("run", "run"), {"output": "page.html"}),
     "push": (("run", "bitmask"), {}),

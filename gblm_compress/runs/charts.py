@@ -182,13 +182,16 @@ def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def dots(rows: Sequence[Row], axis: str) -> bytes:
-    """A dot with its interval for each row."""
-    labels, shared = _labels(rows), ", ".join(_shared(rows).values())
+    """A dot with its interval for each row, named by what the rows differ in."""
+    several = [field for field in ("runtime", "batch") if len({getattr(row, field) for row in rows}) > 1]
+    labels = [
+        _wrapped(", ".join([_name(row), *(f"{field} {getattr(row, field)}" for field in several)])) for row in rows
+    ]
 
     def draw(axes: Any) -> None:
-        for number, (row, colour) in enumerate(zip(rows, _colours(axes, rows), strict=True)):
-            axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=colour)
-        _lines(axes, labels, f"{axis} ({shared})" if shared else axis)
+        for number, row in enumerate(rows):
+            axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=GREY if row.dense else COLOURS[0])
+        _lines(axes, labels, axis)
 
     return drawn(draw, _height(labels))
 

@@ -6,7 +6,7 @@ from functools import partial
 from gblm_compress import errors, exporters
 from gblm_compress.errors import UsageError, raise_all
 from gblm_compress.exporters import check_grid, export
-from gblm_compress.formats import FORMATS
+from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
@@ -59,7 +59,7 @@ def timed_against(job: Job) -> list[ExportSettings]:
     bits it uses ONNX Runtime's own operators.
     """
     recipe = job.recipe
-    timed = set(recipe.benchmark.runtimes) - {"torch"} if recipe.benchmark is not None else set()
+    timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
     for settings in job.runnable:
         if timed & set(FORMATS[settings.format].runtimes):
@@ -180,12 +180,12 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
 
 def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
     able = [FORMATS[each.format].runtimes for each in job.runnable]
-    if not (timed := {"torch"}.union(*able).intersection(settings.runtimes)):
+    if not (timed := set(FOLDER_RUNTIMES).union(*able).intersection(settings.runtimes)):
         raise UsageError(
             f"benchmark.runtimes is {' and '.join(settings.runtimes)} alone, and no export runs in it on {job.device}: "
             "nothing would be timed; name other runtimes, or another model.device"
         )
     for runtime in timed:
         check_installed(runtime)
-    if timed - {"torch"}:
+    if timed - set(FOLDER_RUNTIMES):
         check_onnx_provider(job.device)

@@ -26,7 +26,7 @@ from gblm_compress.settings.fields import (
 )
 
 MOST_THREADS = 1024
-RuntimeName = Annotated[str, OneOf(("torch", "onnxruntime", "genai"))]
+RuntimeName = Annotated[str, OneOf(("torch", "vllm", "onnxruntime", "genai"))]
 
 
 class ComputeSettings(Settings):
@@ -223,8 +223,8 @@ class BenchmarkSettings(Settings):
     runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
-        description="Runtimes: torch for Hugging Face folders, onnxruntime and genai (onnxruntime-genai) for ONNX "
-        "exports.",
+        description="Runtimes: torch and vllm (in an environment of its own) for Hugging Face folders, onnxruntime and "
+        "genai (onnxruntime-genai) for ONNX exports.",
     )
     threads: Annotated[int | None, Panel.RESOURCES] = Field(
         None, ge=1, le=MOST_THREADS, description="CPU threads; as many as torch uses if unset."

@@ -59,7 +59,7 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
         ("prune tiny -o x --pattern 2:4 --sparsity 0.3", 2, "contradicts pattern 2:4"),
         ("prune tiny -o x --calibration demo --sequence-length 64 --ignore nope", 2, "'nope' matches no module"),
         ("prune tiny -o x --sequence-length 64 --device gpu9", 2, "device 'gpu9' is not supported"),
-        ("benchmark tiny --baseline tiny --runtimes foo", 2, "--runtimes: input should be 'torch', 'onnxru"),
+        ("benchmark tiny --baseline tiny --runtimes foo", 2, "--runtimes: input should be 'torch', 'vllm', 'onnxru"),
         ("compare tiny --patterns 2:4,5:4", 2, "--patterns: pattern '5:4' is not known"),
         ("prune tiny -o x --override '*=2:4,*=unstructured@1.5'", 2, "--override (number 2), sparsity: input should"),
         ("prune tiny -o x --method wanda --alpha 3", 2, "alpha 3.0 would do nothing"),
@@ -295,6 +295,8 @@ def test_misspelt_paths_are_found_before_torch_is_loaded(tmp_path) -> None:
         evaluate tiny --dataset demo --include-path gone
         benchmark tiny --baseline ./gone
         compare tiny -o mine --calibration demo --dataset demo
+        inspect tiny --heat-map picture.jpg
+        inspect tiny --heat-map picture.png
         run gone.yaml
         run ci-smoke -o mine
         run ci-smoke -o file/below

@@ -207,7 +207,7 @@ def test_all_that_is_missing_is_named_with_an_example(line: str, missing: str) -
     ("words", "completed"),
     [
         ("prune --method g", ["gblm", "gradient"]),
-        ("benchmark --runtimes torch,", ["torch,torch", "torch,onnxruntime", "torch,genai"]),
+        ("benchmark --runtimes torch,", ["torch,torch", "torch,vllm", "torch,onnxruntime", "torch,genai"]),
     ],
 )
 def test_the_shell_completes_choices(words: str, completed: list[str]) -> None:

@@ -80,6 +80,7 @@ KIND = {
 }
 INSPECTED = {
     "layers": [LAYER, LAYER | {"name": "layers.1.up", "patterns": []}], "kinds": [KIND], "nonzeros": 32, "weights": 64,
+    "heat_map": None,
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "generate": ("dense", ["generate", "dense", "-o", "out.txt", "--tokens", "256", *SHORT], ("--force",)),
     "run": ("dense", ["run", "small.yaml", "-o", "out", "--junit", "out.xml", "--summary", "out.md"], ()),
     "report": ("ran", ["report", "ran", "-o", "out.html"], ()),
+    "heat map": ("pruned", ["inspect", "pruned", "--heat-map", "out.png"], ("--force",)),
 }
 
 

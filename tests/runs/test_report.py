@@ -41,8 +41,8 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     page = (tmp_path / documents.PAGE).read_text(encoding="utf-8")
     assert r"[/]$\frac{$\x1b[2J\udcff&lt;script&gt;" in page and "\x1b" not in page and "<script>alert" not in page
     assert page.count("<script") == 1 and 'src="http' not in page and 'href="http' not in page
-    assert "@media print {" in page and len(re.findall('<img[^>]* alt="[^"]+"', page)) == 4
-    assert len(list((tmp_path / documents.PICTURES).iterdir())) == page.count("data:image/png") == 4
+    assert "@media print {" in page and len(re.findall('<img[^>]* alt="[^"]+"', page)) == 7
+    assert len(list((tmp_path / documents.PICTURES).iterdir())) == page.count("data:image/png") == 7
     markdown = documents.markdown(hostile)
     for kind, content in ((PAGE, page), (SUMMARY, markdown), (JUNIT, documents.junit(hostile))):
         (tmp_path / f"own{kind.suffix}").write_text(content, encoding="utf-8")

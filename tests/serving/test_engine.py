@@ -201,3 +201,24 @@ def test_the_python_of_the_first_page_generates_text(folders, tmp_path) -> None:
     (tmp_path / "page.py").write_text(snippet("vllm"))
     said = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0 and len(said.stdout.splitlines()[-1]) > 10, said.stderr
+
+
+def test_benchmark_times_dense_and_packed_in_vllm(folders: dict[str, Path]) -> None:
+    """Of three sequences at once too; tokens as in torch, but where two are as good as each other."""
+    made = gblm_compress.benchmark(
+        folders["sparse"],
+        baseline=folders["dense"],
+        runtimes=["vllm"],
+        batch=[1, 3],
+        prompt=24,
+        generate=8,
+        repeats=5,
+        warmup=1,
+        dtype="float32",
+        quiet=True,
+    )
+    assert [(m.runtime, m.batch) for m in made.measurements] == [("vllm", 1), ("vllm", 1), ("vllm", 3), ("vllm", 3)]
+    dense, packed = made.measurements[:2]
+    assert set(dense.decode_kernels) == {"dense"}
+    assert {name.partition(" ")[0] for name in packed.decode_kernels} == {"bitmask"}
+    assert packed.same_tokens_as_baseline and packed.tpot_ms.median > 0
