@@ -217,14 +217,14 @@ BOTH_WAYS = {
     "compare": (("tiny",), {**GRID, **TEXT_OF, **HELD_OUT}),
     "benchmark": (("pruned",), {"baseline": ("tiny",), **RUNNING}),
     "inspect": (("pruned",), {"heat_map": "map.png"}),
-    "run": (("recipe.yaml",), {"set": ("prune.method=magnitude", "prune.fit=none"), "output": "new"}),
+    "run": (("recipe.yaml",), {"set": ("prune={method: magnitude, fit: none}",), "output": "new"}),
     "report": (("run", "run"), {"output": "page.html"}),
     "push": (("run", "bitmask"), {}),
     "validate": (("recipe.yaml",), {}),
     "schema": ((), {}),
     "doctor": ((), {}),
 }
-NOT_ALIKE = re.compile("finished|seconds|memory|bytes|environment|measurements|warnings|checks")
+NOT_ALIKE = re.compile("conditions|finished|seconds|memory|bytes|environment|measurements|warnings|checks")
 
 
 @pytest.fixture(scope="module")
