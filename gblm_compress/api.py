@@ -292,7 +292,7 @@ def inspect(
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.measure import inspection
 
-        return inspection.inspect(source, picture, progress, force)
+        return inspection.inspect(source, progress, picture, force)
 
 
 @command

@@ -59,7 +59,9 @@ class InspectResult(records.Result):
     weights: int
 
 
-def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, force: bool = False) -> InspectResult:
+def inspect(
+    source: ModelSource, progress: Progress, heat_map: Path | None = None, force: bool = False
+) -> InspectResult:
     """Report on every layer that pruning touches, and draw them as PNG if asked to."""
     loading.check_model(source, "inspect")
     model = loading.load_model(source)

@@ -43,7 +43,7 @@ def pruned(tiny, tmp_path, progress) -> ModelSource:
 
 
 def test_a_pruned_folder_and_its_picture(pruned, tmp_path, progress) -> None:
-    result = inspect(pruned, tmp_path / "map.png", progress)
+    result = inspect(pruned, progress, tmp_path / "map.png")
     assert len(result.layers) == 8
     assert result.nonzeros == result.weights // 2
     assert all("2:4" in layer.patterns for layer in result.layers)
@@ -52,13 +52,13 @@ def test_a_pruned_folder_and_its_picture(pruned, tmp_path, progress) -> None:
     width, height = struct.unpack(">II", header[16:])
     assert width > 400 and height > 200
     before = set(tmp_path.iterdir())
-    assert inspect(pruned, None, progress).heat_map is None and set(tmp_path.iterdir()) == before
+    assert inspect(pruned, progress).heat_map is None and set(tmp_path.iterdir()) == before
 
 
 def test_a_picture_is_of_the_weights_of_each_input_that_survive(pruned, tmp_path, progress, monkeypatch) -> None:
     drawn = {}
     monkeypatch.setattr(inspection, "draw", lambda columns, title: drawn.update(columns) or b"")
-    inspect(pruned, tmp_path / "map.png", progress)
+    inspect(pruned, progress, tmp_path / "map.png")
     of_inputs = load_model(pruned).transformer.h[0].mlp.c_fc.weight.tolist()  # a Conv1D, [in_features, out_features]
     shares = [sum(value != 0 for value in row) / len(row) for row in of_inputs]
     assert len(drawn) == 8 and drawn["transformer.h.0.mlp.c_fc"].tolist() == pytest.approx(shares)

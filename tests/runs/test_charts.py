@@ -28,7 +28,7 @@ def test_the_front_is_what_a_plain_loop_finds() -> None:
 def test_the_charts_that_there_is_data_for(name) -> None:
     drawn = charts.of(report(name))
     assert [chart.name for chart in drawn] == [
-        "quality-bytes", "quality-time", "step", "output-error", "recovery",
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "step", "output-error", "recovery",
     ]  # fmt: skip
     for chart in drawn:
         with Image.open(io.BytesIO(chart.picture)) as picture:
@@ -86,7 +86,7 @@ def test_no_text_of_a_chart_is_cut_or_covers_another(name, monkeypatch) -> None:
     names = ["bitmask-int8", *(f"{name}-{number}" for number in range(6))]
     many = [model(each, 10.0 + n / 2, 600_000 + 9000 * n, 24.0 - n / 4) for n, each in enumerate(names)]
     charts.of(report(name, rows=[*measured(models()[0], *many), *results(name)]))
-    assert len(found) == 5
+    assert len(found) == 7
     for paper, texts in found:
         for text, box in texts:
             assert Bbox.union([box, paper]).extents == pytest.approx(paper.extents, abs=1), text
