@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import cycle, product
 from typing import Any, get_args
 
 from gblm_compress.measure.timings import Part
@@ -161,8 +161,10 @@ def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0
                 axis.set_minor_locator(NullLocator())
             axes.axhline(points[0][1].baseline, color=GREY, ls="--", lw=1)
         axes.margins(0.15)
-        for (a, b), (marker, colour) in zip(points, product(MARKERS, COLOURS), strict=False):
-            style = {"fmt": marker, "color": GREY if a.dense else colour, "label": _name(a)}
+        styles, greys = product(MARKERS, COLOURS), cycle(MARKERS)
+        for a, b in points:
+            marker, colour = (next(greys), GREY) if a.dense else next(styles)
+            style = {"fmt": marker, "color": colour, "label": _name(a)}
             axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), **style)
         if front:
             line = best((a.value or 0, front * (b.value or 0)) for a, b in points)
