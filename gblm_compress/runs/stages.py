@@ -1,6 +1,6 @@
 """The stages of a run, as a list made from the recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from gblm_compress import errors, exporters
@@ -19,6 +19,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.runs.job import Job, Look, Stage
 from gblm_compress.settings import (
+    GATES,
     BenchmarkSettings,
     EvaluateSettings,
     ExportSettings,
@@ -113,6 +114,7 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
     looks: list[Look] = [
         lambda: exporters.check(job.found, settings, patterns()),
         lambda: _check_allocation(job.recipe.prune, settings, patterns()),
+        partial(_check_made, job),
     ]
     if job.recipe.prune.grid is not None and not of_dense:
         looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
@@ -126,6 +128,14 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         looks=looks,
         work=partial(export, source, artefact.folder, settings, force=True, progress=job.progress),
     )
+
+
+def _check_made(job: Job) -> None:
+    """Refuse gates on an export that this machine makes only without kernels, under another name."""
+    made = {job.pruned.name, *(each.folder_name for each in job.exports)}
+    for gates in job.recipe.gates:
+        if gates.artefact not in (None, *made):
+            raise UsageError(f"gates.artefact {gates.artefact!r} is not made: {'; '.join(job.notes)}")
 
 
 def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: Mapping[str, Pattern]) -> None:
@@ -146,7 +156,7 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
     looks: list[Look] = [] if in_torch else [partial(check_onnx_provider, job.device)]
     if export is None:
         models = [job.dense] if job.found else []
-        looks = [lambda: raise_all(evaluation.check(models, settings, job.progress))]
+        looks = [lambda: raise_all(evaluation.check(models, settings, job.progress)), partial(_check_gates, job)]
 
     shared = {"baseline": job.reference, "progress": job.progress, **job.compute.model_dump()}
     fingerprint = partial(zero_shot.fingerprint, settings.tasks, settings.include_path)
@@ -162,6 +172,23 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
     )
 
 
+def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
+    """Refuse gates on an artefact that is not evaluated, or not timed if there are `timed` runtimes."""
+    done, needs = ("evaluated", "evaluate") if timed is None else ("timed", "benchmark")
+    exports = {each.folder_name: each for each in job.exports}
+    for gates in job.recipe.gates:
+        if gates.artefact not in (job.pruned.name, *exports) or not any(GATES[name] == needs for name in gates.limits):
+            continue
+        named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
+        runtimes = FORMATS[made.format].runtimes if made else ("torch",)
+        if timed is not None and set(runtimes).isdisjoint(timed):
+            raise UsageError(
+                f"{named} runs in {' and '.join(runtimes)}, which are not timed; name one in benchmark.runtimes"
+            )
+        if made and made not in job.runnable:
+            raise UsageError(f"{named} is not {done} on {job.device}; set model.device")
+
+
 def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
     models = [job.pruned, *(job.artefact(each.folder_name) for each in job.runnable)]
     baselines, length = [job.dense, *exports_of_dense(job)], settings.prompt + settings.generate
@@ -173,6 +200,7 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
         looks=[
             *job.looks_at((), length, "benchmark.prompt plus generate"),
             partial(_check_runtimes, job, settings),
+            partial(_check_gates, job, settings.runtimes),
         ],
         work=partial(benchmark, models, baselines, settings, progress=job.progress, **job.compute.model_dump()),
     )

@@ -30,8 +30,10 @@ def faults(progress, **keys) -> list[str]:
     return [str(fault) for fault in check(recipe(**keys), progress)]
 
 
-SEMI = [{"format": "semi-structured"}]
+SEMI, ONNX = [{"format": "semi-structured"}], [{"format": "onnx"}]
+ON_CPU = {"model": {"source": "tiny", "device": "cpu"}, "prune": {"pattern": "2:4"}, "export": SEMI}
 SHORT = {"prompt": 8, "generate": 8}
+IN_TORCH = {"export": ONNX, "benchmark": {**SHORT, "runtimes": ["torch"]}}
 MIXED = {"pattern": "2:4", "overrides": [{"layers": "*.0.mlp.*", "pattern": "3:4"}]}
 INT4 = {"prune": {"quantise": "int4"}}
 
@@ -56,6 +58,12 @@ INT4 = {"prune": {"quantise": "int4"}}
         ({"prune": {"pattern": "3:5"}}, "in_features=64 is not a multiple of 5"),
         ({"prune": {"ignore": ["*.ffn"]}}, "'*.ffn' matches no module"),
         ({"prune": {"overrides": [{"layers": "*.ffn", "pattern": "2:4"}]}}, "override '*.ffn' matches none"),
+        (IN_TORCH | {"gates": {"max_tpot_ms": 9, "artefact": "onnx"}}, "onnxruntime and genai, which are not timed"),
+        (
+            ON_CPU | {"benchmark": SHORT, "gates": {"min_decode_speedup": 2, "artefact": SEMI[0]["format"]}},
+            "not timed on cpu",
+        ),
+        (ON_CPU | {"gates": {"max_mean_kl": 1, "artefact": SEMI[0]["format"]}}, "is not evaluated on cpu"),
     ],
 )
 def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:
@@ -115,6 +123,7 @@ def test_an_operator_that_was_not_compiled_and_a_float16_checkpoint(progress, ti
 def test_kernels_auto_means_where_they_were_compiled(tiny, progress, tmp_path, monkeypatch) -> None:
     auto = {"format": "onnx", "kernels": "auto", "quantise": "int8"}
     keys = {"export": [auto, {**auto, "kernels": False}], "benchmark": SHORT}
+    gate = {"gates": {"artefact": "onnx-kernels-quantise-int8", "max_bytes": "1GB"}}
 
     def planned() -> tuple[list[str], list[str]]:
         job = Job(recipe(**keys), tiny("llama"), tmp_path)
@@ -122,11 +131,13 @@ def test_kernels_auto_means_where_they_were_compiled(tiny, progress, tmp_path, m
 
     monkeypatch.setattr(cpu, "library_file", Path)
     names = ["export onnx-kernels-quantise-int8", "export onnx-quantise-int8", "export dense-onnx-quantise-int8"]
-    assert planned() == (names, []) and faults(progress, **keys) == []
+    assert planned() == (names, []) and faults(progress, **keys, **gate) == []
     monkeypatch.setattr(cpu, "library_file", lambda: None)
     exports, (note,) = planned()
     assert exports == names[1:] and faults(progress, **keys) == []
     assert note.startswith("export onnx-quantise-int8 is dense, so zeros save neither bytes nor time; the operator")
+    (fault,) = faults(progress, **keys, **gate)
+    assert fault == f"gates.artefact 'onnx-kernels-quantise-int8' is not made: {note}"
 
 
 def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, monkeypatch) -> None:
