@@ -35,6 +35,7 @@ class Format:
     memory: float = 3.0
     passes: float = 300.0
     layout: str | None = None
+    synonyms: tuple[str, ...] = ()
 
     @property
     def runtime(self) -> str:
@@ -50,6 +51,8 @@ def _packed(name: str, layout: Layout) -> Format:
     width = f" in {layout.width} bits" if layout.width else ""
     weights = "all weights, zeros included," if layout.mask.endswith(":Whole") else "packed weights"
     help = f"{weights}{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
+    pattern = None if layout.width else layout.pattern
+    synonyms = tuple(other for other in (name, pattern) if other and other != layout.format)
     reads = (*(("group",) if layout.width else ()), *(("keep_head",) if layout.tables else ()))
     return Format(
         exporter="gblm_compress.exporters.sparse",
@@ -57,6 +60,7 @@ def _packed(name: str, layout: Layout) -> Format:
         reads=reads,
         passes=1100.0 if layout.width else 300.0,
         layout=name,
+        synonyms=synonyms,
     )
 
 

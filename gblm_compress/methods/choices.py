@@ -35,6 +35,7 @@ class Choice:
     needs: Need = Need.NOTHING  # measured for it
     reads: tuple[str, ...] = ()  # keys of `PruneSettings` that others may not read; giving one in vain is refused
     passes: float = 0.0  # cost beside its statistics, in forward passes over the calibration text
+    synonyms: tuple[str, ...] = ()  # of other tools and papers
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -26,7 +26,13 @@ from gblm_compress.settings.fields import (
 )
 
 MOST_THREADS = 1024
-RuntimeName = Annotated[str, OneOf(("torch", "vllm", "onnxruntime", "genai"))]
+RuntimeName = Annotated[
+    str,
+    OneOf(
+        ("torch", "vllm", "onnxruntime", "genai"),
+        {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"},
+    ),
+]
 
 
 class ComputeSettings(Settings):
@@ -103,7 +109,7 @@ class GenerateSettings(Settings):
 class ExportSettings(Settings):
     """One export."""
 
-    format: Annotated[str, OneOf(tuple(FORMATS))] = Field(description=f"What to write. {describe(FORMATS)}.")
+    format: Annotated[str, OneOf.of(FORMATS)] = Field(description=f"What to write. {describe(FORMATS)}.")
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto: the checkpoint's own.")
     graph: Annotated[Literal["fused", "plain"] | None, Panel.MORE] = Field(
         None,

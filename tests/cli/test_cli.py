@@ -50,7 +50,8 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
     [
         ("prune tiny -o x --method foo", 2, "--method: input should be 'gblm'"),
         ("prune tiny -o x --fit balancd", 2, "did you mean 'balanced'?"),
-        ("evaluate tiny --dtype bfloat", 2, "did you mean 'bfloat16'?"),
+        ("prune tiny -o x --method sparsegpt", 2, "did you mean 'obs'?"),
+        ("evaluate tiny --dtype bf16", 2, "did you mean 'bfloat16'?"),
         ("prune tiny -o x --sparsity 50", 2, "--sparsity: input should be less than 1, got 50.0; did you mean 0.5?"),
         ("prune tiny -o x --dataset demo", 2, "No such option: --dataset (Possible options: --calibration)"),
         ("run quikstart", 2, "recipe 'quikstart': no such file; did you mean 'quickstart'?"),
