@@ -96,7 +96,7 @@ def bandwidth(threads: int) -> float:
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes of weights of a file that a decode step reads: all but those of an embedding, of which it reads a row."""
+    """Bytes of a file that a decode step reads: all weights, but of the embedding only one row."""
     if path.suffix == ".gguf":
         sizes = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors}
         return int(sum(sizes.values()) - ("output.weight" in sizes) * sizes["token_embd.weight"])

@@ -23,7 +23,7 @@ from gblm_compress.errors import RankError, UsageError, first_line
 from gblm_compress.machine import has_bfloat16
 
 TIMEOUT = timedelta(minutes=30)  # for the work of another rank
-BEAT, SILENCE = 1.0, timedelta(seconds=40)  # A rank that lives takes part in a sum every second, whatever it works on.
+BEAT, SILENCE = 1.0, timedelta(seconds=40)  # Every rank joins a sum each second; one that is silent for so long is lost
 NOTICED = 10.0  # seconds in which a rank that waits for another sees by itself that this one is gone
 T = TypeVar("T")
 

@@ -200,7 +200,7 @@ def _tree(node: Any, where: Callable[[int], str], faults: list[str], place: str 
     """The values below a node of ruamel's. A value in a mapping has the place of its key."""
     place = place or where(node.start_mark.line + 1)
     kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
-    if node.anchor is not None:  # an alias may stand for what it is in
+    if node.anchor is not None:  # its content may refer to it, without end
         faults.append(f"{place}: &{node.anchor} is an anchor; anchors and aliases are not read")
         return Node(place, None)
     if kind not in KINDS:

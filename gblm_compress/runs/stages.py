@@ -105,7 +105,6 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
 def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage:
     source = job.dense if of_dense else job.pruned
     artefact = _exported(job, settings, of_dense)
-    what = f"{settings.format} ({settings.dtype})"
 
     def patterns() -> Mapping[str, Pattern]:
         unfit = errors.collect([lambda: job.patterns])  # a fault of the pruning stage
@@ -121,7 +120,9 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
 
     return Stage(
         name=f"export {artefact.name}",
-        does=f"export the dense model to {what}, the baseline of the benchmark" if of_dense else f"export to {what}",
+        does=f"export the dense model to {settings.folder_name}, the baseline of the benchmark"
+        if of_dense
+        else f"export to {settings.folder_name}",
         reads=(source,),
         decides=lambda: [settings],
         place=artefact.folder,
