@@ -378,12 +378,16 @@ def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...
 
 
 def _go_on(model: str, is_text: bool = False) -> tuple[str, ...]:
-    """From a dense model to a pruned one, from that to an export, and from that to its time."""
-    kind = _manifest(model).get("kind")
+    """From a dense model to a pruned one, from that to an export, and from that to its time.
+
+    Nothing follows a dense export: a benchmark would hold it against another one like it.
+    """
+    made = _manifest(model)
+    kind = made.get("kind")
     if kind is None:
         return _prune(model)
     if kind == "export":
-        return ("benchmark", model, "--baseline", _dense_of(model))
+        return ("benchmark", model, "--baseline", _dense_of(model)) if "prune" in made else ()
     smaller = ("--quantise", "int8") if is_text else ()
     return ("export", model, "-o", str(Path(model).with_name("onnx")), "--format", "onnx", *smaller, "--kernels")
 
@@ -421,7 +425,7 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "generate": lambda c, given: ("prune", given["model"], "-o", "pruned", "--calibration", c["file"]),
     "recover": lambda c, given: _evaluate(c["folder"], given["teacher"], {}),
     "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
-    "export": lambda c, _: _go_on(c["folder"]),
+    "export": lambda c, given: _go_on(c["folder"]) or _evaluate(c["folder"], given["model"], {}),
     "inspect": lambda _, given: _go_on(given["model"]),
     "benchmark": lambda _, given: _timed(given["models"], given["baseline"][0]),
     "report": lambda result, given: _push(given["runs"][-1], result.runs[-1].best),

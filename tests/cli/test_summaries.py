@@ -149,7 +149,7 @@ def test_the_next_command_has_the_paths_of_the_call(command, given, words, capsy
     monkeypatch.chdir(tmp_path)
     for name, kind in (("pruned", "pruned"), ("onnx", "export")):
         (tmp_path / "a" / name).mkdir(parents=True)
-        content = {"kind": kind, "base_model": {"name": "owner/model"}}
+        content = {"kind": kind, "base_model": {"name": "owner/model"}, "prune": {}}
         (tmp_path / "a" / name / "gblm_manifest.json").write_text(json.dumps(content))
     monkeypatch.setitem(summaries.SUMMARIES, command, lambda _: ["summary"])
     content = {"folder": "a/pruned", "file": "a/text.txt", "sample": "window", "ok": True, "rows": ROWS}
@@ -168,10 +168,19 @@ def test_an_export_is_timed_against_the_model_that_its_manifest_names(name, base
     monkeypatch.setitem(summaries.SUMMARIES, "export", lambda _: [])
     for folder in ("onnx", "here"):
         (tmp_path / folder).mkdir()
-    content = {"kind": "export"} | ({"base_model": {"name": name}} if name else {})
+    content = {"kind": "export", "prune": {}} | ({"base_model": {"name": name}} if name else {})
     (tmp_path / "onnx" / "gblm_manifest.json").write_text(json.dumps(content))
     said = summaries.parts("export", {"folder": "onnx"}, {"model": "pruned"})
     assert said == [f"next: gblm-compress benchmark onnx --baseline {baseline}"]
+
+
+def test_a_dense_export_is_evaluated_and_not_timed_against_its_like(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "gblm_manifest.json").write_text('{"kind": "export"}')
+    words = summaries.FOLLOWING["export"]({"folder": "int8"}, {"model": "my/model"})
+    assert words == ("evaluate", "int8", "--baseline", "my/model", "--dataset", "demo", "--max-windows", "16")
+    assert summaries.FOLLOWING["evaluate"]({"sample": "window"}, {"model": "int8"}) == ()
 
 
 def test_the_next_command_of_a_run_is_the_run_or_the_push_of_what_it_made(tmp_path) -> None:
