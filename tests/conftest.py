@@ -5,6 +5,8 @@ import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from gblm_compress.calibration.blocks import BlockReplay
 from gblm_compress.calibration.calls import BlockCalls
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool
-from gblm_compress.exporters import ExportResult
+from gblm_compress.exporters import ExportResult, onnx_fused
 from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.models.finding import silence_libraries
@@ -112,6 +114,16 @@ def pruned(tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Mode
 def server() -> Server:
     """Commands in processes of their own that need not import anything."""
     return Server()
+
+
+@pytest.fixture(autouse=True)
+def _builder(request: pytest.FixtureRequest, monkeypatch) -> None:
+    """The builder of fused graphs as it is runs in tests/test_wheel.py."""
+
+    def run(*command: Any, **more: Any) -> "CompletedProcess[str]":
+        return request.getfixturevalue("server").build(*command, **more)
+
+    monkeypatch.setattr(onnx_fused, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

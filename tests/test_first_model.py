@@ -1,4 +1,4 @@
-"""docs/first-model.md as a newcomer follows it, on the tiny model: its commands one after the other, then its Python."""
+"""docs/first-model.md as a newcomer follows it, on the tiny model: its commands in order, then its Python."""
 
 import os
 import re

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
-from gblm_compress.tasks.text import consecutive_windows, drawn_windows, vocabulary_of
+from gblm_compress.tasks.text import consecutive_windows, drawn_windows, load_text, tokenize, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,11 @@ class CausalLM(Task):
     ) -> list[Sample]:
         windows = drawn_windows(processor, vocabulary_of(config), dataset, samples, length, seed)
         return [{"input_ids": window} for window in windows]
+
+    def probe(self, processor: Any, config: Any) -> Sample:
+        """The start of the text: to tokenize all of it takes longer than to verify a small model."""
+        ids = tokenize(processor, vocabulary_of(config), load_text("demo", "calibration")[:4096])
+        return {"input_ids": ids[:64].unsqueeze(0)}
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
         windows = consecutive_windows(processor, vocabulary_of(config), dataset, "calibration", length, tokens)
