@@ -1,4 +1,4 @@
-"""What pruning costs a model of sentence embeddings, for methods, patterns and fits: the table of docs/encoders.md.
+"""What pruning costs a sentence encoder, by method, pattern and fit: the table of docs/results/encoders.md.
 
     python benchmarks/encoders.py MODEL --calibration articles.txt --pairs stsb.csv --passages held-out.txt
 

@@ -1,4 +1,4 @@
-"""What pruning costs a model that classifies images, for methods, patterns and fits: the tables of docs/vision.md.
+"""What pruning costs an image classifier, by method, pattern and fit: the tables of docs/results/images.md.
 
     python benchmarks/vit.py MODEL --images /usr/share/datasets/fashion-mnist -o table.json
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gblm_compress.api import *  # noqa: F403
     from gblm_compress.kernels.cpu import onnxruntime_library
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [  # noqa: F405
     "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect", "load",

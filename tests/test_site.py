@@ -27,7 +27,7 @@ def assert_search_finds(page: Path, word: str) -> None:
     page.write_text(page.read_text().replace("</body>", types))
     links = "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
     found, messages = evaluate(page, links, after=10_000)
-    assert any("/docs/export.html?h=" in link for link in found), messages
+    assert any("/docs/export-pytorch.html?h=" in link for link in found), messages
 
 
 def test_the_site_is_built_fetches_nothing_and_has_no_broken_link(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, 
     values = {
         "recipe": {"model": name},
         "output": f"runs/{name}",
-        "environment": {"gblm_compress": "0.1.0"},
+        "environment": {"gblm_compress": "0.2.0"},
         "stages": [Outcome("prune", False, 3.25, {}), Outcome(f"export {name}", True, 1.0, {})],
         "rows": [*measured(*models(name, tpot, perplexity)), *results(name)],
         "gates": [
