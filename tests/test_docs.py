@@ -216,3 +216,15 @@ def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_
         return
     whole = read_yaml((SHIPPED / "quickstart.yaml").read_bytes(), str).plain()
     assert Recipe.model_validate(whole | part, strict=True)
+
+
+def test_pages_for_users_are_short_and_so_are_their_sentences() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    (how_to,) = [entry["How to"] for entry in navigation if "How to" in entry]
+    for page in [page for entry in how_to for page in entry.values()]:
+        text = (ROOT / page).read_text()
+        assert text.count("\n") <= 90, page
+        prose = re.sub(r"^(\||#|!).*", "", BLOCK.sub("", text), flags=re.MULTILINE)
+        sentences = re.split(r"(?<=[.:;!?])\s+|\n\s*\n|\n- ", re.sub(r"`[^`]*`|\]\([^)]*\)", "x", prose))
+        words = [len(sentence.split()) for sentence in sentences if sentence.strip()]
+        assert sum(words) / len(words) <= 18, page
