@@ -59,7 +59,6 @@ def export(
 
 
 def _estimate(source: ModelSource, settings: ExportSettings) -> str:
-    """Time and memory of an export, in a line."""
     format, floats = FORMATS[settings.format], 4 * loading.count_weights(source)
     seconds = START_SECONDS + format.passes * floats / cost.bytes_per_second("cpu")
     return cost.sentence(seconds, format.memory * floats)

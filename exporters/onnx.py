@@ -182,7 +182,7 @@ def _write(
             "nodes": len(program.graph),
             **({"tokens_at_once": limit} if limit else {}),
             "dtype": stored,
-            **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
+            **({"weights": settings.quantise, **rounded.checks} if rounded else {}),
             "arithmetic": dtype,
             **verify(ModelSource(source.name, temporary), model, sample, exactness, layers, places),
         }

@@ -20,16 +20,7 @@ import onnx_ir as ir
 import torch
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.exporters.onnx_weights import (
-    Rows,
-    constant,
-    initializer,
-    replace,
-    rows_of,
-    store_embeddings_,
-    use_rows_,
-    widened,
-)
+from gblm_compress.exporters.onnx_weights import Rows, constant, initializer, replace, rows_of, use_rows_, widened
 from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -122,9 +113,7 @@ def use_kernels_(
         return _dense_rows(initializer(program.graph, f"{name}{ROWS}", _as_stored(name, weight, stored)))
 
     _use_packed(program, names, "BitmaskLinear" if packed is None else "QuantisedLinear", parts)
-    use_rows_(program, store)
-    if half or tables:
-        store_embeddings_(program, store)
+    use_rows_(program, store, embeddings=half or bool(tables))
     program.opset_imports[DOMAIN] = VERSION
 
 

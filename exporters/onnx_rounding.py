@@ -6,8 +6,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -16,15 +15,7 @@ from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters import zeros_of_rounding
-from gblm_compress.exporters.onnx_weights import (
-    Rows,
-    constant,
-    initializer,
-    rows_of,
-    store_embeddings_,
-    use_rows_,
-    widened,
-)
+from gblm_compress.exporters.onnx_weights import Rows, constant, initializer, rows_of, use_rows_, widened
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import MOVES_MUCH, share_moved
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -43,34 +34,22 @@ CHANNELS, CHANNEL_SCALES = ".channels", ".channel_scales"
 INT8_INPUTS = 4  # Accuracy level: inputs are rounded to 8 bits, if that is faster.
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """Packed layers by name, packed head and embedding, and what rounding did to each layer.
-
-    Attributes:
-        moved: the share of its norm that rounding moved.
-        zeros: entries of the checks.
-    """
+class Rounded(NamedTuple):
+    """Packed layers by name, packed head and embedding, and entries of the checks."""
 
     layers: dict[str, Any]
     tables: list[Any]
-    moved: dict[str, float]
-    zeros: dict[str, Any]
-
-    def summary(self) -> dict[str, Any]:
-        much = [name for name, share in self.moved.items() if share > self.layers[name].largest_error]
-        named = {"layers_rounded_much": much} if much else {}
-        return {"largest_rounding_error": max(self.moved.values()), **named, **self.zeros}
+    checks: dict[str, Any]
 
 
 @torch.no_grad()
 def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dense: bool) -> Rounded:
     """Round all linear layers of the blocks, head and embedding, in place."""
-    pack, pack_table = _packers(source, settings, is_dense)
+    pack = _packer(source, settings, is_dense)
     layers, moved, before, after = {}, {}, {}, {}
     named: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
     for name, layer in named.items():
-        layers[name] = pack(name, weight_matrix(layer).float())
+        layers[name] = pack(name, weight_matrix(layer).float(), False)
         moved[name] = layers[name].error(weight_matrix(layer))
         rounded = layers[name].dense_weight()
         before[name], after[name] = count_nonzeros(weight_matrix(layer)), count_nonzeros(rounded)
@@ -79,32 +58,34 @@ def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dens
     for name, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
         weight = module.weight if isinstance(module, nn.Embedding | nn.Linear) else None  # images have neither
         if weight is not None and weight.data_ptr() not in tables:
-            tables[weight.data_ptr()] = pack_table(name, weight.float())
+            tables[weight.data_ptr()] = pack(name, weight.float(), True)
             weight.copy_(tables[weight.data_ptr()].dense_weight())
+    much = [name for name, share in moved.items() if share > layers[name].largest_error]
+    checks = {"largest_rounding_error": max(moved.values()), **({"layers_rounded_much": much} if much else {})}
     sizes = {name: named[name].weight.numel() for name in pruned_layers(source, model) if name in named}
-    return Rounded(layers, list(tables.values()), moved, zeros_of_rounding(before, after, sizes))
+    return Rounded(layers, list(tables.values()), checks | zeros_of_rounding(before, after, sizes))
 
 
-def _packers(
-    source: ModelSource, settings: ExportSettings, is_dense: bool
-) -> tuple[Callable[[str, Tensor], Any], Callable[[str, Tensor], Any]]:
-    """Functions that pack a layer's weight [out_features, in_features] in float32, and a table's.
+def _packer(source: ModelSource, settings: ExportSettings, is_dense: bool) -> Callable[[str, Tensor, bool], Any]:
+    """A function that packs a weight [out_features, in_features] in float32, of a layer or of a table.
 
-    They raise ModelError where float16 does not hold the scales.
+    It raises ModelError where float16 does not hold the scales.
     """
     if not settings.kernels:
         bits, group = 8 if settings.quantise == "int8" else 4, settings.group or GROUP
+        channels = by_channels(source, settings)
 
-        def of_layer(_: str, weight: Tensor) -> Any:
-            return (
-                Channels.from_dense(weight) if by_channels(source, settings) else Blocks.from_dense(weight, bits, group)
-            )
+        def pack(name: str, weight: Tensor, is_table: bool) -> Any:
+            if channels and not is_table:
+                return Channels.from_dense(weight)
+            return Blocks.from_dense(weight, 8 if is_table else bits, group)
 
-        return of_layer, lambda _, weight: Blocks.from_dense(weight, 8, group)
+        return pack
     grids = read_grids(source)
-    layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
+    of_layers = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
 
-    def packed(name: str, weight: Tensor, layout: str, group: int | None = None) -> Any:
+    def pack_on_grid(name: str, weight: Tensor, is_table: bool) -> Any:
+        layout, group = (LAYOUTS[of_layers].tables or "", None) if is_table else (of_layers, settings.group)
         kind: Any = LAYOUTS[layout].kind
         grid = grids.get(name)
         if grid is None or not kind.holds(grid):
@@ -112,8 +93,7 @@ def _packers(
         check_scales(name, grid.scales.float(), "export without --kernels or without --quantise")
         return PackedLinear.from_dense(layout, weight, grid=grid)
 
-    tables = LAYOUTS[layout].tables or ""
-    return partial(packed, layout=layout, group=settings.group), partial(packed, layout=tables)
+    return pack_on_grid
 
 
 def by_channels(source: ModelSource, settings: ExportSettings) -> bool:
@@ -159,7 +139,17 @@ class Blocks:
         return cls(levels, scales, parts[0].bits, parts[0].columns)
 
     def dense_weight(self) -> Tensor:
-        return torch.from_numpy(restored(self.levels, self.scales, self.bits, self.columns))
+        """[rows, columns] in float32, without -0.0; VerificationError where the arrays do not fit each other."""
+        rows, blocks, size = self.levels.shape if self.levels.ndim == 3 else (0, 0, 0)
+        group = size * 8 // self.bits
+        if self.scales.shape != (rows, blocks) or not 0 <= blocks * group - self.columns < group:
+            raise _unfit(self)
+        levels = self.levels
+        if self.bits == 4:
+            levels = np.stack([levels & 15, levels >> 4], axis=-1)
+        centred = levels.reshape(rows, blocks, -1).astype(np.float32) - (1 << (self.bits - 1))
+        weight = (centred * self.scales[:, :, None]).reshape(rows, -1)[:, : self.columns]
+        return torch.from_numpy(weight + np.float32(0))
 
     def error(self, weight: Tensor) -> float:
         return share_moved(self.dense_weight(), weight)
@@ -219,7 +209,10 @@ class Channels:
         return cls(*(np.concatenate([getattr(part, name) for part in parts], -1) for name in ("levels", "scales")))
 
     def dense_weight(self) -> Tensor:
-        return torch.from_numpy(of_channels(self.levels, self.scales).T)
+        """As of `Blocks`."""
+        if self.levels.ndim != 2 or self.scales.shape != self.levels.shape[1:]:
+            raise _unfit(self)
+        return torch.from_numpy((self.levels * self.scales + np.float32(0)).T)
 
     def error(self, weight: Tensor) -> float:
         return share_moved(self.dense_weight(), weight)
@@ -237,22 +230,9 @@ class Channels:
         return Rows(multiply, read)
 
 
-def of_channels(levels: Any, scales: Any) -> Any:
-    """The weight [columns, rows] in float32 of the initializers of a DynamicQuantizeMatMul."""
-    if levels.ndim != 2 or scales.shape != levels.shape[1:]:
-        raise VerificationError(f"levels of shape {list(levels.shape)} do not fit scales of shape {list(scales.shape)}")
-    return levels * scales + np.float32(0)  # no zero is -0.0
-
-
-def restored(levels: Any, scales: Any, bits: int, columns: int) -> Any:
-    """The weight [rows, columns] in float32 of the initializers of a MatMulNBits."""
-    rows, blocks, size = levels.shape if levels.ndim == 3 else (0, 0, 0)
-    if scales.shape != (rows, blocks) or not 0 <= blocks * size * 8 // bits - columns < size * 8 // bits:
-        raise VerificationError(f"blocks of shape {list(levels.shape)} do not fit scales of shape {list(scales.shape)}")
-    if bits == 4:
-        levels = np.stack([levels & 15, levels >> 4], axis=-1)
-    centred = levels.reshape(rows, blocks, -1).astype(np.float32) - (1 << (bits - 1))
-    return (centred * scales[:, :, None]).reshape(rows, -1)[:, :columns] + np.float32(0)  # no zero is -0.0
+def _unfit(weight: Blocks | Channels) -> VerificationError:
+    levels, scales = list(weight.levels.shape), list(weight.scales.shape)
+    return VerificationError(f"levels of shape {levels} do not fit scales of shape {scales}")
 
 
 def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks | Channels], tables: Sequence[Blocks]) -> None:
@@ -269,8 +249,7 @@ def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks | Channels], table
             known = next((table for table in tables if np.array_equal(table.dense_weight().numpy(), weight)), None)
         return None if known is None else known.rows(program.graph, name)
 
-    use_rows_(program, store)
-    store_embeddings_(program, store)
+    use_rows_(program, store, embeddings=True)
     if left := sorted(packed.keys() & program.graph.initializers.keys()):
         users = {node.op_type for node, _ in program.graph.initializers[left[0]].uses()}
         raise ModelError(

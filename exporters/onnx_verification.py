@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, STARTS, VALUES
-from gblm_compress.exporters.onnx_rounding import (
-    BLOCK_SCALES,
-    BLOCKS,
-    CHANNEL_SCALES,
-    CHANNELS,
-    of_channels,
-    restored,
-)
+from gblm_compress.exporters.onnx_rounding import BLOCK_SCALES, BLOCKS, CHANNEL_SCALES, CHANNELS, Blocks, Channels
 from gblm_compress.exporters.onnx_weights import Place
 from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -91,7 +84,6 @@ def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: 
 
 
 def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
-    """The largest difference relative to the largest logit, which the dtype must allow."""
     difference = float((expected - got).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise VerificationError(
@@ -148,9 +140,10 @@ def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) 
         return _unpacked(name, layout, {part: torch.tensor(array) for part, array in arrays.items()})
     for bits, suffix in BLOCKS.items():
         if name + suffix in initializers:
-            return restored(stored(suffix, "uint8"), stored(BLOCK_SCALES, "float32"), bits, shape[0]).T
+            blocks = Blocks(stored(suffix, "uint8"), stored(BLOCK_SCALES, "float32"), bits, shape[0])
+            return blocks.dense_weight().numpy().T
     if name + CHANNELS in initializers:
-        return of_channels(stored(CHANNELS, "int8"), stored(CHANNEL_SCALES, "float32"))
+        return Channels(stored(CHANNELS, "int8"), stored(CHANNEL_SCALES, "float32")).dense_weight().numpy().T
     values = stored(VALUES, *DTYPES)
     if name + STARTS in initializers:
         mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))

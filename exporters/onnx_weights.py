@@ -1,7 +1,6 @@
 """The weights of an ONNX graph: where a model's layers are, and how to store them otherwise."""
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -33,45 +32,39 @@ def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
 
     An initializer of one layer is renamed after it; some exporters number them.
     """
-    by_content: dict[bytes, str] = {}
     by_row: dict[bytes, list[tuple[str, Any]]] = {}
     for name, layer in ((n, layer) for block in prunable_layers(model) for n, layer in block.items()):
         weight = weight_matrix(layer).detach().numpy()
-        for array in (weight, weight.T):
-            by_content.setdefault(_content(array), name)
-        by_row.setdefault(_content(weight[0]), []).append((name, weight))
+        by_row.setdefault(weight[0].tobytes(), []).append((name, weight))
     found: dict[str, Place] = {}
     for value in list(program.graph.initializers.values()):
         if value.const_value is None or len(value.const_value.shape) != 2:
             continue
         array = value.const_value.numpy()
-        whole = by_content.get(_content(array))
-        if whole is None:
-            found |= _side_by_side(value.name or "", array, by_row)
-        elif whole not in found:
+        parts = _layers_of(array.T, by_row, found)
+        if not parts and len(whole := _layers_of(array, by_row, found)) == 1:
+            parts = dict.fromkeys(whole, range(array.shape[1]))
+        if len(parts) == 1:
             program.graph.initializers.pop(value.name)
-            value.name = f"{whole}.weight"
+            value.name = f"{next(iter(parts))}.weight"
             program.graph.initializers[value.name] = value
-            found[whole] = Place(value.name, array.shape, 0, array.shape[1])
+        found |= {name: Place(value.name or "", array.shape, part.start, part.stop) for name, part in parts.items()}
     return found
 
 
-def _side_by_side(name: str, array: Any, by_row: dict[bytes, list[tuple[str, Any]]]) -> dict[str, Place]:
-    found, start = {}, 0
-    while start < array.shape[1]:
-        for layer, weight in by_row.get(_content(array[:, start]), ()):
-            stop = start + len(weight)
-            if layer not in found and weight.shape[1] == len(array) and np.array_equal(weight.T, array[:, start:stop]):
-                found[layer] = Place(name, array.shape, start, stop)
-                start = stop
+def _layers_of(rows: Any, by_row: dict[bytes, list[tuple[str, Any]]], found: Container[str]) -> dict[str, range]:
+    """{layer: its rows} of weights one below the other, without those `found` before; empty if other rows are there."""
+    layers: dict[str, range] = {}
+    start = 0
+    while start < len(rows):
+        for name, weight in by_row.get(rows[start].tobytes(), ()):
+            part = range(start, start + len(weight))
+            if name not in found and name not in layers and np.array_equal(weight, rows[start : part.stop]):
+                layers[name], start = part, part.stop
                 break
         else:
             return {}
-    return found
-
-
-def _content(array: Any) -> bytes:
-    return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).digest()
+    return layers
 
 
 def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[str, Packed]:
@@ -119,8 +112,11 @@ class Rows:
 Store: TypeAlias = Callable[[str, Any], Rows | None]
 
 
-def use_rows_(program: ir.Model, store: Store) -> None:
-    """Multiply by the stored form of all constant matrices instead of MatMul, in place; tied embeddings read it too."""
+def use_rows_(program: ir.Model, store: Store, embeddings: bool) -> None:
+    """Multiply by the stored form of all constant matrices instead of MatMul, in place; tied embeddings read it too.
+
+    With `embeddings`, the tables of other embeddings are stored as well.
+    """
     graph = program.graph
     turned: dict[ir.Value, Rows] = {}
     for matmul in [node for node in graph if node.op_type == "MatMul"]:
@@ -150,11 +146,11 @@ def use_rows_(program: ir.Model, store: Store) -> None:
             graph.remove(user, safe=True)
         if not before.uses():
             del graph.initializers[before.name]
+    if embeddings:
+        _store_embeddings_(graph, store)
 
 
-def store_embeddings_(program: ir.Model, store: Store) -> None:
-    """Store the tables of Gathers, in place."""
-    graph = program.graph
+def _store_embeddings_(graph: ir.Graph, store: Store) -> None:
     for gather in [node for node in graph if node.op_type == "Gather"]:
         table = gather.inputs[0]
         if table is None or table.name not in graph.initializers or table.dtype != ir.DataType.FLOAT:

@@ -150,7 +150,6 @@ def _check_products(name: str, packed: PackedLinear) -> None:
 def _verify_run(
     exported: ModelSource, model: Any, sample: Sample, reference: tuple[Tensor, dict[str, Tensor]]
 ) -> float:
-    """The largest difference of a logit of the reloaded model, relative to the largest logit."""
     expected, buffers = reference
     prediction, computed = _run(model, sample)
     for name in sorted(computed.keys() | buffers.keys()):

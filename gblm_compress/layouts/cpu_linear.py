@@ -45,7 +45,6 @@ def linear_by_tiles(x: Tensor, weight: cpu.Weight) -> Tensor:
 
 
 def kernel(weight: cpu.Weight, layout: str, tokens: int, crossover: int) -> str:
-    """The kernel that `linear` runs for this number of tokens."""
     if tokens <= crossover:
         return f"{layout} {weight.path}"
     return f"{layout} {weight.path}, many tokens" if weight.has_many else "expanded tiles and dense GEMM"

@@ -34,6 +34,7 @@ class Floats:
     width: int | None = None  # bits of a stored weight; None: those of the dtype
     tolerance = 0.0  # largest difference of a restored weight, relative to the largest weight; 0: bit for bit
     largest_error = float("inf")  # a layer with a larger `error` gets the layout `Layout.exact`
+    dtypes: tuple[torch.dtype, ...] = DTYPES  # of the values
     counted = "nonzeros"  # the key of `sizes` with the number of values, where the shape does not give it
 
     def __init__(self, mask: Mask) -> None:
@@ -82,14 +83,11 @@ class Floats:
 
         Stored values may be zero: a cast to a narrower dtype makes some weights zero.
         """
-        self.check_values(held, shape, DTYPES)
-
-    def check_values(self, held: Held, shape: Shape, dtypes: Sequence[torch.dtype]) -> None:
         count = 0
         if self.mask.name:
             self.mask.check(held[self.mask.name], shape)
             count = self._count(self.mask.to_words(held[self.mask.name]))
-        self.mask.check_values(held["values"], dtypes, shape, count)
+        self.mask.check_values(held["values"], self.dtypes, shape, count)
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
         """Whether the unpacked weight is that matrix, within `tolerance`."""
@@ -109,7 +107,6 @@ class Floats:
         return {**({self.mask.name: buffer} if self.mask.name else {}), "values": self.mask.hold(values, shape)}
 
     def _part(self, held: Held, shape: Shape, rows: range, columns: range) -> Tensor:
-        """The dense weight of ranges of rows and columns."""
         weight = self.unpack(held, shape[1], torch.float32)
         return weight[rows.start : rows.stop, columns.start : columns.stop].contiguous()
 
@@ -146,7 +143,7 @@ class Levels(Floats):
     kind = "int8"
     group: int | None = None  # columns that share a scale by default; None: all of a row
     width = 8
-    dtype = torch.int8
+    dtypes = (torch.int8,)
     tolerance = 1 / LARGEST
     largest_error = MOVES_MUCH[8]
     counted = "stored"
@@ -161,7 +158,7 @@ class Levels(Floats):
         if group is not None and (type(group) is not int or group not in GROUPS):
             raise ModelError(f"group {group!r} is none of {', '.join(map(str, GROUPS))}, nor null for whole rows")
         scales = torch.empty((shape[0], groups_of(shape[1], group)), dtype=torch.int16, device=device)
-        return {"scales": scales, **super().empty(shape, self.dtype, device, sizes)}
+        return {"scales": scales, **super().empty(shape, self.dtypes[0], device, sizes)}
 
     def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
         groups = held["scales"].shape[1] if held["scales"].dim() == 2 else 0
@@ -181,14 +178,11 @@ class Levels(Floats):
             filler = table[min(int((table < 0).sum()), len(table) - 1)]  # zero, or else what `error` finds
             levels = torch.where(keep, levels, filler)
         buffer = self.mask.from_words(words(stored), weight.shape[1])
-        values = self._stored(self._codes_of(levels[stored], table), buffer)
+        values = self._stored(levels[stored], table, buffer)
         return {"scales": grid.scales.contiguous().view(torch.int16), **self._hold(buffer, values, weight.shape)}
 
-    def _codes_of(self, levels: Tensor, table: Tensor) -> Tensor:
+    def _stored(self, levels: Tensor, table: Tensor, buffer: Tensor) -> Tensor:
         return levels
-
-    def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
-        return codes
 
     def levels_of(self, held: Held, columns: int) -> Tensor:
         """All levels [rows, columns] in int8; zeros where none is stored."""
@@ -219,7 +213,7 @@ class Levels(Floats):
         return self.pack(self._part(held, shape, rows, columns), grid=grid)
 
     def check(self, held: Held, shape: Shape, group: int | None) -> None:
-        self.check_values(held, shape, (self.dtype,))
+        super().check(held, shape, group)
         self._check_levels(held, shape)
         scales = held["scales"]
         check_tensor("scales", scales, (torch.int16,), (shape[0], groups_of(shape[1], group)))
@@ -272,7 +266,7 @@ class Places(Levels):
     kind = "int4"
     group = 64
     width = 4
-    dtype = torch.uint8
+    dtypes = (torch.uint8,)
     tolerance = 0.5
     largest_error = MOVES_MUCH[4]
 
@@ -288,11 +282,9 @@ class Places(Levels):
         grid = grid or make_grid(weight.float(), weight != 0, self.kind, group or self.group)
         return {**super().pack(weight, grid=grid), "levels": grid.levels.unsqueeze(0).contiguous()}
 
-    def _codes_of(self, levels: Tensor, table: Tensor) -> Tensor:
-        return torch.searchsorted(table, levels.contiguous()).to(torch.uint8)
-
-    def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
-        return pack_places(self.mask.to_words(buffer), codes)
+    def _stored(self, levels: Tensor, table: Tensor, buffer: Tensor) -> Tensor:
+        places = torch.searchsorted(table, levels.contiguous()).to(torch.uint8)
+        return pack_places(self.mask.to_words(buffer), places)
 
     def _count(self, mask: Tensor) -> int:
         return _bytes_before(mask)[2]

@@ -79,7 +79,6 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
         return PackedLinearMethod(layouts.pop(), prefix, described)
 
     def _described(self, prefix: str) -> list[dict[str, Any]]:
-        """The descriptions of the folder's layers in a layer of vLLM."""
         parent, dot, own = prefix.rpartition(".")
         names = [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(own, [own])]
         return [self.layers[name] for name in names if name in self.layers]
