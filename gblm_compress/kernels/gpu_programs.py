@@ -91,16 +91,9 @@ def _bitmask_block(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block(  # type: ignore[no-untyped-def]
-    tensors,
-    sizes,
-    row,
-    first_column,
-    ELEMENT: tl.constexpr,
-    STORED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    tensors, sizes, row, first_column,
+    ELEMENT: tl.constexpr, STORED: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """A block [ROWS, COLUMNS] of the weight in ELEMENT: as it is stored, or scale · level, rounded once."""
     values, _, _, scales, _ = tensors
     rows, columns, _, _, groups, _ = sizes
@@ -127,31 +120,11 @@ def _block(  # type: ignore[no-untyped-def]
 # One compilation serves every number of tokens and of blocks, where these would be special at 1 and at multiples of 16.
 @triton.jit(do_not_specialize=["blocks", "groups", "stride", "tokens", "share"])  # type: ignore[untyped-decorator]
 def linear(  # type: ignore[no-untyped-def]
-    x,
-    values,
-    places,
-    starts,
-    scales,
-    levels,
-    bias,
-    y,
-    rows,
-    columns,
-    width,
-    blocks,
-    groups,
-    stride,
-    tokens,
-    share,
-    STORED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    TENSOR_CORES: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, values, places, starts, scales, levels, bias, y,
+    rows, columns, width, blocks, groups, stride, tokens, share,
+    STORED: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, TENSOR_CORES: tl.constexpr, BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     token = tl.arange(0, TOKENS)
@@ -196,24 +169,10 @@ def add_up(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def expand(  # type: ignore[no-untyped-def]
-    values,
-    places,
-    starts,
-    scales,
-    levels,
-    dense,
-    rows,
-    columns,
-    width,
-    blocks,
-    groups,
-    stride,
-    STORED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    values, places, starts, scales, levels, dense,
+    rows, columns, width, blocks, groups, stride,
+    STORED: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(1) * COLUMNS
     tensors, sizes = (values, places, starts, scales, levels), (rows, columns, width, blocks, groups, stride)

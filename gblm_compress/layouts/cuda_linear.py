@@ -72,19 +72,19 @@ def is_plan(words: Any, weight: Packed) -> bool:
 
 def _could_run(weight: Packed, candidate: Candidate, tokens: int) -> bool:
     kernel, variant = candidate
-    if kernel == "triton":
-        return variant in [tuple(map(int, tiling)) for tiling in gpu.tilings(weight.stored, tokens)]
-    if kernel == "dense":
-        return not variant
-    if not _fits_torch(weight, tokens):
-        return False
+    possible = _possible(weight, tokens)
     if kernel == "cusparselt":
-        return len(variant) == 1 and 0 <= variant[0] < ALGORITHMS
-    return kernel == "cutlass" and not variant and not _needed_by_cutlass(weight.shape)
+        return len(variant) == 1 and 0 <= variant[0] < ALGORITHMS and Candidate(kernel) in possible
+    return candidate in possible and not (kernel == "cutlass" and _needed_by_cutlass(weight.shape))
 
 
-def _fits_torch(weight: Packed, tokens: int) -> bool:
-    return (weight.stored, weight.width) == ("two of four", 16) and tokens >= FEWEST_FOR_TORCH
+def _possible(weight: Packed, tokens: int) -> list[Candidate]:
+    """What there is for a weight of that layout; cuSPARSELt without its algorithm, which is searched."""
+    tilings = gpu.tilings(weight.stored, tokens)
+    found = [DENSE, *(Candidate("triton", tuple(map(int, tiling))) for tiling in tilings)]
+    if (weight.stored, weight.width) == ("two of four", 16) and tokens >= FEWEST_FOR_TORCH:
+        found += [Candidate(kernel) for kernel in Operands._fields]
+    return found
 
 
 @cache
@@ -190,35 +190,23 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
     expected = torch.nn.functional.linear(x, gpu.expand(weight))
     times: dict[Candidate, float] = {}
     excluded: dict[str, str] = {}
-    for kernel in ("dense", "triton", "cusparselt", "cutlass"):
+    for candidate in _possible(weight, tokens):
         try:
-            found = _calls(kernel, weight, x)
-        except RuntimeError as error:
-            excluded[kernel] = first_line(error)
-            continue
-        for candidate, call in found.items():
-            try:
-                if not bool((call() - expected).abs().max() <= AGREEMENT * expected.abs().max()):
-                    warnings.warn(f"{candidate} computes another product on this GPU and is not used", stacklevel=2)
-                    excluded[str(candidate)] = "another product"
-                    continue
+            needed: Operands | None = None
+            if candidate.kernel in Operands._fields:
+                needed = operands(weight, {candidate.kernel})
+            if needed is not None and candidate.kernel == "cusparselt":
+                found = torch._cslt_sparse_mm_search(needed.cusparselt, x.contiguous().T, transpose_result=True)
+                candidate = Candidate("cusparselt", (found,))
+            call = partial(run, candidate, x, weight, None, needed)
+            if bool((call() - expected).abs().max() <= AGREEMENT * expected.abs().max()):
                 times[candidate] = milliseconds(call)
-            except Exception as error:  # Triton raises many kinds where a GPU lacks what a tiling needs
-                excluded[str(candidate)] = f"{type(error).__name__}: {first_line(error)}"
+            else:
+                warnings.warn(f"{candidate} computes another product on this GPU and is not used", stacklevel=2)
+                excluded[str(candidate)] = "another product"
+        except Exception as error:  # Triton raises many kinds where a GPU lacks what a tiling needs
+            excluded[str(candidate)] = f"{type(error).__name__}: {first_line(error)}"
     return times, excluded
-
-
-def _calls(kernel: str, weight: Packed, x: Tensor) -> dict[Candidate, Callable[[], Tensor]]:
-    needed: Operands | None = None
-    found = [DENSE] if kernel == "dense" else []
-    if kernel == "triton":
-        found = [Candidate(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.stored, len(x))]
-    elif kernel != "dense" and _fits_torch(weight, len(x)):
-        needed, variant = operands(weight, {kernel}), tuple[int, ...]()
-        if kernel == "cusparselt":
-            variant = (torch._cslt_sparse_mm_search(needed.cusparselt, x.contiguous().T, transpose_result=True),)
-        found = [Candidate(kernel, variant)]
-    return {candidate: partial(run, candidate, x, weight, None, needed) for candidate in found}
 
 
 def milliseconds(call: Callable[[], Tensor]) -> float:
