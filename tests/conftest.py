@@ -29,7 +29,7 @@ from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import VOCABULARY, build_tiny
+from gblm_compress.models.tiny import VOCABULARY, build_tiny, byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import stage
 from gblm_compress.pruning.stage import PruneJob, PruneResult
@@ -182,6 +182,13 @@ def export(source: ModelSource, folder: Path, **settings: Any) -> tuple[ExportRe
     """What `exporters.export` to a folder returns, and the folder; quiet."""
     result = exporters.export(source, folder, ExportSettings(**settings), progress=Progress(quiet=True))
     return result, ModelSource(folder.name, folder)
+
+
+def saved(model: Any, folder: Path) -> ModelSource:
+    """A folder of the model, with a tokenizer of bytes."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return ModelSource(folder.name, folder)
 
 
 def replay(model: nn.Module, samples: list[Sample], task: Task = CAUSAL_LM) -> BlockReplay:
