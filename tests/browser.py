@@ -43,5 +43,4 @@ def evaluate(
 
 
 def screenshot(page: Path, picture: Path, width: int, height: int, dark: bool = False) -> None:
-    """The top of a page as PNG."""
     _run(f"--screenshot={picture}", page.resolve().as_uri(), width=width, height=height, dark=dark)

@@ -81,7 +81,6 @@ class Server:
     def run(
         self, arguments: list[str], folder: Path, cache: Path, seconds: float = LONG_ENOUGH, code: str = PROGRAM
     ) -> Outcome:
-        """Run `gblm-compress`, or other code, with these arguments in a folder."""
         process = self._context.Process(target=_run, args=(arguments, folder, cache, code))
         process.start()
         start = time.monotonic()

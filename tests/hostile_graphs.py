@@ -55,7 +55,6 @@ class Case:
         return {"x": self.x} | {name: self.tensors[name] for name in sorted(self.variable)}
 
     def weights(self) -> list[list[np.ndarray]]:
-        """The tensors of each weight, in the order of the inputs."""
         given = [self.tensors[name] for name in self.inputs[1:]]
         size = SIZES[self.operator]
         return [given[first : first + size] for first in range(0, len(given), size)]
@@ -77,7 +76,6 @@ class Case:
         return all(columns[self.operator](*weight) == self.x.shape[-1] for weight in weights)
 
     def products(self) -> list[np.ndarray]:
-        """What a sound case must give."""
         if self.operator == "QuantisedLinear":
             return [_rounded(self.x) @ restored(*weight).T for weight in self.weights()]
         x = self.x.astype(np.float64)

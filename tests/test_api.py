@@ -229,7 +229,6 @@ NOT_ALIKE = re.compile("conditions|finished|seconds|memory|bytes|environment|mea
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """What the commands read."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "prose.txt").write_text(load_text("demo", "calibration")[:9000])
     gblm_compress.prune("tiny", folder / "pruned", pattern="2:4", method="magnitude", fit="none", quiet=True)

@@ -16,7 +16,6 @@ def build(folder: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def assert_search_finds(page: Path, word: str) -> None:
-    """In a page that is opened from its folder."""
     types = f"""<script>setTimeout(() => {{
         const input = document.querySelector(".md-search__input");
         document.querySelector("#__search").click();

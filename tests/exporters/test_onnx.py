@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+from torch import nn
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
 from gblm_compress.exporters import onnx as exporter
@@ -23,17 +24,23 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from tests.conftest import export
 
-
-def _operator_is_compiled() -> bool:
-    try:
-        return cpu.onnxruntime_library().exists()
-    except MissingDependencyError:
-        return False
-
-
 PLAIN = {"format": "onnx", "graph": "plain"}
 
-needs_operator = pytest.mark.skipif(not _operator_is_compiled(), reason="installed without a C compiler")
+needs_operator = pytest.mark.skipif(cpu.library_file() is None, reason="installed without a C compiler")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _each_model_is_traced_once() -> Iterator[None]:
+    trace, traced = onnx_plain._trace, dict[ModelSource, bytes]()
+
+    def once(model, source):
+        if source not in traced:
+            traced[source] = ir.to_proto(trace(model, source)).SerializeToString()
+        return ir.from_proto(onnx.load_from_string(traced[source]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_plain, "_trace", once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,35 +51,12 @@ def exported(pruned, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def traced(exported) -> Iterator[None]:
-    """The graph need not be traced again: the tracer gives the one that was exported before."""
-    original = onnx_plain._trace
-
-    def trace(model, source):
-        if source != exported[0]:
-            return original(model, source)
-        program = ir.load(exported[1].folder / "model.onnx")
-        for value in (*program.graph.inputs, *program.graph.outputs):  # back to the exporter's own names
-            stem, *rest = value.name.split(".")
-            if rest:
-                direction = "input" if stem == "past_key_values" else "output"
-                value.name = f"{direction}.cache.layers.{rest[0]}.{rest[1]}s"
-        return program
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_plain, "_trace", trace)
-        yield
-
-
-@pytest.fixture(scope="module")
-def sparse(exported, traced, tmp_path_factory):
-    """The same model with packed initializers."""
+def sparse(exported, tmp_path_factory):
     return export(exported[0], tmp_path_factory.mktemp("sparse") / "out", **PLAIN, sparse=True)
 
 
 @pytest.fixture(scope="module")
-def with_kernels(exported, traced, tmp_path_factory):
-    """The same model on this package's operator."""
+def with_kernels(exported, tmp_path_factory):
     return export(exported[0], tmp_path_factory.mktemp("kernels") / "out", **PLAIN, kernels=True)
 
 
@@ -99,21 +83,21 @@ def test_names_and_dynamic_dimensions(exported) -> None:
     assert set(decoder["inputs"]) == {*inputs, "past_key_names", "past_value_names"}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_prefill_and_decode_with_any_batch_and_length(exported, batch: int) -> None:
-    source, folder, _ = exported
-    model = load_model(source)
-    runtime = OnnxRuntime(folder, "cpu", 1)
-    ids = torch.randint(0, 257, (batch, 29), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        runtime.predict({"input_ids": ids}), TorchRuntime(model).predict({"input_ids": ids}), rtol=1e-3, atol=1e-3
-    )
-    token, cache = runtime.prefill(ids[:, :20])
-    for t in range(20, 29):  # teacher-forced decoding must see the cache
-        token, cache = runtime.decode(ids[:, t : t + 1], cache)
-        with torch.no_grad():
-            expected = model(input_ids=ids[:, : t + 1]).logits[:, -1].argmax(-1, keepdim=True)
-        assert torch.equal(token, expected)
+def assert_computes(folder: ModelSource, model: nn.Module) -> None:
+    """Whether a graph gives the logits of the model, for prompts, and for steps, which must see the cache."""
+    reference, runtime = TorchRuntime(model), OnnxRuntime(folder, "cpu", 2)
+    for batch in (1, 3):
+        ids = torch.randint(0, 257, (batch, 70), generator=torch.Generator().manual_seed(0))
+        expected = reference.predict({"input_ids": ids})
+        torch.testing.assert_close(runtime.predict({"input_ids": ids}), expected, rtol=1e-4, atol=1e-4)
+        logits, cache = runtime.last_logits(ids[:, :60], None)
+        for t in range(60, 70):
+            torch.testing.assert_close(logits, expected[:, t - 1], rtol=1e-4, atol=1e-4)
+            logits, cache = runtime.last_logits(ids[:, t : t + 1], cache)
+
+
+def test_prefill_and_decode_with_any_batch_and_length(exported) -> None:
+    assert_computes(exported[1], load_model(exported[0]))
 
 
 def test_padding_is_masked(exported) -> None:
@@ -181,53 +165,28 @@ def test_a_runtime_that_refuses_the_operators_is_named(with_kernels, monkeypatch
 
 
 @needs_operator
-@pytest.mark.parametrize(("tokens", "threads"), [(1, 1), (7, 2), (8, 1), (9, 2), (200, 2)])
-def test_kernels_for_every_number_of_tokens(exported, with_kernels, tokens: int, threads: int) -> None:
-    ids = torch.randint(0, 257, (2, tokens), generator=torch.Generator().manual_seed(tokens))
-    got = OnnxRuntime(with_kernels[1], "cpu", threads).predict({"input_ids": ids})
-    torch.testing.assert_close(
-        got, OnnxRuntime(exported[1], "cpu", 1).predict({"input_ids": ids}), rtol=1e-4, atol=1e-4
-    )
-
-
-def without_a_start(graph) -> None:
-    starts = next(tensor for tensor in graph.initializer if tensor.name.endswith(".starts"))
-    starts.CopyFrom(onnx.numpy_helper.from_array(np.zeros(starts.dims, np.int64), starts.name))
-
-
-def with_another_width(graph) -> None:
-    """Every token's hidden state twice, side by side, before the first BitmaskLinear: known in a run only."""
-    node = next(node for node in graph.node if node.op_type == "BitmaskLinear")
-    twice = onnx.helper.make_node("Concat", [node.input[0]] * 2, ["twice"], axis=-1)
-    graph.node.insert(list(graph.node).index(node), twice)
-    node.input[0] = "twice"
-
-
-@needs_operator
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without_a_start, r"cannot load it .*starts 'model\.layers\.\d.*\.starts' says 0 at row 1; the rows before"),
-        (with_another_width, r"cannot run it .*x must be a tensor .* the last of 64; .* the last of 128"),
-    ],
-)
-def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path, damage, message) -> None:
-    model = onnx.load(with_kernels[1].folder / "model.onnx")
-    damage(model.graph)
+def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path) -> None:
+    """As it is loaded, and as it runs: the width of an input is known no sooner."""
+    model, damaged = onnx.load(with_kernels[1].folder / "model.onnx"), ModelSource("damaged", tmp_path)
     del model.graph.value_info[:]
+    node = next(node for node in model.graph.node if node.op_type == "BitmaskLinear")
+    twice = onnx.helper.make_node("Concat", [node.input[0]] * 2, ["twice"], axis=-1)
+    model.graph.node.insert(list(model.graph.node).index(node), twice)
+    node.input[0] = "twice"
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(ModelError, match=message):
-        OnnxRuntime(ModelSource("damaged", tmp_path), "cpu", 1).predict({"input_ids": torch.arange(8).unsqueeze(0)})
+    with pytest.raises(ModelError, match=r"cannot run it .*x must be a tensor .* the last of 64; .* the last of 128"):
+        OnnxRuntime(damaged, "cpu", 1).predict({"input_ids": torch.arange(8).unsqueeze(0)})
+    starts = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(".starts"))
+    starts.CopyFrom(onnx.numpy_helper.from_array(np.zeros(starts.dims, np.int64), starts.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=r"cannot load it .*starts 'model\.layers\.\d.*\.starts' says 0 at row 1;"):
+        OnnxRuntime(damaged, "cpu", 1)
 
 
-def test_kernels_are_refused_without_a_compiler(exported, tmp_path, monkeypatch) -> None:
+def test_without_a_compiler_kernels_are_refused_and_auto_is_dense_and_says_so(exported, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "library_file", lambda: None)
     with pytest.raises(MissingDependencyError, match="no C compiler was at hand.*apt install gcc"):
         export(exported[0], tmp_path / "out", **PLAIN, kernels=True)
-
-
-def test_an_export_with_kernels_auto_is_dense_without_them_and_says_so(exported, traced, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "library_file", lambda: None)
     result, folder = export(exported[0], tmp_path / "out", **PLAIN, kernels="auto")
     assert "export onnx-graph-plain is dense" in result.checks["note"] and "apt install gcc" in result.checks["note"]
     assert result.bytes == exported[2].bytes and not (folder.folder / exporter.LIBRARY).exists()
@@ -241,7 +200,7 @@ def test_an_export_with_kernels_auto_is_dense_without_them_and_says_so(exported,
         (onnx_packing, "multiple of 48; this weight has in_features=64 .* Export with --sparse"),
     ],
 )
-def test_kernels_take_whole_words(exported, traced, tmp_path, monkeypatch, module, message) -> None:
+def test_kernels_take_whole_words(exported, tmp_path, monkeypatch, module, message) -> None:
     monkeypatch.setattr(module, "WORD", 48)
     if module is exporter:
         monkeypatch.setattr(onnx_plain, "_trace", None)
@@ -262,33 +221,30 @@ def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:
 def test_damaged_initializers_are_errors(kernels: bool) -> None:
     array = np.zeros((2, 64), np.float32)
     array[1, 2], array[0, 5] = 5.0, 7.0
+    mask, values = onnx_packing.encode(array)
+    packed, shape = {"mask": mask, "nonzeros": values}, (2, 64)
     if kernels:
         held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(array))
-        packed = {".mask": held["mask"].numpy(), ".nonzeros": held["values"].numpy(), ".starts": np.array([0, 1])}
-    else:
-        packed = dict(zip((".mask", ".nonzeros"), onnx_packing.encode(array), strict=True))
-    mask, values = packed[".mask"], packed[".nonzeros"]
+        mask, values, shape = held["mask"].numpy(), held["values"].numpy(), (64, 2)
+        packed = {"mask": mask, "nonzeros": values, "starts": np.array([0, 1])}
 
-    def decoded(**changed):
-        arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
-        values = {"w" + suffix: ir.Value(const_value=ir.tensor(a)) for suffix, a in arrays.items() if a is not None}
-        return onnx_verification.decode(values, "w", shape)
+    def decoded(shape, **changed):
+        stored = {f"w.{name}": array for name, array in (packed | changed).items() if array is not None}
+        initializers = {name: ir.Value(const_value=ir.tensor(array)) for name, array in stored.items()}
+        return onnx_verification.decode(initializers, "w", shape)
 
-    shape = array.T.shape if kernels else array.shape
-    assert np.array_equal(decoded(), array.T if kernels else array)
+    assert np.array_equal(decoded(shape), array.T if kernels else array)
+    with pytest.raises(VerificationError, match=r"^w\.(mask|shape): .* the weight has \[3, 64\]"):
+        decoded((3, 64))
     damages = [{"mask": damaged} for damaged in (None, mask * 0, mask.astype(np.float32))]
     wrong = (None, values[:-1], values[None], values.astype(np.int64), values + 1)
     damages += [{"nonzeros": damaged} for damaged in wrong]
-    shape, right = (3, 64), shape
-    with pytest.raises(VerificationError, match=r"^w\.(mask|shape): .* the weight has \[3, 64\]"):
-        decoded()
-    shape = right
     for damage in damages + [{"starts": np.array(starts)} for starts in ([0, 2], [0], [0.0, 1.0]) if kernels]:
         with pytest.raises(VerificationError, match=r"^w\.(mask|nonzeros|starts|values): "):
-            decoded(**damage)
+            decoded(shape, **damage)
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_model(exported, traced, tmp_path, monkeypatch) -> None:
+def test_memory_that_runs_out_is_no_fault_of_the_model(exported, tmp_path, monkeypatch) -> None:
     def fail(*_, **__):
         raise Fail("std::bad_alloc")
 
@@ -320,7 +276,7 @@ def forgetful(last_logits: Callable[..., Any]) -> Callable[..., Any]:
     ],
 )
 def test_wrong_logits_lost_zeros_and_a_wrong_cache_fail_verification(
-    exported, traced, tmp_path, monkeypatch, owner, name, wrong, message
+    exported, tmp_path, monkeypatch, owner, name, wrong, message
 ) -> None:
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(VerificationError, match=message):
@@ -328,7 +284,7 @@ def test_wrong_logits_lost_zeros_and_a_wrong_cache_fail_verification(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, traced, tmp_path, monkeypatch) -> None:
+def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, tmp_path, monkeypatch) -> None:
     """Either of two logits that are nearly equal may be the larger one."""
     expected = 0.9 * torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
     expected[:, 0], expected[1::2, 1] = 1.005, 1.0

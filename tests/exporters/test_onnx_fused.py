@@ -20,14 +20,13 @@ from gblm_compress.exporters.onnx_fused import calculate_rotations_
 from gblm_compress.exporters.onnx_weights import initializer
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import TorchRuntime, load_runtime
+from gblm_compress.measure.runtimes import load_runtime
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer
-from tests.conftest import export, greedy_tokens
-from tests.exporters.test_onnx import needs_operator
+from tests.conftest import export, greedy_tokens, saved
+from tests.exporters.test_onnx import assert_computes, needs_operator
 from tests.families.tiny import tiny_family
 
 SIZES = {
@@ -47,53 +46,50 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 WINDOW = {"sliding_window": 16}  # the texts that exports are verified on are longer
 WINDOWS = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
 BOTH = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32}
-CONFIGS = {
-    "LlamaForCausalLM": lambda: transformers.LlamaConfig(
-        **SIZES, attention_bias=True, rope_scaling={**LLAMA3, "original_max_position_embeddings": 128}
-    ),
-    "MistralForCausalLM": lambda: transformers.MistralConfig(**SIZES, **WINDOW),
-    "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**SIZES, **WINDOWS),
-    "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**SIZES, **WINDOWS, head_dim=32),
-    "GemmaForCausalLM": lambda: transformers.GemmaConfig(**SIZES, head_dim=32),
-    "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES, **BOTH),
-    "Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**SIZES, **BOTH),
-    "GraniteForCausalLM": lambda: transformers.GraniteConfig(
-        **SIZES, rope_scaling={"rope_type": "linear", "factor": 4.0}
-    ),
-    "Ernie4_5ForCausalLM": lambda: transformers.Ernie4_5Config(**SIZES, head_dim=32),
-    "HunYuanDenseV1ForCausalLM": lambda: transformers.HunYuanDenseV1Config(
-        **SIZES, head_dim=32, rope_scaling={"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0}
-    ),
-    "NemotronForCausalLM": lambda: transformers.NemotronConfig(**SIZES),
-    "PhiForCausalLM": lambda: transformers.PhiConfig(**SIZES),
-    "Phi3ForCausalLM": lambda: transformers.Phi3Config(**SIZES, **WINDOW, original_max_position_embeddings=512),
-    "SmolLM3ForCausalLM": lambda: transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
+# {family: what its config has beside SIZES}
+FAMILIES = {
+    "Llama": {"attention_bias": True, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 128}},
+    "Mistral": WINDOW,
+    "Qwen2": WINDOWS,
+    "Qwen3": {**WINDOWS, "head_dim": 32},
+    "Gemma": {"head_dim": 32},
+    "Gemma2": BOTH,
+    "Gemma3": BOTH,
+    "Granite": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "Ernie4_5": {"head_dim": 32},
+    "HunYuanDenseV1": {"head_dim": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
+    "Nemotron": {},
+    "Phi": {},
+    "Phi3": {**WINDOW, "original_max_position_embeddings": 512},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
 }
 
 
+def config(family: str, **more):
+    return getattr(transformers, f"{family.replace('Gemma3', 'Gemma3Text')}Config")(**SIZES, **more)
+
+
 def test_every_architecture_is_tried() -> None:
-    assert set(CONFIGS) == onnx_fused.ARCHITECTURES
-    windowed = {name for name, config in CONFIGS.items() if cache_kinds(config()) != {"DynamicLayer"}}
-    assert windowed | {"SmolLM3ForCausalLM"} == onnx_fused.WINDOWED
+    assert {f"{family}ForCausalLM" for family in FAMILIES} == onnx_fused.ARCHITECTURES
+    windowed = {name for name, more in FAMILIES.items() if cache_kinds(config(name, **more)) != {"DynamicLayer"}}
+    assert {f"{family}ForCausalLM" for family in windowed | {"SmolLM3"}} == onnx_fused.WINDOWED
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in sorted(CONFIGS)), ("Gemma3ForCausalLM", "float16")]
+    ("family", "dtype"), [*((family, "float32") for family in sorted(FAMILIES)), ("Gemma3", "float16")]
 )
-def test_the_graph_of_each_architecture_is_the_same_function(name, dtype, tmp_path) -> None:
+def test_the_graph_of_each_architecture_is_the_same_function(family, dtype, tmp_path) -> None:
     """`export` verifies logits of 64 tokens, 32 decoded ones, and the zeros of every layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+        made = config(family, **FAMILIES[family])
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() == 2 else 0.05))
-    assert type(model).__name__ == name
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    source = ModelSource(name, tmp_path / "model")
-    checks = export(source, tmp_path / "out", format="onnx", dtype=dtype)[0].checks
+    assert type(model).__name__ == f"{family}ForCausalLM"
+    checks = export(saved(model, tmp_path / "model"), tmp_path / "out", format="onnx", dtype=dtype)[0].checks
     assert checks["graph"] == "fused" and checks["identical_greedy_tokens"] == 32
-    assert checks["layers_checked"] == {"Phi3": 8, "Phi": 12, "Nemotron": 12}.get(name.removesuffix("ForCausalLM"), 14)
+    assert checks["layers_checked"] == {"Phi3": 8, "Phi": 12, "Nemotron": 12}.get(family, 14)
 
 
 WAYS = {"dense": {}, "sparse": {"sparse": True}, "kernels": {"kernels": True}}
@@ -107,8 +103,12 @@ def exported(pruned, tmp_path_factory):
     return source, {name: export(source, base / name, format="onnx", **options) for name, options in WAYS.items()}
 
 
+def graph_of(folder: ModelSource) -> onnx.GraphProto:
+    return onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
+
+
 def operators(folder: ModelSource) -> list[str]:
-    return [node.op_type for node in onnx.load(folder.folder / "model.onnx", load_external_data=False).graph.node]
+    return [node.op_type for node in graph_of(folder).node]
 
 
 @needs_operator
@@ -118,9 +118,13 @@ def test_what_the_graphs_are_made_of(exported) -> None:
     found = {name: operators(folder) for name, (_, folder) in results.items()}
     assert all(names.count("GroupQueryAttention") == 2 for names in found.values())
     assert found["dense"].count("MatMul") == 11  # q, k and v are one
-    for name in ("kernels", "half"):
+    for name, dtype in (("kernels", onnx.TensorProto.FLOAT), ("half", onnx.TensorProto.FLOAT16)):
         assert "MatMul" not in found[name] and "Transpose" not in found[name]
         assert (found[name].count("BitmaskLinear"), found[name].count("DenseLinear")) == (8, 1)
+        graph = graph_of(results[name][1])
+        (table,) = [tensor for tensor in graph.initializer if list(tensor.dims) == [257, 64]]  # head and embedding
+        assert table.data_type == dtype
+        assert {node.op_type for node in graph.node if table.name in node.input} == {"Gather", "DenseLinear"}
     size = {name: (folder.folder / "model.onnx.data").stat().st_size for name, (_, folder) in results.items()}
     assert size["half"] < size["kernels"] < size["dense"] and size["sparse"] < size["dense"]
     assert results["half"][1].config["dtype"] == "float16"
@@ -135,31 +139,10 @@ def test_the_graph_asks_for_no_newer_runtime_than_it_needs(exported) -> None:
 
 
 @needs_operator
-def test_the_tied_embedding_is_the_head(exported) -> None:
-    """One matrix in the file serves both, in either dtype."""
-    _, results = exported
-    for name, dtype in (("kernels", onnx.TensorProto.FLOAT), ("half", onnx.TensorProto.FLOAT16)):
-        graph = onnx.load(results[name][1].folder / "model.onnx", load_external_data=False).graph
-        shared = [tensor for tensor in graph.initializer if list(tensor.dims) == [257, 64]]
-        assert [tensor.data_type for tensor in shared] == [dtype]
-        users = {node.op_type for node in graph.node if shared[0].name in node.input}
-        assert users == {"Gather", "DenseLinear"}
-
-
-@needs_operator
 @pytest.mark.parametrize("name", ["dense", "sparse", "kernels", "half"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_logits_of_prompts_and_steps_are_those_of_torch(exported, name, batch) -> None:
+def test_logits_of_prompts_and_steps_are_those_of_torch(exported, name) -> None:
     source, results = exported
-    model = load_model(source, "float16" if name == "half" else "float32").float()
-    reference, runtime = TorchRuntime(model), OnnxRuntime(results[name][1], "cpu", 2)
-    ids = torch.randint(0, 257, (batch, 70), generator=torch.Generator().manual_seed(0))
-    expected = reference.predict({"input_ids": ids})
-    torch.testing.assert_close(runtime.predict({"input_ids": ids}), expected, **CLOSE)
-    logits, cache = runtime.last_logits(ids[:, :60], None)
-    for t in range(60, 70):
-        torch.testing.assert_close(logits, expected[:, t - 1], **CLOSE)
-        logits, cache = runtime.last_logits(ids[:, t : t + 1], cache)
+    assert_computes(results[name][1], load_model(source, "float16" if name == "half" else "float32").float())
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
@@ -207,23 +190,17 @@ def test_models_without_a_fused_graph(tiny, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("family", "more", "reason"),
     [
-        (lambda: transformers.OlmoConfig(**SIZES), "OlmoForCausalLM: onnxruntime-genai's builder gives it RMS norms"),
-        (
-            lambda: transformers.LlamaConfig(**SIZES, rope_scaling={"rope_type": "linear", "factor": 4.0}),
-            "LlamaForCausalLM: a rotary embedding of type linear is not known",
-        ),
-        (
-            lambda: transformers.LlamaConfig(**SIZES, sliding_window=16),
-            "LlamaForCausalLM: a cache of DynamicSlidingWindowLayer does not",
-        ),
-        (lambda: transformers.LlamaConfig(**SIZES), None),
+        ("Olmo", {}, "OlmoForCausalLM: onnxruntime-genai's builder gives it RMS norms"),
+        ("Llama", FAMILIES["Granite"], "LlamaForCausalLM: a rotary embedding of type linear is not known"),
+        ("Llama", WINDOW, "LlamaForCausalLM: a cache of DynamicSlidingWindowLayer does not"),
+        ("Llama", {}, None),
     ],
 )
-def test_what_comes_out_wrong_is_refused(config, reason) -> None:
+def test_what_comes_out_wrong_is_refused(family, more, reason) -> None:
     with torch.device("meta"):
-        found = onnx_fused.why_not(transformers.AutoModelForCausalLM.from_config(config()))
+        found = onnx_fused.why_not(transformers.AutoModelForCausalLM.from_config(config(family, **more)))
     assert found == reason if reason is None else found.startswith(reason)
 
 
@@ -236,10 +213,8 @@ def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, m
 
 def test_a_plain_graph_takes_the_place_of_a_fused_one_that_does_not_run(tmp_path, monkeypatch) -> None:
     """As of a Phi whose heads have a rotary part of 8."""
-    tiny_family("phi").save_pretrained(tmp_path / "phi")
-    byte_tokenizer().save_pretrained(tmp_path / "phi")
-    source = ModelSource("small", tmp_path / "phi")
-    with pytest.raises(ModelError, match="'small': ONNX Runtime cannot run it .*cos_cache dimension 1 must be"):
+    source = saved(tiny_family("phi"), tmp_path / "phi")
+    with pytest.raises(ModelError, match="'phi': ONNX Runtime cannot run it .*cos_cache dimension 1 must be"):
         export(source, tmp_path / "out", format="onnx", graph="fused")
     monkeypatch.setattr(loading, "load_model", load := Mock(side_effect=load_model))
     checks = export(source, tmp_path / "out", format="onnx")[0].checks
@@ -293,22 +268,15 @@ NO_TEXT, SESSION = ".*, where exports have no text", "model.decoder.session_opti
     ("change", "said"),
     [
         ({f"{SESSION}.custom_ops_library": "evil.so"}, rf"{SESSION}\.custom_ops_library{NO_TEXT}"),
-        ({f"{SESSION}.enable_profiling": "/tmp/x"}, rf"{SESSION}\.enable_profiling{NO_TEXT}"),
         ({"model.decoder.pipeline": [{"a": {"filename": "a.onnx"}}]}, rf"model\.decoder\.pipeline{NO_TEXT}"),
-        ({"model.embedding.filename": "b.onnx"}, rf"model\.embedding\.filename{NO_TEXT}"),
         ({"model.decoder.filename": "../other.onnx"}, r"filename '\.\./other\.onnx', where exports have 'model\.onnx'"),
         # the library would pass it to printf
-        (
-            {"model.decoder.inputs.past_key_names": "%s%n"},
-            r"past_key_names '%s%n', where exports have 'past_key_values",
-        ),
+        ({"model.decoder.inputs.past_key_names": "%s%n"}, "past_key_names '%s%n', where exports have 'past_key"),
         ({"model.decoder.outputs.present_value_names": ["%s"]}, r"outputs\.present_value_names .*, where exports have"),
-        ({"model.decoder.outputs.logits": "%s"}, "outputs.logits '%s', where exports have 'logits'"),
         ({"search.num_beams": "%s"}, "search.num_beams '%s', where exports have no text;"),
         ({f"{SESSION}.provider_options": [{"cuda": {"x": "y"}}]}, rf"{SESSION}\.provider_options\.cuda\.x{NO_TEXT}"),
         ({"model.context_length": float("inf")}, r"no genai_config\.json .*'float' object"),
         ({"search.top_k": True}, "onnxruntime-genai cannot load it"),
-        ({"search.chunks": 4}, "onnxruntime-genai cannot load it .*chunks"),
         ({"model.type": "none"}, "onnxruntime-genai cannot load it"),
         (lambda config: config.replace('"search": {', '"search": {}, "search": {'), "a key stands twice"),
         (lambda _: "{}", r"no genai_config\.json"),
@@ -372,7 +340,6 @@ def test_the_graph_makes_the_tables(dtype, tolerance, tmp_path) -> None:
 
 
 def test_a_session_holds_the_tables(tmp_path) -> None:
-    """So that a step calculates none."""
     made = program(cos_cache=np.cos(ANGLES), sin_cache=np.sin(ANGLES), cos_cache_local=np.cos(ANGLES))
     calculate_rotations_(made, [TURNS])
     assert sum(node.op_type == "Range" for node in made.graph) == 1

@@ -60,7 +60,6 @@ def _mark(steps: dict[str, str], step: str) -> str:
 
 
 def _plain(reason: str) -> str:
-    """A reason in one line that Markdown shows as it is."""
     return " ".join(reason.split()).replace("<", "&lt;").replace("|", "\\|")
 
 

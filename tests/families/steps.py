@@ -7,10 +7,9 @@ from typing import Any
 from gblm_compress.errors import GblmError
 from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, ResourceSettings
-from tests.conftest import prune
+from tests.conftest import prune, saved
 from tests.families.tiny import tiny_family
 
 BUILD, PRUNE = "build", "prune"
@@ -31,10 +30,6 @@ def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, s
     text.write_text(_TEXT)
     outcomes: dict[str, str] = {}
 
-    def build() -> None:
-        tiny_family(name).save_pretrained(dense.folder)
-        byte_tokenizer().save_pretrained(dense.folder)
-
     def run(output: Path, fit: str, offload: bool) -> None:
         calibration = CalibrationSettings(dataset=str(text), samples=4, sequence_length=64)
         settings, resources = PruneSettings(method="gblm", fit=fit), ResourceSettings(offload=offload)
@@ -47,8 +42,8 @@ def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, s
         format = ExportSettings(**settings)
         export(ModelSource(name, pruned), folder / format.format, format, progress=Progress(quiet=True))
 
-    work: dict[str, Callable[[], None]] = {
-        BUILD: build,
+    work: dict[str, Callable[[], object]] = {
+        BUILD: lambda: saved(tiny_family(name), dense.folder),
         PRUNE: lambda: run(pruned, "balanced", False),
         "offload": lambda: run(folder / "streamed", "fast", True),
         "bitmask": lambda: exported(format="bitmask"),

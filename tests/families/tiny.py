@@ -133,12 +133,10 @@ def tiny_family(name: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def _parts(config: Any) -> dict[str, Any]:
-    """The configs within a config."""
     return {key: value for key, value in vars(config).items() if hasattr(value, "model_type")}
 
 
 def _small(config: Any) -> dict[str, Any]:
-    """The arguments that make a small config of a default one."""
     small: dict[str, Any] = {key: _small(part) for key, part in _parts(config).items()}
     small |= {key: SIZES[key] for key, value in vars(config).items() if key in SIZES and type(value) is int}
     if "kv_lora_rank" in vars(config) and "num_key_value_heads" in small:  # keys and values have as many heads

@@ -89,7 +89,6 @@ def _content(folder: Path, kind: Kind) -> dict[str, str]:
 
 @contextmanager
 def runner(seconds: float = SECONDS) -> Iterator[Runner]:
-    """A runner with folders of its own, which go at the end."""
     with tempfile.TemporaryDirectory(prefix="gblm-fuzz-store-") as store:
         server = Server()
         build_store(Path(store), server)

@@ -62,8 +62,6 @@ EXPORTS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of input."""
-
     made: str  # the folder in the store that the working folder is copied from
     files: tuple[str, ...]  # patterns of what is spoilt, below the working folder
     commands: tuple[list[str], ...]  # what reads it

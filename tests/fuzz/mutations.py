@@ -34,18 +34,15 @@ ODD_TEXTS = ["", "\x00", "null", "{", "[" * 3000, "9" * 5000, "\ufeff", "---\n",
 
 def spoil(path: Path, draw: Draw) -> str:
     """Change the file in one way; what was done, in words."""
-    ways = [_bytes, _bytes, _nature]
-    if path.suffix == ".json":
-        ways += [_json, _json, _json, _json]
-    if path.suffix == ".safetensors":
-        ways += [_header, _header, _tensor, _tensor, _tensor]
-    if path.name == "tokenizer.json":
-        ways += [_steps, _steps, _steps, _steps]
-    if path.suffix == ".parquet":
-        ways += [_table, _table, _table, _table]
-    if path.suffix in (".jsonl", ".txt", ".yaml", ".html", ".md", ".xml"):
-        ways += [_text, _text]
-    way = draw(st.sampled_from(ways))
+    text = [_text] * 2
+    by_suffix = {
+        ".json": [_json] * 4,
+        ".safetensors": [_header] * 2 + [_tensor] * 3,
+        ".parquet": [_table] * 4,
+        **dict.fromkeys((".jsonl", ".txt", ".yaml", ".html", ".md", ".xml"), text),
+    }
+    steps = [_steps] * 4 if path.name == "tokenizer.json" else []
+    way = draw(st.sampled_from([_bytes, _bytes, _nature, *by_suffix.get(path.suffix, ()), *steps]))
     return f"{path.name}: {way(path, draw)}"
 
 
@@ -170,7 +167,6 @@ def extreme(path: Path, draw: Draw) -> str:
 
 
 def _steps(path: Path, draw: Draw) -> str:
-    """Other steps in a tokenizer."""
     content = json.loads(path.read_text())
     parts = {
         "normalizer": "normalizers",

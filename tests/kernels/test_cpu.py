@@ -169,13 +169,9 @@ def test_unfit_tensors_are_refused(packed: Any) -> None:
         packed.linear(torch.ones(1, 100), "neon")
 
 
-def test_threads_are_torchs_own() -> None:
-    """No second OpenMP runtime: the entry points come from the one that torch loaded."""
-    assert all(cpu._openmp_of_torch())
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
-def test_the_openmp_of_torch_is_found_beside_a_file_whose_name_is_no_unicode(tmp_path) -> None:
+def test_threads_are_those_of_torchs_openmp(tmp_path) -> None:
+    """It is found beside a mapped file whose name is no Unicode, too."""
     (tmp_path / os.fsdecode(b"a caf\xe9")).write_bytes(bytes(4096))
     with (tmp_path / os.fsdecode(b"a caf\xe9")).open("rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
         assert all(cpu._openmp_of_torch())

@@ -72,7 +72,6 @@ for dtype, (rows, columns) in itertools.product((torch.float16, torch.bfloat16),
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_against_the_dense_product(layout: str) -> None:
-    """In both dtypes of 16 bits."""
     done = subprocess.run(
         [sys.executable, "-c", CHECK, layout],
         env=os.environ | {"TRITON_INTERPRET": "1"},

@@ -19,6 +19,7 @@ import torch
 from gblm_compress.errors import MissingDependencyError
 from gblm_compress.exporters.onnx_packing import use_kernels_
 from gblm_compress.kernels import cpu
+from tests.exporters.test_onnx_slim import parsed
 from tests.hostile_graphs import Case, cases, run, sound_case
 
 
@@ -49,47 +50,28 @@ DAMAGES = {
         (changed("mask0", np.full((2, 1), -1)), "starts 'starts0' says 1 at row 1; the rows before it have 64 bits"),
         (changed("mask0", np.zeros((2, 0), np.int64)), r"mask 'mask0' has shape \[2, 0\]; it needs at least one row"),
         (changed("mask0", np.zeros((2, 1), np.int32)), "mask 'mask0' must be a tensor of int64 with 2 dimensions"),
-        (changed("starts0", np.array([0, 2**62])), "starts 'starts0' says 4611686018427387904 at row 1"),
         (changed("starts0", np.array([0])), "starts 'starts0' has 1 elements; the mask has 2 rows"),
         (changed("values0", np.zeros(64, np.float32)), "values 'values0' has 64 elements; .* 2 bits, which takes 66"),
         (changed("values0", np.zeros((1, 66), np.float32)), "values 'values0' must be a tensor of float or float16 w"),
         (lambda case: case.variable.add("values0"), "values 'values0' must be a constant initializer"),
         (lambda case: case.inputs.extend(case.inputs[1:] * 8), "of 1 to 8 weights, .* it has 28 inputs and 1 outputs"),
-        (lambda case: case.inputs.extend(case.inputs[1:]), "an output for each; it has 7 inputs and 1 outputs"),
         (given(np.array(1.0, np.float32)), "x must be a tensor of float with 1 to 8 dim.* 0 dimensions, the last of 0"),
         (given(np.zeros((3, 65), np.float32)), "the last of 64; .* 2 dimensions, the last of 65"),
-        (given(np.zeros((1,) * 8 + (64,), np.float32)), "1 to 8 dimensions, .* 9 dimensions"),
     ],
     "DenseLinear": [
         (changed("weight", np.zeros((2, 65), np.float16)), r"weight 'weight' has shape \[2, 65\]; it needs rows, and"),
-        (changed("weight", np.zeros((0, 64), np.float16)), r"weight 'weight' has shape \[0, 64\]"),
-        (
-            changed("weight", np.zeros((2, 64))),
-            "weight 'weight' must be a tensor of float or float16 with 2 dim",
-        ),
         (changed("weight", np.zeros(64, np.float32)), "with 2 dimensions; it has element type 1 and 1"),
         (lambda case: case.variable.add("weight"), "DenseLinear: weight 'weight' must be a constant initializer"),
-        (given(np.zeros((3, 65), np.float32)), "DenseLinear: x must be .* the last of 64; .* the last of 65"),
     ],
     "QuantisedLinear": [
         (changed("mask0", np.ones((2, 1025), np.int64)), r"mask 'mask0' has shape \[2, 1025\]; it .* 1 to 1024 words"),
-        (
-            changed("values0", np.zeros(67, np.uint8)),
-            "values beside levels 'levels0' have 67 .*; the mask takes 66 with",
-        ),
+        (changed("values0", np.zeros(67, np.uint8)), "values beside levels 'levels0' have 67 .*; the mask takes 66"),
         (changed("values0", np.zeros(66, np.int16)), "values 'values0' must be a tensor of int8 or uint8 with 1 dim"),
-        (
-            changed("levels0", np.zeros(15, np.int8)),
-            "levels 'levels0' have 15 elements; values of int8 need none, of uin",
-        ),
-        (
-            changed("scales0", np.zeros((2, 3), np.float16)),
-            r"scales 'scales0' have shape \[2, 3\]; 2 rows of 64 columns",
-        ),
+        (changed("levels0", np.zeros(15, np.int8)), "levels 'levels0' have 15 elements; values of int8 need none"),
+        (changed("scales0", np.zeros((2, 3), np.float16)), r"scales 'scales0' have shape \[2, 3\]; 2 rows of 64"),
         (changed("scales0", np.zeros((2, 1), np.float32)), "scales 'scales0' must be a tensor of float16 with 2 dim"),
         (changed("mask0", np.zeros((0, 0), np.int64)), "values 'values0' must be a tensor of int8 with 2 dimensions"),
         (lambda case: case.inputs.pop(), "mask, values, scales and levels of 1 to 8 weights, .* it has 4 inputs and 1"),
-        (given(np.zeros((3, 65), np.float32)), "QuantisedLinear: x must be .* the last of 64; .* the last of 65"),
     ],
 }
 SOUND = {
@@ -240,7 +222,6 @@ def test_the_slots_are_those_of_onnxruntime(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def one_product(tmp_path_factory) -> Path:
-    """`one_product.c`, compiled against the ONNX Runtime of this Python."""
     folder = tmp_path_factory.mktemp("c")
     compiler = shutil.which("cc")
     runtime = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
@@ -262,12 +243,7 @@ def test_a_program_in_c(library: str, one_product: Path, tmp_path, half: bool) -
     """It registers the library by its path, opens what an export writes, and gets numpy's product."""
     generator = np.random.default_rng(0)
     weight = (generator.standard_normal((128, 40)) * (generator.random((128, 40)) < 0.5)).astype(np.float16)
-    nodes = [onnx.helper.make_node("MatMul", ["x", "weight"], ["y"])]
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", None]) for name in "xy")
-    initializers = [onnx.numpy_helper.from_array(weight.astype(np.float32), "weight")]
-    graph = onnx.helper.make_graph(nodes, "product", [x], [y], initializers)
-    opset = [onnx.helper.make_opsetid("", 18)]
-    program = ir.from_proto(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10))
+    program = parsed("y = MatMul (x, weight)", {"weight": weight.astype(np.float32)}, {"x": ["rows", 128]})
     use_kernels_(program, ["weight"], half=half)
     ir.save(program, tmp_path / "model.onnx", external_data="model.onnx.data")
     shutil.copy(library, tmp_path / "gblm_onnxruntime.so")

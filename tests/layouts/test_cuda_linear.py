@@ -246,7 +246,6 @@ def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, 
 
 @WITH_KERNELS
 def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
-    """In 32 bit, and without Triton."""
     weight = restored(layout, two_four(8, 64, torch.float32))
     layer = PackedLinear.from_dense(layout, weight)
     x = torch.randn(3, 64)

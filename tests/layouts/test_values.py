@@ -44,7 +44,6 @@ def test_places_lie_as_documented(seed: int, rows: int, columns: int, density: f
 
 
 def small_integers(columns: int, rows: int = 8) -> Tensor:
-    """A 2:4 weight of the numbers 1 to 7."""
     generator = torch.Generator().manual_seed(columns)
     weight = torch.randint(1, 8, (rows, columns), generator=generator).float()
     return weight * Pattern("2:4").mask(torch.rand(rows, columns, generator=generator), weight, 0.5)
@@ -72,7 +71,6 @@ def test_values_of_2_4_lie_at_a_fixed_place(columns: int) -> None:
 
 
 def test_a_table_without_zero_holds_full_groups_only() -> None:
-    """Any other layer is packed exactly."""
     grid, weight = Grid(torch.ones(8, 1).half(), ODD, None), small_integers(64)
     weight = torch.where(weight == 0, 0.0, weight // 2 * 2 + 1)
     assert packed("sparse24-int4", weight, grid=grid).error(weight) == 0.0
@@ -282,3 +280,5 @@ def test_int4_layers_with_other_levels_are_stacked(layout: str) -> None:
     assert whole.held["levels"].shape == (15, 16)
     expected = torch.cat([layer.dense_weight() for layer in layers])
     assert torch.equal(whole.dense_weight(), expected)
+    with pytest.raises(UsageError, match="have scales for different numbers of columns"):
+        PackedLinear.stack([layers[0], packed(layout, weights[1], group=32)])

@@ -25,6 +25,5 @@ def sparse(layout: str, rows: int, columns: int, seed: int = 0, dtype: torch.dty
 
 
 def packed(layout: str, weight: Tensor, **options: Any) -> PackedLinear:
-    """A layer that holds the weight, not prepared."""
     kind: Any = LAYOUTS[layout].kind
     return PackedLinear.holding(layout, weight.shape, kind.pack(weight, **options), weight.dtype)

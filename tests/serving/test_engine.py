@@ -16,7 +16,8 @@ import torch
 
 import gblm_compress
 from gblm_compress.models.finding import DEMO_PACKAGE
-from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
+from tests.conftest import saved
+from tests.families.tiny import tiny_family
 from tests.scripts import loaded
 from tests.test_first_model import snippet
 
@@ -138,35 +139,20 @@ def test_killed_while_it_answers_and_started_again(script, folders, tmp_path, mo
         assert_same(asked(script, second, script.requests(8)), answers)
 
 
-def small(kind: str, folder: Path) -> Path:
-    """A random model whose heads are as wide as vLLM's attention on a CPU needs."""
-    import transformers
+# Heads as wide as vLLM's attention on a CPU needs.
+WIDE = {"llama": {"hidden_size": 128, "intermediate_size": 200, "head_dim": 32}, "gpt2": {"n_embd": 128}}
 
-    ids = {"vocab_size": VOCABULARY, "bos_token_id": VOCABULARY - 1, "eos_token_id": VOCABULARY - 1}
-    if kind == "gpt2":
-        config: Any = transformers.GPT2Config(**ids, n_positions=512, n_embd=128, n_layer=2, n_head=4)
-    else:
-        config = transformers.LlamaConfig(
-            **ids,
-            hidden_size=128,
-            intermediate_size=200,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-    with torch.random.fork_rng(devices=[]):
+
+def small(kind: str, folder: Path) -> Path:
+    model = tiny_family(kind, **WIDE[kind])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, 0.15)
-                elif name.endswith("bias"):
-                    parameter.normal_(0, 0.05)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.05)
+    return saved(model, folder).folder
 
 
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:

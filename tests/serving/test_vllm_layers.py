@@ -155,13 +155,6 @@ def test_a_dense_part_has_scales_for_as_many_columns_as_the_packed_ones(config, 
     assert same_bits(finished(layer), torch.cat(pair))
 
 
-def test_parts_with_other_groups_are_not_merged(config) -> None:
-    layer = attention(config, "bitmask-int8", {"q": WEIGHTS["q"]}, QKV[:2])
-    layer.load("k", **packed("bitmask-int8", WEIGHTS["k"], group=32))
-    with pytest.raises(UsageError, match="have scales for different numbers of columns"):
-        finished(layer)
-
-
 @LAYOUT_NAMES
 def test_a_damaged_part_is_refused_before_it_is_cut(config, layout: str) -> None:
     tensors, first = packed(layout, matrix(8)), LAYOUTS[layout].kind.names[0]
@@ -199,15 +192,12 @@ def test_weights_too_large_for_the_dtype_are_refused(config) -> None:
         finished(layer)
 
 
-def test_layers_that_were_not_pruned_are_vllm_s_own(config) -> None:
+def test_layers_that_were_not_pruned_are_vllm_s_own_and_packed_experts_refused(config) -> None:
     made = config("bitmask", {f"{ATTENTION}.q_proj": WEIGHTS["q"]})
     layer = fake_vllm.LinearBase(made, DOWN, [(None, 8, 1)], COLUMNS)
     assert isinstance(layer.method, fake_vllm.UnquantizedLinearMethod)
     assert made.get_quant_method(nn.Embedding(2, 2), "model.embed_tokens") is None
     assert made.get_quant_method(nn.Module(), ATTENTION) is None
-
-
-def test_packed_layers_inside_what_is_no_linear_layer_are_refused(config) -> None:
     name = "model.layers.0.mlp.experts.0.up_proj"
     with pytest.raises(ModelError, match=f"^'{name}' is packed; vLLM has it in a ModuleList, which stays dense$"):
         config("bitmask", {name: matrix(8)}).get_quant_method(nn.ModuleList(), "model.layers.0.mlp.experts")
@@ -223,21 +213,13 @@ def test_names_are_mapped_as_vllm_maps_those_of_the_model(config) -> None:
     assert list(made.layers) == ["model.a"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "line"),
-    [
+def test_a_config_of_a_newer_version_or_a_damaged_one_is_one_line(config) -> None:
+    for damage, line in (
         ({"layout": "csr"}, "layout 'csr' is not known; this version reads bitmask, sparse24, "),
-        ({"layers": {}}, "quantization_config names no packed layers, so it is damaged"),
         ({"embeddings": {"embed": "a"}}, "head and embedding of the folder are packed, which vLLM does not read; "),
-    ],
-    ids=str,
-)
-def test_a_folder_of_a_newer_version_or_a_damaged_one_is_one_line(config, damage: dict[str, Any], line: str) -> None:
-    with pytest.raises(ModelError, match=f"^{line}.*$"):
-        config("bitmask", {"a": matrix(8)}, damage)
-
-
-def test_a_description_with_other_keys_names_the_layer(config) -> None:
+    ):
+        with pytest.raises(ModelError, match=f"^{line}.*$"):
+            config("bitmask", {"a": matrix(8)}, damage)
     made = config("bitmask", {"a": matrix(8)})
     made.layers["a"] = {"shape": [8, 64], "bias": False}
     with pytest.raises(ModelError, match="^a: it is described as .*a newer gblm-compress may have packed it$"):
@@ -261,17 +243,13 @@ def test_weights_are_loaded_once(config) -> None:
         mask.weight_loader(mask, torch.zeros(1), "q")
 
 
-def test_parts_in_other_layouts_are_one_line(config) -> None:
+def test_a_layer_in_a_layout_of_its_own_is_not_merged_with_others(config) -> None:
     """As where one of them would have been rounded too much."""
-    made = config("bitmask-int8", {f"{ATTENTION}.{part}_proj": weight for part, weight in WEIGHTS.items()})
-    made.layers[f"{ATTENTION}.k_proj"]["layout"] = "bitmask"
-    with pytest.raises(ModelError, match=r"qkv_proj: its parts are packed as bitmask and bitmask-int8; vLLM has them"):
-        fake_vllm.LinearBase(made, QKV_PROJ, QKV, COLUMNS)
-
-
-def test_a_layer_in_a_layout_of_its_own(config) -> None:
-    made = config("bitmask", {DOWN: matrix(16)})
-    made.layout, made.layers[DOWN]["layout"] = "bitmask-int8", "bitmask"
+    names = [f"{ATTENTION}.{part}_proj" for part in "qkv"]
+    made = config("bitmask", dict.fromkeys([*names, DOWN], matrix(16)))
+    made.layout, made.layers[DOWN]["layout"], made.layers[names[1]]["layout"] = "bitmask-int8", "bitmask", "bitmask"
     layer: Any = fake_vllm.LinearBase(made, DOWN, [(None, 16, 1)], COLUMNS)
     layer.load(None, **packed("bitmask", matrix(16)))
     assert same_bits(finished(layer), matrix(16))
+    with pytest.raises(ModelError, match=r"qkv_proj: its parts are packed as bitmask and bitmask-int8; vLLM has them"):
+        fake_vllm.LinearBase(made, QKV_PROJ, QKV, COLUMNS)
