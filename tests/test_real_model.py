@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gblm_compress.exporters import export
 from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
@@ -26,8 +25,8 @@ from gblm_compress.models.finding import DEMO_PACKAGE, resolve_model
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
-from tests.conftest import greedy_tokens, prune
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
+from tests.conftest import export, greedy_tokens, prune
 
 pytestmark = [
     pytest.mark.real_model,
@@ -51,7 +50,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 def pruned(dense: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     output = tmp_path_factory.mktemp("real") / "pruned"
     settings = PruneSettings(pattern="2:4", gradient_norm="l2", fit="none")
-    prune(dense, output, settings, SHORT, progress=Progress(quiet=True))
+    prune(dense, output, settings, SHORT)
     return ModelSource("pruned", output)
 
 
@@ -73,7 +72,7 @@ def test_pruned_folder_is_2_4_and_loads_anywhere(dense: ModelSource, pruned: Mod
 
 def test_quality_in_order(dense, pruned, tmp_path, progress) -> None:
     """Pruning with data must beat magnitude by far, on text it was not calibrated on."""
-    prune(dense, tmp_path / "m", PruneSettings(method="magnitude", pattern="2:4", fit="none"), SHORT, progress=progress)
+    prune(dense, tmp_path / "m", PruneSettings(method="magnitude", pattern="2:4", fit="none"), SHORT)
     settings = EvaluateSettings(dataset="demo", sequence_length=256, max_windows=4)
     good = evaluate(pruned, settings, baseline=dense, progress=progress)
     bad = evaluate(ModelSource("m", tmp_path / "m"), settings, progress=progress)
@@ -88,12 +87,12 @@ def test_dense_perplexity_is_the_independent_one(dense, progress) -> None:
     assert result.metrics["perplexity"].value == pytest.approx(27.61, abs=0.15)
 
 
-def test_onnx_export(pruned, tmp_path, progress) -> None:
-    result = export(pruned, tmp_path / "onnx", ExportSettings(format="onnx"), progress=progress)
+def test_onnx_export(pruned, tmp_path) -> None:
+    result, folder = export(pruned, tmp_path / "onnx", format="onnx")
     assert result.checks["layers_checked"] == 210
     layers = manifest.read(pruned.folder)["layers"].values()
     assert result.checks["zeros"] == sum(math.prod(layer["shape"]) - layer["nonzeros"] for layer in layers)
     assert result.bytes < 1.02 * result.source_bytes  # tied weights are stored once
-    runtime = OnnxRuntime(ModelSource("onnx", tmp_path / "onnx"), "cpu", torch.get_num_threads())
+    runtime = OnnxRuntime(folder, "cpu", torch.get_num_threads())
     ids = torch.randint(0, 49152, (1, 24), generator=torch.Generator().manual_seed(0))
     assert greedy_tokens(runtime, ids, 16) == greedy_tokens(TorchRuntime(load_model(pruned)), ids, 16)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gblm_compress.errors import ModelError, UsageError, VerificationError
-from gblm_compress.exporters import export
 from gblm_compress.exporters.onnx_plain import note_limit
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
@@ -16,16 +15,9 @@ from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxForward, OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.source import ModelSource
-from gblm_compress.progress import Progress
-from gblm_compress.settings import (
-    BenchmarkSettings,
-    CalibrationSettings,
-    EvaluateSettings,
-    ExportSettings,
-    PruneSettings,
-)
+from gblm_compress.settings import BenchmarkSettings, CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
-from tests.conftest import prune
+from tests.conftest import export, prune
 from tests.measure.test_onnx_runtime import CONCAT, PRESENT, STATE, runtime
 from tests.tasks import families
 
@@ -35,18 +27,16 @@ TEXT = CalibrationSettings(dataset="demo", samples=4, sequence_length=32)
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """{task: (the pruned folder, its export)} for a BERT that embeds and a DistilBERT that classifies."""
-    progress, found = Progress(quiet=True), {}
+    found = {}
     for task, family in (("embedding", "bert"), ("classification", "distilbert")):
         folder = tmp_path_factory.mktemp(task)
         dense = families.written(folder / "dense", family, TASKS[task].auto_class)
         if task == "embedding":
             (dense.folder / "1_Pooling").mkdir()
             (dense.folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-        settings = PruneSettings(method="wanda", fit="none")
-        prune(dense, folder / "pruned", settings, TEXT, device="cpu", progress=progress)
-        pruned, onnx = (ModelSource(name, folder / name) for name in ("pruned", "onnx"))
-        export(pruned, onnx.folder, ExportSettings(format="onnx"), progress=progress)
-        found[task] = pruned, onnx
+        prune(dense, folder / "pruned", PruneSettings(method="wanda", fit="none"), TEXT, device="cpu")
+        pruned = ModelSource("pruned", folder / "pruned")
+        found[task] = pruned, export(pruned, folder / "onnx", format="onnx")[1]
     return found
 
 
@@ -85,8 +75,7 @@ def test_an_export_is_judged_by_the_pooling_of_its_folder(exported, progress) ->
 
 def test_forward_passes_are_timed_in_both_runtimes(exported, tmp_path, progress) -> None:
     pruned, onnx_folder = exported["classification"]
-    packed = ModelSource("packed", tmp_path / "packed")
-    export(pruned, packed.folder, ExportSettings(format="bitmask"), progress=progress)
+    packed = export(pruned, tmp_path / "packed", format="bitmask")[1]
     settings = BenchmarkSettings(batch=(1, 4), prompt=16, repeats=5, warmup=0)
     dense = ModelSource("dense", pruned.folder.parent / "dense")
     found = benchmark([packed], [dense], settings, device="cpu", progress=progress)
@@ -108,31 +97,28 @@ def test_forward_passes_are_timed_in_both_runtimes(exported, tmp_path, progress)
         ("embedding", "MatMulNBits", {"quantise": "int4"}),
     ],
 )
-def test_forward_passes_in_fewer_bits(exported, tmp_path, progress, kind: str, operator: str, options) -> None:
+def test_forward_passes_in_fewer_bits(exported, tmp_path, kind: str, operator: str, options) -> None:
     pruned, full = exported[kind]
-    result = export(pruned, tmp_path / "out", ExportSettings(format="onnx", **options), progress=progress)
+    result, rounded = export(pruned, tmp_path / "out", format="onnx", **options)
     assert result.checks["logits_relative_difference"] < 0.1 and result.checks["layers_checked"] > 0
-    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(rounded.folder / "model.onnx", load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer}
     assert operator in {node.op_type for node in graph.node}
     assert not stored & {f"{name}.weight" for name in manifest.read(pruned.folder)["layers"]}
     sample = loading.task_of(pruned).probe(loading.load_processor(pruned), loading.config_of(pruned))
-    got, exact = (
-        OnnxForward(folder, "cpu", 1).predict(sample) for folder in (ModelSource("x", tmp_path / "out"), full)
-    )
+    got, exact = (OnnxForward(folder, "cpu", 1).predict(sample) for folder in (rounded, full))
     assert 0 < float((got - exact).abs().max()) < 0.5 * float(exact.abs().max())
     assert result.bytes < 0.75 * full.bytes_on_disk
-    settings = ExportSettings(format="onnx", quantise="int8", group=32)
     with pytest.raises(UsageError, match="group would do nothing: int8 of a model without decoding has a scale for"):
-        export(pruned, tmp_path / "out", settings, progress=progress)
+        export(pruned, tmp_path / "out", format="onnx", quantise="int8", group=32)
 
 
-def test_a_wrong_prediction_fails_verification(exported, tmp_path, monkeypatch, progress) -> None:
+def test_a_wrong_prediction_fails_verification(exported, tmp_path, monkeypatch) -> None:
     pruned, _ = exported["embedding"]
     original = OnnxForward.predict
     monkeypatch.setattr(OnnxForward, "predict", lambda self, sample: 1.01 * original(self, sample))
     with pytest.raises(VerificationError, match="differ by"):
-        export(pruned, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+        export(pruned, tmp_path / "out", format="onnx")
     assert not (tmp_path / "out").exists()
 
 

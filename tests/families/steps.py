@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from gblm_compress.errors import GblmError
-from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
-from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, ResourceSettings
-from tests.conftest import prune, saved
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from tests.conftest import export, prune, saved
 from tests.families.tiny import tiny_family
 
 BUILD, PRUNE = "build", "prune"
@@ -26,28 +23,25 @@ def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, s
 
     Pruning reopens what it wrote through transformers and counts its zeros; exports verify themselves.
     """
-    dense, pruned, text = ModelSource(name, folder / "dense"), folder / "pruned", folder / "text.txt"
+    dense, pruned = (ModelSource(name, folder / made) for made in ("dense", "pruned"))
+    text = folder / "text.txt"
     text.write_text(_TEXT)
     outcomes: dict[str, str] = {}
 
     def run(output: Path, fit: str, offload: bool) -> None:
         calibration = CalibrationSettings(dataset=str(text), samples=4, sequence_length=64)
         settings, resources = PruneSettings(method="gblm", fit=fit), ResourceSettings(offload=offload)
-        result = prune(dense, output, settings, calibration, resources=resources, progress=Progress(quiet=True))
+        result = prune(dense, output, settings, calibration, resources=resources)
         apart = sum(dense.weights for dense in result.left_dense.values() if dense.reason in _APART)
         share = result.weights / (result.linear_weights - apart)
         assert share >= LEAST, f"{100 * share:.1f} % of the linear weights are pruned"
 
-    def exported(**settings: Any) -> None:
-        format = ExportSettings(**settings)
-        export(ModelSource(name, pruned), folder / format.format, format, progress=Progress(quiet=True))
-
     work: dict[str, Callable[[], object]] = {
         BUILD: lambda: saved(tiny_family(name), dense.folder),
-        PRUNE: lambda: run(pruned, "balanced", False),
+        PRUNE: lambda: run(pruned.folder, "balanced", False),
         "offload": lambda: run(folder / "streamed", "fast", True),
-        "bitmask": lambda: exported(format="bitmask"),
-        "onnx": lambda: exported(format="onnx", graph="plain"),
+        "bitmask": lambda: export(pruned, folder / "bitmask", format="bitmask"),
+        "onnx": lambda: export(pruned, folder / "onnx", format="onnx", graph="plain"),
     }
     for step in STEPS:
         if step not in (BUILD, PRUNE, *steps):

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from gblm_compress.exporters import export
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
-from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from gblm_compress.settings import PruneSettings
 from gblm_compress.tasks.text import demo_paragraphs
-from tests.conftest import prune
+from tests.conftest import export, prune
 from tests.forks import PROGRAM, Server
 from tests.fuzz.mutations import ODD_TEXTS, Draw, extreme, spoil
 from tests.tasks.families import table
@@ -162,7 +160,7 @@ ODD_ARGUMENTS = [
 def build_store(store: Path, server: Server) -> None:
     """Make every kind's unspoilt folder below `store`."""
     silence_libraries()
-    progress, text = Progress(quiet=True), "\n\n".join(demo_paragraphs("evaluation")[:40])[:3000]
+    text = "\n\n".join(demo_paragraphs("evaluation")[:40])[:3000]
     beside = {
         "text.txt": text,
         "text.jsonl": "".join(json.dumps({"text": paragraph}) + "\n" for paragraph in text.split("\n\n")),
@@ -182,10 +180,9 @@ def build_store(store: Path, server: Server) -> None:
     sharded = place("sharded")
     load_model(source).save_pretrained(sharded, max_shard_size="100KB")
     load_processor(source).save_pretrained(sharded)
-    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none", quantise="int8")
-    prune(source, pruned.folder, settings, CalibrationSettings(), progress=progress)
-    for name, wanted in EXPORTS.items():
-        export(pruned, place(name), ExportSettings(**wanted), progress=progress)
+    prune(source, pruned.folder, PruneSettings(method="magnitude", pattern="2:4", fit="none", quantise="int8"))
+    for name, settings in EXPORTS.items():
+        export(pruned, place(name), **settings)
     (store / "first-cache").mkdir()
     for name, made, arguments, code in (
         ("ran", "dense", _REPORTS[1], PROGRAM),
