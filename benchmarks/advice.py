@@ -16,9 +16,10 @@ from ending import exit_after
 
 from gblm_compress.exporters import export
 from gblm_compress.machine import environment
-from gblm_compress.measure.benchmarking import generate, vocabulary
+from gblm_compress.measure.benchmarking import generate
 from gblm_compress.measure.runtimes import Runtime, load_runtime
 from gblm_compress.models.finding import resolve_model, silence_libraries
+from gblm_compress.models.loading import config_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import PruneJob, prune
@@ -38,8 +39,8 @@ def measured(way: str, dense: ModelSource, pruned: ModelSource, scratch: Path) -
         export(source, artefact.folder, ExportSettings(**exported), progress=QUIET)
         source = artefact
     runtime = cast(Runtime, load_runtime(source, dtype, "cpu", torch.get_num_threads()))
-    size = vocabulary(dense)
-    runs = [generate(runtime, size, 1, PROMPT, TOKENS, seed)["decode_seconds"] for seed in range(ROUNDS + 1)]
+    config = config_of(dense)
+    runs = [generate(runtime, config, 1, PROMPT, TOKENS, seed)["decode_seconds"] for seed in range(ROUNDS + 1)]
     return 1000 * median(runs[1:]) / (TOKENS - 1)
 
 

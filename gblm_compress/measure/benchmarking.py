@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gblm_compress import errors
-from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError, first_line, is_out_of_memory
+from gblm_compress.errors import GblmError, NotEnoughMemoryError, UsageError, first_line, is_out_of_memory
 from gblm_compress.formats import FOLDER_RUNTIMES
 from gblm_compress.machine import busy_cores, cost, environment
 from gblm_compress.machine.memory import peak_memory
@@ -36,6 +36,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings
 from gblm_compress.storage import records
 from gblm_compress.tasks.task import Task
+from gblm_compress.tasks.text import vocabulary_of
 
 PROCESS_BYTES = 600_000_000  # of a model's process, beside the model
 LOAD_SECONDS = 5.0  # of a process, until its libraries are there
@@ -300,10 +301,11 @@ def _answers() -> Iterator[dict[str, Any]]:
         runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes, generate=setup["generate"])
         loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
+        config = loading.config_of(source)
         if task.generates:
-            timed = partial(generate, runtime, vocabulary(source), prompt=setup["prompt"], generate=setup["generate"])
+            timed = partial(generate, runtime, config, prompt=setup["prompt"], generate=setup["generate"])
         else:
-            timed = partial(forward, runtime, task, loading.config_of(source), prompt=setup["prompt"])
+            timed = partial(forward, runtime, task, config, prompt=setup["prompt"])
         facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels, "step_ms": runtime.step_ms}
         yield {"load_seconds": loaded, **facts}
         for line in sys.stdin:
@@ -325,13 +327,6 @@ def failure(error: Exception) -> dict[str, str]:
     return {"error": f"a model cannot be timed ({said})", "kind": GblmError.__name__}
 
 
-def vocabulary(source: ModelSource) -> int:
-    size: int | None = (source.config | (source.config.get("text_config") or {})).get("vocab_size")
-    if size is None:
-        raise ModelError(f"{source.name!r}: config.json has no vocab_size, from which prompts are drawn; add it")
-    return size
-
-
 def forward(runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, seed: int) -> dict[str, Any]:
     """Time one forward pass of random samples."""
     sample = task.timed(config, batch, prompt, seed)
@@ -340,10 +335,10 @@ def forward(runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, 
     return {"prefill_seconds": time.perf_counter() - start}
 
 
-def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
+def generate(runtime: Runtime, config: Any, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
     """Time one greedy generation from random tokens: prefill (TTFT), then decode of `generate - 1` tokens."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator)
+    ids = torch.randint(0, vocabulary_of(config), (batch, prompt), generator=generator)
     start = time.perf_counter()
     token, cache = runtime.prefill(ids)
     first = time.perf_counter()

@@ -17,7 +17,6 @@ from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
 from gblm_compress.machine import busy_cores, environment, last_cache_bytes, replacing
-from gblm_compress.measure.benchmarking import vocabulary
 from gblm_compress.measure.runtimes import Runtime, load_runtime
 from gblm_compress.measure.timings import Spread
 from gblm_compress.models import loading
@@ -27,6 +26,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.settings import AdviseSettings, ExportSettings, PruneSettings
 from gblm_compress.storage import records
+from gblm_compress.tasks.text import vocabulary_of
 
 PROMPT, WARM_UP, STEPS = 64, 10, 100
 FEW, WEIGHTS = 5, 40_000_000
@@ -148,7 +148,8 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
 
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> Spread:
     runtime: Runtime = load_runtime(artefact, dtype, "cpu", threads)
-    ids = torch.randint(0, vocabulary(artefact), (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    vocabulary = vocabulary_of(loading.config_of(artefact))
+    ids = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     token, cache = runtime.prefill(ids)
     spent = []
     for _ in range(WARM_UP + STEPS):

@@ -50,10 +50,6 @@ class Job:
         return self.found or ModelSource(name, Path(name))
 
     @property
-    def dtype(self) -> str:
-        return self.recipe.model.dtype
-
-    @property
     def compute(self) -> ComputeSettings:
         return ComputeSettings(dtype=self.recipe.model.dtype, device=self.device)
 
@@ -98,7 +94,7 @@ class Job:
     def reference(self) -> Reference:
         """The dense model, for all evaluations; `close` it after the run."""
         folder = self.output if self.runnable else None
-        return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
+        return Reference(self.dense, **self.compute.model_dump(), folder=folder)
 
     @cached_property
     def exports(self) -> list[ExportSettings]:

@@ -23,8 +23,6 @@ NAME = re.compile(r"[\w][\w.-]*", re.ASCII)
 REPO = re.compile(rf"{NAME.pattern}/{NAME.pattern}", re.ASCII)
 MADE_BY = {"pruned": "prune", "recovered": "recover"}
 """{artefact: the stage that makes it}; the others are exports."""
-SHOWN = ("Gates", "Quality and size", "Speed and memory", "Tasks")
-"""The tables of a card."""
 
 
 @dataclass(frozen=True)
@@ -127,5 +125,5 @@ def complete(report: RunReport, artefact: str, card: str) -> str:
             )
             found.data.eval_results.append(result)
     lines = ["", "## Measured", "", documents.plain(headline(report, artefact)), ""]
-    found.text = "\n".join([found.text.rstrip(), *lines, *documents.markdown_tables(report, SHOWN), ""])
+    found.text = "\n".join([found.text.rstrip(), *lines, *documents.markdown_tables(report), ""])
     return str(found)

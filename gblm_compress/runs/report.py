@@ -20,7 +20,7 @@ from gblm_compress.storage import outputs, records
 FILES = Path(__file__).parent / "page_files"
 PAGE, PICTURES = "report.html", "charts"
 SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks")
-"""The tables of a summary, in a terminal or in Markdown."""
+"""The tables of a summary in a terminal or in Markdown, and of a model card."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ def markdown(report: RunReport) -> str:
     lines += [plain(headline(report)), ""]
     if failed := report.failed_gates:
         lines += ["Failed gates:", "", *(f"- {plain(gate.sentence)}" for gate in failed), ""]
-    return outputs.SUMMARY.header + "\n".join([*lines, *markdown_tables(report, SHORT), ""])
+    return outputs.SUMMARY.header + "\n".join([*lines, *markdown_tables(report), ""])
 
 
-def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
-    """These tables and the conditions, as lines."""
+def markdown_tables(report: RunReport) -> list[str]:
+    """The `SHORT` tables and the conditions, as lines."""
     lines = []
     for each in tables.of(report):
-        if each.title in titles:
+        if each.title in SHORT:
             lines += [f"### {each.title}", "", "| " + " | ".join(each.columns) + " |"]
             lines.append("| " + " | ".join("---:" if number else "---" for number in each.columns.values()) + " |")
             lines += ["| " + " | ".join(plain(cell.text) for cell in row) + " |" for row in each.rows]

@@ -12,7 +12,6 @@ from gblm_compress.settings.prune import (
     PruneSettings,
 )
 from gblm_compress.settings.recipe import GATES, CompareSettings, GateSettings, Recipe
-from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
     AdviseSettings,
     BenchmarkSettings,
@@ -21,7 +20,9 @@ from gblm_compress.settings.stages import (
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
+    RecoverSettings,
     ResourceSettings,
+    Source,
 )
 
 __all__ = [

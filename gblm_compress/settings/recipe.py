@@ -13,13 +13,13 @@ from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.saliency import METHODS
 from gblm_compress.settings.fields import MANY, WHERE_ZEROS_GO, Memory, OneOf, PatternName, Settings
 from gblm_compress.settings.prune import PRESETS, PruneSettings
-from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
     CalibrationSettings,
     EvaluateSettings,
     ExportSettings,
     ModelSettings,
+    RecoverSettings,
     ResourceSettings,
 )
 
