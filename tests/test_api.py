@@ -155,11 +155,6 @@ def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path
     os.utime(first, (0, 0))
     assert text_file([{"text": "a"}, {"text": "b"}]) == str(first) and first.stat().st_mtime > 0  # used again
     os.utime(first, (0, 0))
-    for error in (PermissionError, FileNotFoundError):  # another user's file, or one that another call removed
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", Mock(side_effect=error))
-            patch.setattr(os, "utime", Mock(side_effect=error))
-            assert Path(text_file([error.__name__])).exists() and text_file(["a", "b"]) == str(first)
     assert Path(text_file(["c"])).exists() and not first.exists()
 
 
@@ -172,19 +167,13 @@ def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path
         (lambda model: gblm_compress.prune(model, dtype="float32"), "dtype would do nothing: without an output"),
         (lambda model: gblm_compress.prune(model, "x", calibration="demo"), "needs its tokenizer"),
         (lambda model: gblm_compress.prune("tiny", "x", methd="gblm"), "methd: unknown; did you mean 'method'"),
-        (lambda model: gblm_compress.prune("tiny", "x", samples=0), "samples: .*, got 0"),
-        (lambda model: gblm_compress.export("tiny", "x", format="gguf"), "export: format: .*\"gguf\""),
         (lambda model: gblm_compress.export("tiny", "x"), "export: format: missing"),
         (lambda model: gblm_compress.run({"model": "tiny", "prun": 1}, "x"), "unknown key; did you mean 'prune'"),
-        (lambda model: gblm_compress.advise("tiny", block=5), "advise: block: unknown; did you mean 'blocks'"),
         (lambda model: gblm_compress.advise("tiny", pattern="2:4", sparsity=0.6), "contradicts pattern 2:4"),
         (lambda model: gblm_compress.prune("tiny", "x", dataset="demo"), "dataset: unknown; it is called"),
         (lambda model: gblm_compress.compare("tiny", "x", seed=7, calibration={"samples": 7}),
          r"seed: unknown; did you mean 'seeds'.*calibration: input should be"),
         (lambda model: gblm_compress.run({"model": "tiny"}, "x", set=["prune.alpha=50"]), "changes a recipe from"),
-        (lambda model: gblm_compress.report(), "give one folder that `gblm-compress run` wrote, or two"),
-        (lambda model: gblm_compress.report("gone"), "'gone' holds no report of a run"),
-        (lambda model: gblm_compress.push("gone", "pruned"), "'gone' holds no report of a run"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> None:

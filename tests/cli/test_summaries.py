@@ -69,15 +69,8 @@ LAYER = {
     "name": "layers.0.up", "shape": [4, 8], "nonzeros": 16, "patterns": ["2:4"], "empty_rows": 0, "empty_columns": 1,
     "row_spread": 0.0, "column_spread": 0.5,
 }  # fmt: skip
-KIND = {
-    "kind": "up",
-    "layers": 2,
-    "nonzeros": 0.5,
-    "kept_rows": 0,
-    "gone_rows": 0,
-    "kept_columns": 0,
-    "gone_columns": 0,
-}
+LINES = dict.fromkeys(("kept_rows", "gone_rows", "kept_columns", "gone_columns"), 0)
+KIND = {"kind": "up", "layers": 2, "nonzeros": 0.5, **LINES}
 INSPECTED = {
     "layers": [LAYER, LAYER | {"name": "layers.1.up", "patterns": []}], "kinds": [KIND], "nonzeros": 32, "weights": 64,
     "heat_map": None,
@@ -97,15 +90,8 @@ def test_an_inspection_shows_its_summary_first_and_layers_if_asked_to() -> None:
 
 def test_an_export_shows_sizes_with_units() -> None:
     checks = {"packed_bytes": 160256, "packed_layers": 14, "logits_tolerance": 0.0001}
-    exported = {
-        "format": "bitmask",
-        "bytes": 230_700,
-        "source_bytes": 364_000,
-        "checks": checks,
-        "seconds": 1.0,
-        "folder": "x",
-    }
-    assert shown(summaries.export(exported), 80)[1:5] == [
+    exported = {"format": "bitmask", "bytes": 230_700, "source_bytes": 364_000, "checks": checks}
+    assert shown(summaries.export(exported | {"seconds": 1.0, "folder": "x"}), 80)[1:5] == [
         "size              230.7 kB (source 364.0 kB)",
         "packed            160.3 kB",
         "packed layers     14",

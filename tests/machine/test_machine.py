@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -147,11 +148,14 @@ def test_a_folder_of_the_cache_is_made_again_after_a_kill(tmp_path) -> None:
     machine.made_once(folder, None)
 
 
-def test_what_nobody_used_for_long_leaves_the_cache(tmp_path) -> None:
+def test_what_nobody_used_for_long_leaves_the_cache(tmp_path, monkeypatch) -> None:
     for name in ("used", "old", "older", "new"):
         (tmp_path / name / "below").mkdir(parents=True)
     for name in ("used", "old", "older"):
         os.utime(tmp_path / name, (0, 0))
+    with monkeypatch.context() as patch:  # another user's, or removed by another process meanwhile
+        patch.setattr(machine.shutil, "rmtree", Mock(side_effect=PermissionError))
+        machine.keep(tmp_path / "used")
     machine.keep(tmp_path / "used")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "used"]
     assert (tmp_path / "used").stat().st_mtime > 0

@@ -1,14 +1,13 @@
 """A benchmark: what is compared with what, and the process that times a model, where everything is an answer."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.measure import benchmarking
-from gblm_compress.measure.benchmarking import benchmark, failure, vocabulary
+from gblm_compress.measure.benchmarking import benchmark, failure, to_export
 from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
@@ -91,8 +90,8 @@ def test_weights_are_timed_against_those_of_the_same_kind_and_arithmetic(tiny, t
     with pytest.raises(UsageError, match=f"in {lane}, but no baseline does; .*give the dense Hugging Face folder"):
         benchmarking._baseline_of(packed, own, [other])
     dense = tiny("llama")
-    assert benchmarking._baseline_of(packed, own, [other, dense]) is dense  # to be exported
-    assert benchmarking._baseline_of(packed, own, [dense, same]) is same
+    for baselines, missing in (([other, dense], {lane: dense}), ([dense, same], {})):
+        assert to_export([packed], baselines, settings, dtype="auto", device="cpu") == missing
 
 
 def test_no_model_in_the_asked_runtime(tiny, progress) -> None:
@@ -129,12 +128,3 @@ def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
 def test_the_kind_of_a_failure(error, kind, message) -> None:
     answer = failure(error)
     assert getattr(errors, answer["kind"]) is kind and answer["error"].startswith(message)
-
-
-def test_the_vocabulary_of_a_model_with_a_config_of_its_text_part(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text('{"model_type": "x", "text_config": {"vocab_size": 7}}')
-    assert vocabulary(ModelSource("x", tmp_path)) == 7
-    config.write_text('{"model_type": "x"}')
-    with pytest.raises(ModelError, match="'y': config.json has no vocab_size"):
-        vocabulary(ModelSource("y", tmp_path))

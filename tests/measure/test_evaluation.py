@@ -1,6 +1,5 @@
 import errno
 import math
-import shutil
 from collections.abc import Iterator
 from unittest.mock import Mock, patch
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from gblm_compress.cli import summaries
-from gblm_compress.errors import ModelError
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.evaluation import Reference, evaluate
 from gblm_compress.measure.runtimes import TorchRuntime
@@ -17,7 +15,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks.text import load_text
-from tests.conftest import CAUSAL_LM, prune, samples
+from tests.conftest import prune, samples
 
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:
@@ -47,24 +45,6 @@ def test_a_model_is_identical_to_itself(tiny, prose, progress) -> None:
     assert result.fidelity["mean_kl"] == pytest.approx(0, abs=1e-7)
     assert result.fidelity["top1_agreement"] == 1.0
     assert result.baseline == result.metrics
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, prose, tmp_path, progress) -> None:
-    source = ModelSource("m", shutil.copytree(tiny("gpt2").folder, tmp_path / "model"))
-    tokenizer = load_processor(source)
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(source.folder)
-    prose.write_text(f"<new> {prose.read_text()}")
-    settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=3)
-    with pytest.raises(ModelError, match="token id 257, but the model has embeddings for 257 tokens"):
-        evaluate(source, settings, progress=progress)
-    calibration = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32)
-    with pytest.raises(ModelError, match="token id 257, but the model has embeddings for 257 tokens"):
-        prune(source, tmp_path / "out", PruneSettings(fit="none"), calibration, progress=progress)
-    model = load_model(source)
-    model.config.vocab_size = 9
-    with pytest.raises(ModelError, match="but the model has embeddings for 9 tokens"):
-        CAUSAL_LM.probe(tokenizer, model.config)
 
 
 LENGTH = 8

@@ -76,13 +76,9 @@ ONNX = "export: [{format: onnx}]\n"
         (f"{GATES}: {{min_task_accuracy: 0.5}}", "needs an 'evaluate' section with tasks"),
         (f"evaluate: {{tasks: [piqa]}}\n{ONNX}gates: {{min_task_accuracy: 0.5, artefact: onnx}}", "torch only"),
         ("prune: {method: sparsegpt}", "got \"sparsegpt\"; did you mean 'obs'?"),
-        ("prune: {method: Wanda++}", "did you mean 'regional'?"),
-        ("prune: {method: wnada}", "did you mean 'wanda'?"),
         ("prune: {fit: balancd}", "did you mean 'balanced'?"),
-        ("export: [{format: semi_structured}]", "did you mean 'semi-structured'?"),
         ("benchmark: {runtimes: [torch, ort]}", "did you mean 'onnxruntime'?"),
         ("export: [{format: sparse24}]", "did you mean 'semi-structured'?"),
-        ("export: [{format: onnx, dtype: fp32}]", "did you mean 'float32'?"),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:

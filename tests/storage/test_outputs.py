@@ -16,6 +16,7 @@ import pytest
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.storage import outputs
 from gblm_compress.storage.outputs import (
+    HEAT_MAP,
     MANIFEST,
     SUMMARY,
     TEXT,
@@ -327,6 +328,23 @@ def test_a_document_is_replaced_if_it_begins_as_its_kind_does(tmp_path) -> None:
                 pytest.fail("two write one file")
             write("now")
         assert path.read_text() == "now"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("thesis.doc", "heat map .* give a name that ends in .png"),
+        ("kept.png", "exists; give another file, or --force"),
+        ("folder.png", "is a link or no file"),
+        ("nowhere/map.png", "there is no folder"),
+        ("kept.png/map.png", "there is no folder"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_document(name, message, tmp_path) -> None:
+    (tmp_path / "kept.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UsageError, match=message):
+        HEAT_MAP.check(tmp_path / name)
 
 
 def test_a_document_may_lie_in_the_new_folder_that_a_run_works_in(tmp_path) -> None:
