@@ -12,29 +12,17 @@ FOLDER_RUNTIMES = ("torch", "vllm")  # Runtimes of a Hugging Face folder; the fi
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format, known before its exporter is imported.
+    """A format, known before its exporter is imported."""
 
-    Attributes:
-        exporter: the module with its `check` and `export`.
-        help: half a sentence for `--help`.
-        runtimes: the first evaluates it.
-        dtypes: the first is the default if the format lacks the checkpoint's own.
-        reads: its options among those of `ExportSettings`; the others are refused.
-        copies: dense copies of the weights on disk while it is made, beside the output.
-        memory: its peak, in copies of the weights in float32.
-        passes: its time, in times that a CPU takes to read the weights in float32.
-        layout: a name in `LAYOUTS`.
-    """
-
-    exporter: str
-    help: str
-    runtimes: tuple[str, ...] = FOLDER_RUNTIMES
-    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
-    reads: tuple[str, ...] = ()
-    copies: int = 0
-    memory: float = 3.0
-    passes: float = 300.0
-    layout: str | None = None
+    exporter: str  # the module with its `check` and `export`
+    help: str  # half a sentence for `--help`
+    runtimes: tuple[str, ...] = FOLDER_RUNTIMES  # the first evaluates it
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # the first, where the checkpoint's own is absent
+    reads: tuple[str, ...] = ()  # its options among those of `ExportSettings`; the others are refused
+    copies: int = 0  # dense copies of the weights on disk while it is made, beside the output
+    memory: float = 3.0  # its peak, in copies of the weights in float32
+    passes: float = 300.0  # its time, in times that a CPU takes to read the weights in float32
+    layout: str | None = None  # a name in `LAYOUTS`
     synonyms: tuple[str, ...] = ()
 
     @property

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,11 +110,11 @@ def share_cores() -> None:
 
 def _memory() -> int | None:
     """None without psutil, as on a GPU machine that only runs benchmarks/gpu.py."""
-    if not find_spec("psutil"):
-        return None
-    import psutil
+    with suppress(ImportError):
+        import psutil
 
-    return int(psutil.virtual_memory().total)
+        return int(psutil.virtual_memory().total)
+    return None
 
 
 def cpu_name() -> str:

@@ -58,10 +58,9 @@ def benchmark(
     device: str = "auto",
     progress: Progress,
 ) -> BenchmarkResult:
-    """Time `models` against their baseline in the same runtime and dtype.
+    """Time `models` against their baseline in the same runtime and dtype, after `to_export` has named none.
 
-    `dtype` is for dense torch folders; exports have their own, and the baselines need an export for each of them:
-    `to_export` lists those that are missing.
+    `dtype` is for dense torch folders; exports have their own.
     """
     errors.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
     device = loading.choose_device(device)
@@ -136,10 +135,7 @@ def _lanes(
 
 
 def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) -> ModelSource:
-    """The first baseline of the model's lane, or a dense folder that can be exported to it.
-
-    An export has one dtype, a dense folder any.
-    """
+    """The first baseline of the model's lane, or a dense folder that can be exported to it."""
     fit = [
         baseline
         for baseline in baselines
@@ -243,10 +239,7 @@ def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spr
 def started(
     source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
 ) -> Iterator[tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any]]]:
-    """A model in a process of its own: a function that asks it, and the facts that it answers first.
-
-    An error in the process is raised by the function, with its own class.
-    """
+    """A model in a process of its own: a function that asks it or raises its error, and what it answers first."""
     process = subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

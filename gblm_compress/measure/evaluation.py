@@ -38,24 +38,17 @@ MOST_KEPT = 16 << 30  # Largest number of bytes of kept logits; memory seldom ca
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Attributes:
-    metrics, baseline: of the model and of the dense one; the first is the most important.
-    windows, predicted_tokens: the number of samples and predictions behind them.
-    sample: the task's word for a sample.
-    fidelity: means over the samples of `Task.fidelity`, and `Task.agreement`.
-    """
-
     model: str
     dataset: str
-    metrics: dict[str, Metric]
-    windows: int
+    metrics: dict[str, Metric]  # the first is the most important
+    windows: int  # samples
     predicted_tokens: int
     sequence_length: int
     dtype: str
     provider: str
-    sample: str = "window"
-    baseline: dict[str, Metric] | None = None
-    fidelity: dict[str, float] | None = None
+    sample: str = "window"  # the task's word for a sample
+    baseline: dict[str, Metric] | None = None  # metrics of the dense model
+    fidelity: dict[str, float] | None = None  # means over the samples of `Task.fidelity`, and `Task.agreement`
     zero_shot: ZeroShot | None = None
     note: str = ""
 

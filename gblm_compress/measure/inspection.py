@@ -29,19 +29,13 @@ KEPT, GONE = 0.9, 0.1  # A row or column is kept if this share of its weights su
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """Attributes:
-    shape: (out_features, in_features).
-    patterns: those of `CANDIDATES` that hold exactly.
-    row_spread, column_spread: standard deviation over rows (columns) of the share of surviving weights.
-    """
-
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (out_features, in_features)
     nonzeros: int
-    patterns: tuple[str, ...]
+    patterns: tuple[str, ...]  # those of `CANDIDATES` that hold exactly
     empty_rows: int
     empty_columns: int
-    row_spread: float
+    row_spread: float  # standard deviation over rows of the share of surviving weights
     column_spread: float
     kept_rows: int
     gone_rows: int
@@ -116,8 +110,7 @@ def report(name: str, weight: Tensor) -> LayerReport:
 def draw(columns: dict[str, Tensor], title: str) -> bytes:
     """One panel for each kind of layer in the first, the middle and the last block, as PNG.
 
-    `columns` has the share of nonzero weights in each column (input) of each layer. A colour is the difference of a
-    column's share from the layer's mean.
+    A colour is the difference of a column's share of nonzero weights, as in `columns`, from the layer's mean.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -91,10 +91,9 @@ class _Graph:
         )
 
     def _profile(self, profile: Sequence[int], run: Callable[[int], int]) -> None:
-        """Record what runs on those numbers of tokens for `kernels`, and end the profiling.
+        """Record `kernels` and `step_ms`, and end the profiling. `run(tokens)` returns the number of the graph's calls.
 
-        `step_ms` becomes {part: milliseconds}, medians over runs of the smallest number, without the first. `run` reads
-        so many tokens and returns the number of calls of the graph.
+        Times are medians over runs on the smallest number of tokens, without the first.
         """
         counts = sorted(set(profile))
         if not counts:
@@ -180,7 +179,6 @@ class OnnxRuntime(_Graph):
         # Outputs can be written into the memory of the inputs that they continue.
         self._shares_cache = "GroupQueryAttention" in source.operators
         self._read_interface()
-        self._at_once = self._most_at_once()
         self._profile(profile, self._calls_of)
 
     def predict(self, sample: Sample) -> Tensor:
@@ -289,11 +287,7 @@ class OnnxRuntime(_Graph):
         if not self._past:
             raise self._other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
         self.dtype = ONNX_TYPES[outputs[_LOGITS]]
-
-    def _most_at_once(self) -> int | None:
         said = self._session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
-        if said is None:
-            return None
-        if not re.fullmatch(r"[1-9]\d{0,8}", said):
+        if said is not None and not re.fullmatch(r"[1-9]\d{0,8}", said):
             raise self._other_interface(f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")
-        return int(said)
+        self._at_once = None if said is None else int(said)

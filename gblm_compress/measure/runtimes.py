@@ -32,16 +32,11 @@ class Runtime(Protocol):
     """A loaded model: it has `predict` if it is evaluated, `prefill` and `decode` if it generates.
 
     `last_logits` belongs to torch and ONNX Runtime alone.
-
-    Attributes:
-        provider: where it runs, in the runtime's own words.
-        dtype: of the weights.
-        step_ms: {part of the model: milliseconds} of a pass over the smallest profile; empty if not recorded.
     """
 
-    provider: str
-    dtype: str
-    step_ms: dict[str, float]
+    provider: str  # where it runs, in the runtime's own words
+    dtype: str  # of the weights
+    step_ms: dict[str, float]  # {part of the model: milliseconds} of a pass over the smallest profile, if recorded
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """{kernel: how often it runs} in a pass over so many tokens of all sequences together."""

@@ -45,33 +45,23 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model at one batch size.
-
-    Attributes:
-        ttft_ms: time to first token (prefill), or of the forward pass if nothing is generated.
-        tpot_ms: time per output token after the first; figures of decode are None if nothing is generated.
-        tokens_per_second: of all sequences, median of decode.
-        samples_per_second: of forward passes; None if the model generates.
-        peak_memory_bytes: of the worker process, see `machine.memory.peak_memory`.
-        prefill_kernels, decode_kernels: {kernel or ONNX operator: how often it runs}.
-        step_ms: profiled time of each part of a step without a prompt; empty if the runtime records none.
-    """
+    """One model at one batch size. Figures of decode are None if nothing is generated."""
 
     model: str
     runtime: str
     provider: str
     dtype: str
     batch: int
-    ttft_ms: Spread
-    tpot_ms: Spread | None
-    tokens_per_second: float | None
-    samples_per_second: float | None
-    peak_memory_bytes: int
+    ttft_ms: Spread  # time to first token (prefill), or of the forward pass if nothing is generated
+    tpot_ms: Spread | None  # time per output token after the first
+    tokens_per_second: float | None  # of all sequences, median of decode
+    samples_per_second: float | None  # of forward passes; None if the model generates
+    peak_memory_bytes: int  # of the worker process, see `machine.memory.peak_memory`
     load_seconds: float
     bytes_on_disk: int
-    prefill_kernels: dict[str, int]
+    prefill_kernels: dict[str, int]  # {kernel or ONNX operator: how often it runs}
     decode_kernels: dict[str, int] | None
     prefill_speedup: Speedup | None = None
     decode_speedup: Speedup | None = None
     same_tokens_as_baseline: bool | None = None
-    step_ms: dict[Part, float] = field(default_factory=dict)
+    step_ms: dict[Part, float] = field(default_factory=dict)  # of each part of a profiled step without a prompt

@@ -5,7 +5,6 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.filesize import decimal
 
@@ -34,24 +33,16 @@ def exported(
 
 
 def settings_of(weights: str) -> ExportSettings:
-    """The export of a dense model with such weights, named as by `manifest.weights_of`.
-
-    Levels are those of ONNX Runtime's own operators. float16 that computes in float32 is an operator of this package.
-    """
+    """The export of a dense model with such weights, named as by `manifest.weights_of`."""
     if weights.startswith("int"):
         return ExportSettings(**{"format": "onnx", "quantise": weights})
     dtype, _, arithmetic = weights.partition("/")
-    return ExportSettings(format="onnx", dtype=dtype, kernels=bool(arithmetic))
+    return ExportSettings(format="onnx", dtype=dtype, kernels=bool(arithmetic))  # float16 computed in float32: ours
 
 
 def _made(dense: ModelSource, settings: ExportSettings, progress: Progress) -> ModelSource:
     found = environment()
-    decides: list[Any] = [
-        dense.fingerprint,
-        settings.model_dump(mode="json"),
-        found["packages"],
-        found["gblm_compress"],
-    ]
+    decides = [dense.fingerprint, settings.model_dump(mode="json"), found["packages"], found["gblm_compress"]]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     entry, name = cache_folder() / "exports" / key[:16], f"dense-{settings.folder_name}"
 

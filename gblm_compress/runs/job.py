@@ -123,23 +123,16 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a run: its inputs and its work.
-
-    Attributes:
-        does: the work in words.
-        decides: settings and plain values that decide the result, besides the inputs.
-        place: the folder that it writes, if any.
-        looks: what can be checked before the work.
-    """
+    """One stage of a run: its inputs and its work."""
 
     name: str
-    does: str
+    does: str  # the work in words
     reads: tuple[ModelSource, ...] = ()
     texts: tuple[str, ...] = ()
-    decides: Callable[[], list[Any]]
+    decides: Callable[[], list[Any]]  # settings and plain values that decide the result, besides the inputs
     work: Callable[[], Any]
-    looks: Sequence[Look] = ()
-    place: Path | None = None
+    looks: Sequence[Look] = ()  # checks before the work
+    place: Path | None = None  # the folder that it writes
 
     def check_place(self) -> None:
         if self.place is not None:

@@ -60,10 +60,7 @@ def outlook(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
-    """Carry out a recipe and write artefacts and report to `output`.
-
-    All faults that `check` finds are raised before the work. A failed gate raises nothing: see `RunReport.passed`.
-    """
+    """Write artefacts and report to `output`. Faults that `check` finds come before the work; a failed gate is none."""
     errors.raise_all(check(recipe, progress) + check_output(recipe, output))
     was_here = find_here(recipe.model.source) is not None
     dense = resolve_model(recipe.model.source, progress)

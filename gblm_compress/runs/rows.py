@@ -28,30 +28,21 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of one artefact.
+    """One figure of one artefact."""
 
-    Attributes:
-        artefact: its folder's name, `DENSE` for the recipe's model, or a compared method.
-        value: None if not finite.
-        low, high: its interval: p10 and p90 of a time, 95 % of an accuracy.
-        baseline: the same figure of the dense model.
-        part: the layer, task, kernel, pattern or part of a step.
-        tokens: trained on before, in a recovery.
-    """
-
-    artefact: str
+    artefact: str  # its folder's name, `DENSE` for the recipe's model, or a compared method
     figure: str
-    value: float | None
-    low: float | None = None
+    value: float | None  # None if not finite
+    low: float | None = None  # of its interval: p10 and p90 of a time, 95 % of an accuracy
     high: float | None = None
     error: float | None = None
-    baseline: float | None = None
+    baseline: float | None = None  # the same figure of the dense model
     dense: bool = False
-    part: str = ""
+    part: str = ""  # the layer, task, kernel, pattern or part of a step
     runtime: str = ""
     dtype: str | None = None
     batch: int | None = None
-    tokens: int | None = None
+    tokens: int | None = None  # trained on before, in a recovery
 
     def __post_init__(self) -> None:
         if self.value is not None and not math.isfinite(self.value):

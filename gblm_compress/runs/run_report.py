@@ -91,12 +91,6 @@ class RunReport:
         found = [row for row in self.find(figure, artefact) if row.batch == self.smallest_batch]
         return max(found, key=lambda row: row.low or 0, default=None)
 
-    def baseline_of(self, speedup: Row) -> str:
-        """The dense artefact that was timed in the same lane."""
-        return next(
-            (row.artefact for row in self.rows if row.dense and row.runtime and row.lane == speedup.lane), DENSE
-        )
-
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [row.as_dict() for row in self.rows], "passed": self.passed}
 
@@ -126,19 +120,12 @@ def read(folder: Path) -> RunReport:
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the verdict's figures.
+    """One of the verdict's figures."""
 
-    Attributes:
-        name: "Size", "Speed" or "Quality".
-        figure: the difference from the dense artefact `beside`, in words.
-        detail: the values behind it, if measured.
-        mark: "good", "bad" or nothing.
-    """
-
-    name: str
-    figure: str
-    detail: str = ""
-    mark: str = ""
+    name: str  # "Size", "Speed" or "Quality"
+    figure: str  # the difference from the dense artefact `beside`, in words
+    detail: str = ""  # the values behind it, if measured
+    mark: str = ""  # "good", "bad" or nothing
     beside: str = DENSE
 
     @property
@@ -148,19 +135,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Size, speed and quality of an artefact beside a dense one in the same format.
-
-    Attributes:
-        beside: the dense artefact that it was timed against; the dense model if there is none.
-        where: the machine and runtime of the speed-up.
-        others: figures that exist beside the dense model only.
-    """
+    """Size, speed and quality of an artefact beside a dense one in the same format."""
 
     artefact: str
-    beside: str
+    beside: str  # the dense artefact that it was timed against; the dense model if there is none
     tiles: list[Tile]
-    where: str
-    others: list[str]
+    where: str  # the machine and runtime of the speed-up
+    others: list[str]  # figures that exist beside the dense model only
 
     def sentence(self, *, details: bool = True) -> str:
         """One sentence for each dense artefact that was measured beside."""
@@ -189,7 +170,10 @@ def verdict(report: RunReport, artefact: str | None = None) -> Verdict | None:
     if artefact is None:
         return None
     speedup = report.speedup("decode_speedup", artefact) or report.speedup("prefill_speedup", artefact)
-    beside, where = report.baseline_of(speedup) if speedup else DENSE, ""
+    beside, where = DENSE, ""
+    if speedup:
+        timed = [row.artefact for row in report.rows if row.dense and row.runtime and row.lane == speedup.lane]
+        beside = timed[0] if timed else DENSE
     if speedup and (machine := report.conditions.get("machine")):
         where = f", on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}"
     others = []

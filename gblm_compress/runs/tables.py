@@ -171,10 +171,7 @@ def stages(report: RunReport) -> Table:
 
 
 def changes(before: RunReport, now: RunReport) -> Table:
-    """The changes between two runs, worse figures first.
-
-    Times are compared within one runtime, dtype and batch.
-    """
+    """The changes between two runs, worse figures first; of times within one runtime, dtype and batch."""
     earlier, later = _by_key(before), _by_key(now)
     lines = []
     for key, row in later.items():

@@ -210,17 +210,11 @@ def free_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Document:
-    """A kind of file that a command writes.
+    """A kind of file that a command writes."""
 
-    Attributes:
-        what: its name in messages.
-        suffix: of its files' names; "" for any.
-        header: its first characters. A file that begins so is ours, and is replaced without `force`.
-    """
-
-    what: str
-    suffix: str
-    header: str = ""
+    what: str  # its name in messages
+    suffix: str  # of its files' names; "" for any
+    header: str = ""  # its first characters; a file that begins so is ours, and is replaced without `force`
 
     def check(self, path: Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
         """Refuse a file that has another suffix, is an input, may not be replaced, or cannot be written."""

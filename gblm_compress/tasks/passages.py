@@ -50,6 +50,7 @@ class PassageTask(Task):
 
     sample = "text"
     reads = _READS
+    suffixes = _FILES
 
     def check_processor(self, processor: Any) -> None:
         super().check_processor(processor)
@@ -58,9 +59,6 @@ class PassageTask(Task):
                 "its tokenizer has no pad token, and texts of several lengths are padded; set one (for example "
                 "tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer into the folder"
             )
-
-    def data_files(self, dataset: str) -> list[Path]:
-        return text.data_files(dataset, _READS, _FILES)
 
     def timed(self, config: Any, batch: int, length: int, seed: int) -> Sample:
         import torch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -48,6 +48,7 @@ class Task(ABC):
     varying_axes: ClassVar[int] = 2  # how many first dimensions of a batch vary: samples and their tokens
     sample: ClassVar[str] = "window"  # the name of one sample
     reads: ClassVar[str] = text.READS  # what `data_files` takes, for messages
+    suffixes: ClassVar[Collection[str]] = text.FILES  # of the files that it takes
 
     def of_folder(self, folder: Path) -> Task:
         """The task with the settings that the files of a model's folder give; itself where there are none."""
@@ -65,7 +66,7 @@ class Task(ABC):
 
     def data_files(self, dataset: str) -> list[Path]:
         """The local files or folders of a dataset; none where it lies elsewhere. Only names are looked at."""
-        return text.data_files(dataset)
+        return text.data_files(dataset, self.reads, self.suffixes)
 
     @abstractmethod
     def calibration(

@@ -7,14 +7,13 @@ import torch
 import transformers
 
 from gblm_compress.errors import UsageError
-from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer, tiny_config
 from gblm_compress.progress import Progress
 from gblm_compress.runs import advice
 from gblm_compress.runs.advice import WAYS, Prediction, advise, sentences
-from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import prune
+from gblm_compress.settings import AdviseSettings, PruneSettings
+from tests.conftest import export, prune
 
 SMALL = {name: WAYS[name] for name in ("dense, torch float32", "packed, torch bitmask", "packed, torch bitmask-int8")}
 QUIET = Progress(quiet=True)
@@ -36,12 +35,11 @@ def test_sizes_are_those_of_the_whole_models_artefacts(tmp_path, monkeypatch) ->
     model = written(tmp_path / "model", num_hidden_layers=6)
     found = advise(model, AdviseSettings(blocks=3), progress=QUIET)
     assert found.blocks == 6
-    chosen = PruneSettings(method="magnitude", fit="none")
-    prune(model, tmp_path / "pruned", chosen, CalibrationSettings(), progress=QUIET)
+    prune(model, tmp_path / "pruned", PruneSettings(method="magnitude", fit="none"))
     sizes = {"dense, torch float32": model.bytes_on_disk}
     for format in ("bitmask", "bitmask-int8"):
-        source, settings = ModelSource("pruned", tmp_path / "pruned"), ExportSettings(format=format)
-        sizes[f"packed, torch {format}"] = export(source, tmp_path / format, settings, progress=QUIET).bytes
+        result, _ = export(ModelSource("pruned", tmp_path / "pruned"), tmp_path / format, format=format)
+        sizes[f"packed, torch {format}"] = result.bytes
     predicted = {p.name: p.bytes for p in found.predictions}
     assert predicted.keys() == sizes.keys()
     for name, size in sizes.items():

@@ -40,11 +40,8 @@ def test_cells_are_what_the_stages_give_and_are_reused(grid, tmp_path, progress,
     what = grid(methods=("paper", "obs+fast"))
     model, output, result = what.dense.source, what.output, compare(what, progress)
     assert [(c.method, c.pattern, c.seed) for c in result.cells] == [("paper", "2:4", 0), ("obs+fast", "2:4", 0)]
-    text, settings = (
-        what.calibration.model_copy(update={"seed": 0}),
-        PruneSettings(method="obs", fit="fast", pattern="2:4"),
-    )
-    prune(model, tmp_path / "p", settings, text, progress=progress)
+    text = what.calibration.model_copy(update={"seed": 0})
+    prune(model, tmp_path / "p", PruneSettings(method="obs", fit="fast", pattern="2:4"), text)
     alone = evaluate(ModelSource("p", tmp_path / "p"), what.evaluation, baseline=model, progress=progress)
     assert result.cells[1].perplexity == pytest.approx(alone.metrics["perplexity"].value, rel=1e-5)
     assert result.cells[1].mean_kl == pytest.approx(alone.fidelity["mean_kl"], rel=1e-4)
@@ -96,11 +93,7 @@ def test_faults_are_found_before_the_first_pruning(grid, tiny, tmp_path, progres
     shutil.copy(tiny("llama").folder / "config.json", tmp_path / "export")
     for wrong, kind, message in (
         (grid(evaluation="gone.txt"), DataError, "gone.txt.*no such file"),
-        (
-            grid(calibration="./one.txt", evaluation="./two.txt"),
-            DataError,
-            "2 faults\n.*one.txt': no .*\n.*two.txt': no",
-        ),
+        (grid(calibration="./1.txt", evaluation="./2.txt"), DataError, "2 faults\n.*1.txt': no .*\n.*2.txt': no"),
         (grid(length=2048), UsageError, "positions; sequence length is 2048"),
         (grid("2:4", "2:7"), UsageError, "not a multiple of 7"),
         (grid(model=ModelSource("", tmp_path / "export")), ModelError, "is an export"),

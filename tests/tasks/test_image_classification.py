@@ -20,22 +20,15 @@ from torch.nn.functional import cross_entropy
 
 from gblm_compress import tasks
 from gblm_compress.errors import DataError, ModelError
-from gblm_compress.exporters import export
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.inspection import inspect
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import (
-    CalibrationSettings,
-    EvaluateSettings,
-    ExportSettings,
-    PruneSettings,
-    ResourceSettings,
-)
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks import image_classification as images
 from gblm_compress.tasks.image_classification import Picture, Pictures, labels_of
-from tests.conftest import prune
+from tests.conftest import export, prune
 from tests.tasks import families
 from tests.tasks.families import table
 
@@ -132,9 +125,9 @@ def test_a_family_goes_through_all_steps(model, pictures, tmp_path, progress, fa
     done = evaluate(pruned, EvaluateSettings(dataset=str(pictures)), baseline=source, device="cpu", progress=progress)
     assert list(done.metrics) == ["top1_accuracy", "top5_accuracy", "cross_entropy"] and done.windows == 2 * CLASSES
     assert done.fidelity["top1_agreement"] <= 1 and done.fidelity["mean_kl"] > 0
-    packed = export(pruned, tmp_path / "packed", ExportSettings(format="bitmask"), force=False, progress=progress)
+    packed, _ = export(pruned, tmp_path / "packed", format="bitmask")
     assert packed.checks["packed_layers"] == len(found.layers)
-    export(pruned, tmp_path / "onnx", ExportSettings(format="onnx"), force=False, progress=progress)
+    export(pruned, tmp_path / "onnx", format="onnx")
     # As optimum's ORTModelForImageClassification runs it: `pixel_values` of any number of images, `logits`.
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     assert [value.name for value in session.get_inputs()] == ["pixel_values"]
@@ -143,8 +136,7 @@ def test_a_family_goes_through_all_steps(model, pictures, tmp_path, progress, fa
     (logits,) = session.run(None, {"pixel_values": pixels.numpy()})
     expected = load_model(pruned)(pixel_values=pixels).logits.detach()
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
-    options = ExportSettings(format="onnx", quantise="int8")
-    quantised = export(pruned, tmp_path / "int8", options, force=False, progress=progress)
+    quantised, _ = export(pruned, tmp_path / "int8", format="onnx", quantise="int8")
     assert quantised.checks["layers_checked"] == len(found.layers)
 
 
