@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from string import Formatter
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from rich.filesize import decimal
@@ -22,7 +21,7 @@ from gblm_compress.printing import PlainConsole, printable, table
 from gblm_compress.settings.fields import SELF
 from gblm_compress.storage import outputs, records
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+Arguments = Mapping[str, Any] | None
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
 NEXT = "next: gblm-compress "
@@ -31,19 +30,8 @@ TRIALS = ("demo", "tiny")  # models that are small enough to try a command
 PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
-def show(
-    command: str,
-    result: Any,
-    as_json: bool,
-    given: Mapping[str, Any] | None = None,
-    views: Mapping[str, Any] = NOTHING,
-) -> None:
-    """Print a result as JSON or as a summary. Of several processes that torchrun started, the first prints.
-
-    Args:
-        given: the arguments that were given, by name, for the next command; None names none.
-        views: the keywords of the summary.
-    """
+def show(command: str, result: Any, as_json: bool, given: Arguments = None, views: Arguments = None) -> None:
+    """Print a result as JSON or as `parts`. Of several processes that torchrun started, the first prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json or command == "schema":
@@ -59,15 +47,18 @@ def views(command: str) -> list[Parameter]:
     return list(signature(SUMMARIES[command]).parameters.values())[1:] if command in SUMMARIES else []
 
 
-def parts(
-    command: str, result: Any, given: Mapping[str, Any] | None = None, views: Mapping[str, Any] = NOTHING
-) -> list[Any]:
-    """The tables and sentences that sum up a result, and the next command."""
+def parts(command: str, result: Any, given: Arguments = None, views: Arguments = None) -> list[Any]:
+    """The tables and sentences that sum up a result, and the next command.
+
+    Args:
+        given: the arguments that were given, by name, for the next command; None names none.
+        views: the keywords of the summary.
+    """
     content = result if command in ("run", "report") else _plain(result)
     words: tuple[str, ...] = ()
     if given is not None and "quiet" not in given and command in FOLLOWING:
         words = FOLLOWING[command](content, given)
-    return [*SUMMARIES[command](content, **views), *([NEXT + shlex.join(words)] if words else ())]
+    return [*SUMMARIES[command](content, **(views or {})), *([NEXT + shlex.join(words)] if words else ())]
 
 
 def _plain(result: Any) -> Any:

@@ -112,7 +112,6 @@ def draw(columns: dict[str, Tensor], title: str) -> bytes:
 
     A colour is the difference of a column's share of nonzero weights, as in `columns`, from the layer's mean.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, Tensor]] = {}
@@ -122,7 +121,6 @@ def draw(columns: dict[str, Tensor], title: str) -> bytes:
     blocks = [list(panels)[i] for i in sorted({0, len(panels) // 2, len(panels) - 1})]
     kinds = list(dict.fromkeys(kind for block in blocks for kind in panels[block]))
     figure = Figure(figsize=(2.6 * len(kinds) + 0.8, 2.3 * len(blocks) + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(blocks), len(kinds), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for (row, block), (column, kind) in product(enumerate(blocks), enumerate(kinds)):
         axis = axes[row][column]

@@ -124,11 +124,9 @@ def _recovery(report: RunReport) -> Chart | None:
 @plain_figures()
 def drawn(draw: Callable[[Any], None], height: float) -> bytes:
     """A picture, `height` inches high besides its labels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(INCHES, 0.7 + height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)

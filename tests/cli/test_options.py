@@ -121,19 +121,23 @@ def test_mistakes_of_a_declaration_fail_at_import() -> None:
 
 
 @pytest.mark.parametrize("declared", COMMANDS, ids=lambda each: each.name)
-def test_help_names_options_choices_ranges_and_panels(declared) -> None:
+def test_help_names_options_choices_ranges_panels_and_an_example(declared) -> None:
     text = CliRunner().invoke(app, [declared.name, "--help-all"]).output
     assert max(map(len, text.splitlines())) <= 80
     blocks = {
         block.split()[0]: re.sub(r"(?<=\w)-\s+", "-", " ".join(block.split()))  # names are broken at their hyphens
         for block in re.findall(r"^  (--[a-z].*(?:\n(?!  -)(?:   .*))*)", text, re.MULTILINE)
     }
+    short = CliRunner().invoke(app, [declared.name, "--help"]).output
+    rare = set()
     for part in declared.parts.values():
         for name, field in part.kind.model_fields.items():
-            option = f"--{SPELLINGS.get(name, part.names.get(name, '-')).replace('_', '-')}"
-            if name not in part.names or Panel.NO_OPTION in field.metadata:
+            option, panel = f"--{SPELLINGS.get(name, part.names.get(name, '-')).replace('_', '-')}", {*field.metadata}
+            if name not in part.names or Panel.NO_OPTION in panel:
                 assert option not in blocks
                 continue
+            assert (f"  {option} " in short) == (not panel & {*Panel}), option
+            rare |= panel & {*Panel}
             block = blocks[option]
             choices = choices_of(part.kind, name).values  # a flag says false and true itself
             assert all(str(choice) in block for choice in choices if not isinstance(choice, bool)), block
@@ -142,27 +146,13 @@ def test_help_names_options_choices_ranges_and_panels(declared) -> None:
             for limit in field.metadata:
                 assert not hasattr(limit, "ge") or f"[{limit.ge}<=x" in block or "<str>" in block
                 assert not hasattr(limit, "le") or f"x<={limit.le}]" in block or limit.le == MANY or "<str>" in block
+    assert ("--help-all" in short) == (short != text) == bool(rare)
+    assert declared.example and short.endswith(f"\nExample:\n  {declared.example}\n")
+    assert declared.example.split()[:2] == ["gblm-compress", declared.name]
     if declared.name == "prune":
         panels = ["Arguments", "Common", "Method", "Fit", "Resources", "Example"]
         assert re.findall(r"^(\w+):$", text, re.MULTILINE) == panels
         assert text.index("Fit:") < text.index("--rounds") < text.index("Resources:") < text.index("--memory")
-
-
-@pytest.mark.parametrize("declared", COMMANDS, ids=lambda each: each.name)
-def test_help_has_the_common_options_and_an_example(declared) -> None:
-    short, long = (CliRunner().invoke(app, [declared.name, each]).output for each in ("--help", "--help-all"))
-    fields = [
-        (part.kind.model_fields[field], name) for part in declared.parts.values() for field, name in part.names.items()
-    ]
-    panels = {
-        f"--{SPELLINGS.get(name, name).replace('_', '-')}": {*Panel} & {*field.metadata} for field, name in fields
-    }
-    for option, panel in panels.items():
-        assert (f"  {option} " in short) == (not panel), option
-        assert (f"  {option} " in long) == (panel != {Panel.NO_OPTION}), option
-    assert ("--help-all" in short) == (short != long) == any(panel - {Panel.NO_OPTION} for panel in panels.values())
-    assert declared.example and short.endswith(f"\nExample:\n  {declared.example}\n")
-    assert declared.example.split()[:2] == ["gblm-compress", declared.name]
 
 
 def test_the_help_of_the_program_has_a_line_for_each_command_in_its_group() -> None:
