@@ -18,7 +18,7 @@ from gblm_compress.errors import GateError, GblmError, UsageError
 from gblm_compress.machine import share_cores
 from gblm_compress.machine.memory import is_own_process
 from gblm_compress.progress import Progress
-from gblm_compress.runs.recipe import describe_fault, faults_of, find_recipe, load_recipe
+from gblm_compress.runs.recipe import find_recipe, load_recipe, recipe_of
 from gblm_compress.runs.recipe import schema as recipe_schema
 from gblm_compress.settings import (
     AdviseSettings,
@@ -31,7 +31,6 @@ from gblm_compress.settings import (
     GenerateSettings,
     Panel,
     PruneSettings,
-    Recipe,
     RecoverSettings,
     ResourceSettings,
 )
@@ -316,7 +315,7 @@ def run(
             raise UsageError(f"set={list(changes)} changes a recipe from a file; change the mapping itself")
         if output is None:
             raise UsageError("a recipe that is no file has no name; give the output folder")
-        content, folder, inputs = _recipe_of(recipe), Path(output), []
+        content, folder, inputs = recipe_of(recipe), Path(output), []
     else:
         inputs = [path := find_recipe(str(recipe))]
         content, folder = load_recipe(path, tuple(set)), Path(output or Path("runs") / path.stem)
@@ -497,12 +496,3 @@ def _saved(model: Any, processor: Any, folder: Path) -> Any:
     model.save_pretrained(folder)
     loading.save_processor(processor, folder)
     return ModelSource(model.config.name_or_path or type(model).__name__, folder)
-
-
-def _recipe_of(content: Mapping[str, Any]) -> Recipe:
-    from pydantic import ValidationError
-
-    try:
-        return Recipe(**content)
-    except ValidationError as error:
-        raise UsageError("\n".join(f"recipe: {describe_fault(fault, Recipe)}" for fault in faults_of(error))) from error

@@ -3,7 +3,6 @@
 No other module knows lm-eval.
 """
 
-import hashlib
 import io
 import logging
 import math
@@ -18,6 +17,7 @@ from typing import Any
 
 from gblm_compress import errors
 from gblm_compress.errors import DataError, MissingDependencyError, NotEnoughMemoryError, UsageError, first_line
+from gblm_compress.models.files import sha256_of
 from gblm_compress.progress import Progress
 from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
 
@@ -73,8 +73,7 @@ def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
     try:
         for path in sorted(Path(include_path).rglob("*")) if include_path is not None else []:
             if path.is_file() and path.parent.name != "__pycache__":
-                with path.open("rb") as file:
-                    hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+                hashes[str(path)] = sha256_of(path)
     except OSError as error:
         raise DataError(
             f"include_path {include_path!r}: {error.filename!r} cannot be read ({error.strerror}); make it readable, "

@@ -1,7 +1,5 @@
 """Dense ONNX exports, the baselines of a benchmark. Those that nobody gives are made once, in the cache folder."""
 
-import hashlib
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from gblm_compress.measure import benchmarking
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings, ComputeSettings, ExportSettings
+from gblm_compress.storage import records
 
 
 def exported(
@@ -43,7 +42,7 @@ def settings_of(weights: str) -> ExportSettings:
 def _made(dense: ModelSource, settings: ExportSettings, progress: Progress) -> ModelSource:
     found = environment()
     decides = [dense.fingerprint, settings.model_dump(mode="json"), found["packages"], found["gblm_compress"]]
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    key = records.hash_of(decides)
     entry, name = cache_folder() / "exports" / key[:16], f"dense-{settings.folder_name}"
 
     def make(folder: Path) -> None:

@@ -144,8 +144,7 @@ class Stage:
         models, texts = [source.fingerprint for source in self.reads], [data_hash(name) for name in self.texts]
         decides = [each.model_dump(mode="json") if isinstance(each, BaseModel) else each for each in self.decides()]
         versions = environment()["packages"] | {"gblm_compress": environment()["gblm_compress"]}
-        content = [self.name, [models, texts, *decides], versions]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return records.hash_of([self.name, [models, texts, *decides], versions])
 
 
 class Record(BaseModel):

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,7 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read and validate a recipe; a RecipeError lists every fault.
-
-    Args:
-        overrides: `key=value` pairs with dotted keys and YAML values, applied before validation.
-    """
+    """A recipe with some `key=value` of dotted keys and YAML values; a RecipeError lists every fault."""
     try:
         with path.open("rb") as file:
             tree = read_yaml(file.read(MAX_BYTES + 1), lambda line: f"{path}:{line}")
@@ -89,6 +85,14 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except ValidationError as error:
         found = [f"{tree.at(fault['loc']).where}: {describe_fault(fault, Recipe)}" for fault in faults_of(error)]
         raise _all_of(found) from error
+
+
+def recipe_of(content: Mapping[str, Any]) -> Recipe:
+    """A recipe from Python; a UsageError lists every fault."""
+    try:
+        return Recipe(**content)
+    except ValidationError as error:
+        raise UsageError("\n".join(f"recipe: {describe_fault(fault, Recipe)}" for fault in faults_of(error))) from error
 
 
 def _all_of(messages: list[str]) -> RecipeError:

@@ -65,18 +65,19 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Write a record of our own, durably, with a hash of its content: see `read_sealed`."""
-    write_file(path, json.dumps({SEAL: _seal(content), **content}, indent=2) + "\n")
+    write_file(path, json.dumps({SEAL: hash_of(content), **content}, indent=2) + "\n")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """The content of a record that `write_sealed` wrote; ValueError where any value of it has changed."""
     content = read_json(path)
-    if content.pop(SEAL, None) != _seal(content):
+    if content.pop(SEAL, None) != hash_of(content):
         raise ValueError("its content is not that of which it states the hash")
     return content
 
 
-def _seal(content: dict[str, Any]) -> str:
+def hash_of(content: Any) -> str:
+    """SHA-256 of plain values, whatever the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
