@@ -210,16 +210,11 @@ def _values(command: Command, given: dict[str, Any]) -> dict[str, Any]:
     values = {}
     for name in (name for part in command.parts.values() for name in part.names.values()):
         value = given.get(SPELLINGS.get(name, name))
-        if isinstance(value, list):
-            value = _split(value) if value else None
+        if isinstance(value, list):  # of an option that is repeated or has commas
+            value = tuple(part.strip() for each in value for part in each.split(",") if part.strip()) if value else None
         if value is not None:
             values[name] = value
     return values
-
-
-def _split(values: list[str]) -> tuple[str, ...]:
-    """The parts of an option that is repeated or has commas."""
-    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
 
 
 def _flag(name: str) -> str:

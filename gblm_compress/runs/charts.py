@@ -57,8 +57,8 @@ def of(report: RunReport) -> list[Chart]:
     made = (
         _front(report, "quality-bytes", "Quality and size", smaller, sizes, "megabytes on disk"),
         _front(report, "quality-time", "Quality and speed", faster, times, axis),
-        _dotted(report, "tpot_ms", "latency-decode", "Time per token after the first", decode, "milliseconds"),
-        _dotted(report, "ttft_ms", "latency-prefill", first, prefill, "milliseconds"),
+        _dots(report, "tpot_ms", "latency-decode", "Time per token after the first", decode),
+        _dots(report, "ttft_ms", "latency-prefill", first, prefill),
         _step(report),
         _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS),
         _tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
@@ -81,9 +81,22 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
     return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
 
 
-def _dotted(report: RunReport, figure: str, name: str, title: str, caption: str, axis: str) -> Chart | None:
+def _dots(report: RunReport, figure: str, name: str, title: str, caption: str) -> Chart | None:
+    """A dot with its interval for each time, named by what the rows differ in."""
     rows = report.find(figure)
-    return Chart(name, title, caption, dots(rows, axis)) if len(rows) > 1 else None
+    if len(rows) < 2:
+        return None
+    several = [field for field in ("runtime", "batch") if len({getattr(row, field) for row in rows}) > 1]
+    labels = [
+        _wrapped(", ".join([_name(row), *(f"{field} {getattr(row, field)}" for field in several)])) for row in rows
+    ]
+
+    def draw(axes: Any) -> None:
+        for number, row in enumerate(rows):
+            axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=GREY if row.dense else COLOURS[0])
+        _lines(axes, labels, "milliseconds")
+
+    return Chart(name, title, caption, drawn(draw, _height(labels)))
 
 
 def _step(report: RunReport) -> Chart | None:
@@ -179,21 +192,6 @@ def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         if not kept or point[1] < kept[-1][1]:
             kept.append(point)
     return kept
-
-
-def dots(rows: Sequence[Row], axis: str) -> bytes:
-    """A dot with its interval for each row, named by what the rows differ in."""
-    several = [field for field in ("runtime", "batch") if len({getattr(row, field) for row in rows}) > 1]
-    labels = [
-        _wrapped(", ".join([_name(row), *(f"{field} {getattr(row, field)}" for field in several)])) for row in rows
-    ]
-
-    def draw(axes: Any) -> None:
-        for number, row in enumerate(rows):
-            axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=GREY if row.dense else COLOURS[0])
-        _lines(axes, labels, axis)
-
-    return drawn(draw, _height(labels))
 
 
 def _tiles(name: str, title: str, rows: Sequence[Row], caption: str) -> Chart | None:

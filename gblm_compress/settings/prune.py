@@ -51,6 +51,7 @@ AllocationName = Annotated[str, OneOf.of(ALLOCATIONS)]
 PresetName = Annotated[str, OneOf.of(PRESETS)]
 QuantiserName = Annotated[str, OneOf.of(QUANTISERS)]
 Group = Annotated[str | int, OneOf((ROW, *GROUPS))]
+GROUP_DEFAULTS = ", ".join(f"{q.group or ROW} with {name}" for name, q in QUANTISERS.items() if q.make is not None)
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
@@ -59,10 +60,6 @@ PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to 
 def _number(value: Any) -> Any:
     """A number that was given as text, as on the command line."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-def _group_defaults() -> str:
-    return ", ".join(f"{q.group or ROW} with {name}" for name, q in QUANTISERS.items() if q.make is not None)
 
 
 def _readers(key: str) -> str:
@@ -148,7 +145,7 @@ class PruneSettings(Settings):
     group: Annotated[Group | None, BeforeValidator(_number), Panel.FIT] = Field(
         None,
         description=f"Weights that share a scale: the whole row, or this many neighbouring columns. If unset: "
-        f"{_group_defaults()}. Read with {_readers('group')}.",
+        f"{GROUP_DEFAULTS}. Read with {_readers('group')}.",
     )
     ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field(
         (), description="Layers to leave alone, as shell-style patterns of full names."
