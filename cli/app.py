@@ -70,7 +70,6 @@ def program(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the program and exit with its code."""
     # A stream may be closed before the program begins.
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
@@ -107,7 +106,6 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _unforeseen(error: Exception) -> int:
-    """Print a message for an unexpected exception; returns the exit code."""
     if is_interrupted():  # libraries make errors of their own of it
         _print(STOPPED)
         return INTERRUPTED

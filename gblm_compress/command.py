@@ -49,8 +49,6 @@ class Part:
 
 @dataclass(frozen=True)
 class Command:
-    """A function, its own parameters, and its settings by parameter."""
-
     function: Callable[..., Any]
     own: Mapping[str, Parameter]
     parts: Mapping[str, Part]
@@ -88,7 +86,6 @@ class Command:
         return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
     def signature(self) -> inspect.Signature:
-        """Its own parameters, then the fields of all settings."""
         own = [parameter.replace(annotation=get_args(parameter.annotation)[0]) for parameter in self.own.values()]
         fields = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=field.annotation)
@@ -100,7 +97,6 @@ class Command:
         return inspect.Signature([*own, *fields], return_annotation=inspect.signature(self.function).return_annotation)
 
     def documentation(self) -> str:
-        """Its docstring with every parameter and field."""
         entries = [(name, get_args(parameter.annotation)[1]) for name, parameter in self.own.items()]
         for part in self.parts.values():
             entries += [(name, part.kind.model_fields[field].description) for field, name in part.names.items()]

@@ -34,7 +34,6 @@ class Progress:
 
     @contextmanager
     def counter(self, what: str, unit: str, total: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
-        """Yields a function that advances the bar by one."""
         if self.quiet:
             yield lambda: None
             return

@@ -82,7 +82,6 @@ def benchmark(
 def check(
     models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
 ) -> list[GblmError]:
-    """The faults that show before a benchmark: device, lengths, runtimes, baselines."""
     absent = errors.collect([partial(loading.choose_device, device)])
     place = "cpu" if absent else loading.choose_device(device)
     lanes, tokens = _lanes(models, settings, dtype, place), settings.prompt + settings.generate
@@ -321,7 +320,6 @@ def failure(error: Exception) -> dict[str, str]:
 
 
 def forward(runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, seed: int) -> dict[str, Any]:
-    """Time one forward pass of random samples."""
     sample = task.timed(config, batch, prompt, seed)
     start = time.perf_counter()
     runtime.predict(sample)

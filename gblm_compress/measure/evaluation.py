@@ -162,7 +162,6 @@ def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress
 
 
 def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progress) -> list[GblmError]:
-    """The faults that show before an evaluation."""
     looks: list[Callable[[], object]] = [
         lambda: (loading.task_of(models[0]) if models else tasks).data_files(settings.dataset)
     ]

@@ -56,7 +56,6 @@ class InspectResult(records.Result):
 def inspect(
     source: ModelSource, progress: Progress, heat_map: Path | None = None, force: bool = False
 ) -> InspectResult:
-    """Report on every layer that pruning touches, and draw them as PNG if asked to."""
     loading.check_model(source, "inspect")
     model = loading.load_model(source)
     layers = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]

@@ -47,7 +47,7 @@ def check_onnx_provider(device: str) -> str:
 class _Graph:
     """The graph of a folder, opened with this package's operators; `step_ms` and `kernels` need `profile`."""
 
-    def __init__(self, source: ModelSource, device: str, threads: int, profile: bool) -> None:
+    def __init__(self, source: ModelSource, device: str, threads: int, profile: bool, prediction: str) -> None:
         import onnxruntime
 
         self.step_ms: dict[str, float] = {}
@@ -80,6 +80,11 @@ class _Graph:
                 f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
                 "versions it was built for are needed"
             )
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._outputs = {value.name: value.type for value in self._session.get_outputs()}
+        if self._outputs.get(prediction) not in ONNX_TYPES:
+            raise self._other_interface(f"it has no output {prediction!r} of floating-point numbers")
+        self.dtype = ONNX_TYPES[self._outputs[prediction]]
 
     def _named_errors(self, verb: str) -> AbstractContextManager[None]:
         return translated(lambda said: ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({said})"))
@@ -133,13 +138,8 @@ def part_of(node: str, operator: str) -> Part:
 
 class OnnxForward(_Graph):
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
-        super().__init__(source, device, threads, bool(profile))
         self._task, config = loading.task_of(source), loading.config_of(source)
-        self._inputs = [value.name for value in self._session.get_inputs()]
-        outputs = {value.name: value.type for value in self._session.get_outputs()}
-        if outputs.get(self._task.output) not in ONNX_TYPES:
-            raise self._other_interface(f"it has no output {self._task.output!r} of floating-point numbers")
-        self.dtype = ONNX_TYPES[outputs[self._task.output]]
+        super().__init__(source, device, threads, bool(profile), self._task.output)
 
         def run(tokens: int) -> int:
             self.predict(self._task.timed(config, 1, tokens, seed=0))
@@ -174,7 +174,7 @@ class OnnxRuntime(_Graph):
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
         import onnxruntime
 
-        super().__init__(source, device, threads, bool(profile))
+        super().__init__(source, device, threads, bool(profile), _LOGITS)
         self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
         # Outputs can be written into the memory of the inputs that they continue.
         self._shares_cache = "GroupQueryAttention" in source.operators
@@ -264,29 +264,23 @@ class OnnxRuntime(_Graph):
         return _Cache([self._ort_value(value, *self._device) for value in empty], 0)
 
     def _read_interface(self) -> None:
-        """Raises: ModelError: an input or output has not the name, type and shape that exports give it."""
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        outputs = {value.name: value.type for value in self._session.get_outputs()}
-        if outputs.get(_LOGITS) not in ONNX_TYPES:
-            raise self._other_interface(f"it has no output {_LOGITS!r} of floating-point numbers")
-        self._takes = [name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs]
+        self._takes = [name for name in ("input_ids", "attention_mask", "position_ids") if name in self._inputs]
         # {input of the cache: its dtype, and its shape before the first token, without the batch}
         self._past: dict[str, tuple[str, list[int]]] = {}
         self._present: list[str] = []
-        for name, value in inputs.items():
+        for name, value in self._inputs.items():
             if name in self._takes:
                 continue
             shape, present = list(value.shape[1:]), name.replace(_PAST, "present.", 1)
             if len(shape) == 3 and not STATE.search(name):
                 shape[1] = 0  # no token yet: keys and values are [heads, tokens, width]
-            known = name.startswith(_PAST) and present in outputs and value.type in ONNX_TYPES
+            known = name.startswith(_PAST) and present in self._outputs and value.type in ONNX_TYPES
             if not known or not shape or not all(isinstance(size, int) and size >= 0 for size in shape):
                 raise self._other_interface(f"input {name!r} of {value.type} {value.shape} is not known")
             self._past[name] = ONNX_TYPES[value.type], shape
             self._present.append(present)
         if not self._past:
             raise self._other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
-        self.dtype = ONNX_TYPES[outputs[_LOGITS]]
         said = self._session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
         if said is not None and not re.fullmatch(r"[1-9]\d{0,8}", said):
             raise self._other_interface(f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")

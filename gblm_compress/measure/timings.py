@@ -11,8 +11,6 @@ NO_SPEED_UP = "no clear speed difference"
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 10th and 90th percentile over the rounds."""
-
     median: float
     p10: float
     p90: float

@@ -73,7 +73,6 @@ class Advice(records.Result):
 
 
 def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress) -> Advice:
-    """Predict size and speed of the `WAYS` to compress a model that generates text."""
     start = time.monotonic()
     loading.check_model(source, "ask about")
     if not (task := loading.task_of(source)).generates:

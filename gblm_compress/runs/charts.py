@@ -68,7 +68,6 @@ def of(report: RunReport) -> list[Chart]:
 
 
 def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row], axis: str) -> Chart | None:
-    """The main metric over the values of `rows`."""
     if not report.metrics:
         return None
     metric = report.metrics[0]

@@ -125,7 +125,6 @@ class Grid:
 
 
 def compare(grid: Grid, progress: Progress) -> CompareResult:
-    """Prune and evaluate every cell; write records, table and plot. Finished cells are reused."""
     output, source = grid.output, grid.dense.source
     with outputs.working_in(output, "comparison"), closing(grid.dense):
         check(grid, progress)
@@ -154,7 +153,6 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
 
 
 def check(grid: Grid, progress: Progress) -> None:
-    """Raise the faults of every cell that show before the first."""
     source, text, methods = grid.dense.source, grid.calibration, grid.methods()
     loading.check_model(source, "compare")
     task = loading.task_of(source)

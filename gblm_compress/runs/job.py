@@ -113,7 +113,6 @@ class Job:
         return [each for each, on_gpu, on_cpu in exports if not (on_cpu if "cuda" in self.device else on_gpu)]
 
     def looks_at(self, texts: Iterable[str], length: int = 0, key: str = "") -> list[Look]:
-        """Checks of the given texts, and of the length under a recipe's `key`."""
         task = loading.task_of(self.found) if self.found else tasks
         looks: list[Look] = [partial(task.data_files, name) for name in texts]
         if length and self.found:
@@ -123,8 +122,6 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a run: its inputs and its work."""
-
     name: str
     does: str  # the work in words
     reads: tuple[ModelSource, ...] = ()
@@ -148,8 +145,6 @@ class Stage:
 
 
 class Record(BaseModel):
-    """A finished stage on disk."""
-
     model_config = ConfigDict(extra="forbid", strict=True)
 
     key: str

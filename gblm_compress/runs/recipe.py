@@ -101,7 +101,6 @@ def _all_of(messages: list[str]) -> RecipeError:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors."""
     result = Recipe.model_json_schema()
     # A plain string stands for a model section with only a source, a text with its weight, and an exception.
     data, overrides = (
@@ -122,7 +121,6 @@ def faults_of(error: ValidationError) -> list[Any]:
 
 
 def describe_fault(fault: Any, model: type[BaseModel]) -> str:
-    """One validation error in words, with a suggestion for a misspelt name."""
     location = list(fault["loc"])
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":

@@ -95,7 +95,6 @@ def pass_or_fail(report: RunReport) -> str | None:
 
 
 def markdown(report: RunReport) -> str:
-    """A summary for the page of a CI job."""
     word = pass_or_fail(report)
     lines = [f"## {f'{word}: ' if word else ''}{plain(report.model)}: {plain(report.method)}", ""]
     lines += [plain(headline(report)), ""]
@@ -123,7 +122,6 @@ def plain(text: str) -> str:
 
 
 def junit(report: RunReport) -> str:
-    """The gates as test cases for CI systems."""
     suite = ElementTree.Element(
         "testsuite",
         name=f"gblm-compress: {printable(report.model)}",

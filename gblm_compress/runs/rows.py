@@ -28,8 +28,6 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of one artefact."""
-
     artefact: str  # its folder's name, `DENSE` for the recipe's model, or a compared method
     figure: str
     value: float | None  # None if not finite
@@ -129,7 +127,6 @@ def _timing(row: Any, timing: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def layer_rows(artefact: str, layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
-    """The rows of pruned layers {name: `LayerResult`}."""
     for name, layer in layers.items():
         weights = layer["shape"][0] * layer["shape"][1]
         yield Row(artefact, "weights", weights, part=name)
@@ -151,7 +148,6 @@ def unit_of(figure: str) -> str:
 
 
 def amount(figure: str, value: float | None, error: float | None = None) -> str:
-    """A figure with its unit, meaningful digits and standard error."""
     if value is None or not math.isfinite(value):
         return "not finite"
     unit = unit_of(figure)

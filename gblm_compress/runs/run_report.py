@@ -18,8 +18,6 @@ POSITIVE = ("bytes", "bytes_ratio", "weights")
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished stage with its result as plain values."""
-
     name: str
     reused: bool
     seconds: float
@@ -120,8 +118,6 @@ def read(folder: Path) -> RunReport:
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the verdict's figures."""
-
     name: str  # "Size", "Speed" or "Quality"
     figure: str  # the difference from the dense artefact `beside`, in words
     detail: str = ""  # the values behind it, if measured

@@ -60,7 +60,6 @@ def name_of(figure: str) -> str:
 
 
 def cell_of(row: Row | None) -> Cell:
-    """A figure with its error or interval."""
     if row is None:
         return Cell(UNMEASURED)
     ratio = row.figure.endswith(("speedup", "recovery"))

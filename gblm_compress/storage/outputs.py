@@ -210,8 +210,6 @@ def free_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Document:
-    """A kind of file that a command writes."""
-
     what: str  # its name in messages
     suffix: str  # of its files' names; "" for any
     header: str = ""  # its first characters; a file that begins so is ours, and is replaced without `force`

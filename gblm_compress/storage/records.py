@@ -13,8 +13,6 @@ from gblm_compress.errors import OutputError
 
 
 class Result:
-    """Base of the dataclasses that commands return."""
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(cast(Any, self))

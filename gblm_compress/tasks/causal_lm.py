@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
-from gblm_compress.tasks.text import consecutive_windows, drawn_windows, load_text, tokenize, vocabulary_of
+from gblm_compress.tasks.text import (
+    consecutive_windows,
+    drawn_windows,
+    load_text,
+    padded_ids,
+    tokenize,
+    vocabulary_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +56,7 @@ class CausalLM(Task):
         return [{"input_ids": window} for window in windows[:limit]]
 
     def example(self, config: Any) -> Sample:
-        """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
-        import torch
-
-        ids = torch.arange(12).reshape(2, 6) % vocabulary_of(config)
-        mask = torch.ones_like(ids)
-        mask[0, :2] = 0
-        return {"input_ids": ids, "attention_mask": mask}
+        return padded_ids(vocabulary_of(config), slice(2))
 
     def judged_values(self, config: Any, length: int) -> int:
         return (length - 1) * vocabulary_of(config)

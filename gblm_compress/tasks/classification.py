@@ -99,7 +99,6 @@ def class_of(label: int | str | None, where: str, config: Any, names: Mapping[st
 
 
 def names_of(config: Any) -> dict[str, int]:
-    """A model's classes by their names in small letters."""
     return {str(name).lower(): int(number) for number, name in config.id2label.items()}
 
 

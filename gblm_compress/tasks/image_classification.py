@@ -186,7 +186,6 @@ def _takes_one_size(config: Any) -> bool:
 
 
 def _size(config: Any) -> tuple[int, int]:
-    """Height and width of the model's images."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 

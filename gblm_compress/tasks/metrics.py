@@ -53,7 +53,6 @@ def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """The rank of each value, from 1; equal values share their mean rank."""
     places: dict[float, list[int]] = {}
     for place, value in enumerate(sorted(values), 1):
         places.setdefault(value, []).append(place)

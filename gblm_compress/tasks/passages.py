@@ -19,7 +19,7 @@ from typing import Any
 from gblm_compress.errors import DataError, ModelError
 from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
-from gblm_compress.tasks.text import check_ids, vocabulary_of
+from gblm_compress.tasks.text import check_ids, padded_ids, vocabulary_of
 
 FEWEST_WORDS = 5  # of a passage; shorter lines are headings, captions and rests
 
@@ -69,13 +69,7 @@ class PassageTask(Task):
         return _with_types({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, config)
 
     def example(self, config: Any) -> Sample:
-        """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
-        import torch
-
-        ids = torch.arange(12).reshape(2, 6) % vocabulary_of(config)
-        mask = torch.ones_like(ids)
-        mask[0, 4:] = 0
-        return _with_types({"input_ids": ids, "attention_mask": mask}, config)
+        return _with_types(padded_ids(vocabulary_of(config), slice(4, None)), config)
 
 
 def read(source: str, role: text.Role) -> list[Row]:

@@ -218,6 +218,16 @@ def vocabulary_of(config: Any) -> int:
         raise ModelError(f"the model's config names no vocabulary ({first_line(error)})") from error
 
 
+def padded_ids(vocabulary: int, padding: slice) -> dict[str, Tensor]:
+    """Two texts of six tokens, the first padded: a mask of ones alone would let a tracer drop `attention_mask`."""
+    import torch
+
+    ids = torch.arange(12).reshape(2, 6) % vocabulary
+    mask = torch.ones_like(ids)
+    mask[0, padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def reading(source: str, advice: str = "") -> AbstractContextManager[None]:
     """Turn any error of the hub client and the readers of files into a DataError."""
     return translated(lambda said: DataError(f"dataset {source!r} cannot be read ({said}){advice}"))

@@ -6,6 +6,7 @@ from itertools import combinations
 from unittest.mock import MagicMock
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -77,7 +78,7 @@ def test_no_text_of_a_chart_is_cut_or_covers_another(name, monkeypatch) -> None:
         save(figure, *arguments, **options)
         drawn.clear()
         figure.draw_without_rendering()  # in the figure's own resolution again
-        renderer = figure.canvas.get_renderer()
+        renderer = FigureCanvasAgg(figure).get_renderer()
         shown = [text for text in drawn if text.get_text() and text.get_visible()]
         found.append((figure.bbox, [(text.get_text(), Text.get_window_extent(text, renderer)) for text in shown]))
 
