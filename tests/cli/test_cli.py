@@ -33,7 +33,6 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 
 
 def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: Path) -> None:
-    """Also where libraries that are imported would print something."""
     command = [
         sys.executable, "-m", "gblm_compress", "prune", "tiny", "-o", "pruned", "--pattern", "2:4", "--samples", "2",
         "--calibration", str(prose), "--sequence-length", "32", "--ignore", "*.down_proj,*.o_proj", "--json", "--quiet",
@@ -96,8 +95,6 @@ def test_a_recipe_is_validated(program, tmp_path) -> None:
     done = program("validate", str(recipe))
     assert done.code == 0, done.stderr
     assert "not looked at before the run, as it is not on this machine yet: model owner/model" in done.stdout
-    recipe.write_text("model: ./gone\ncalibration: {dataset: ./gone.txt}\n")
-    assert program("validate", str(recipe)).code == 2
 
 
 def test_schema_and_doctor_and_version(program) -> None:

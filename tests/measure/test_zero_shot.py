@@ -73,9 +73,8 @@ def slow_answers(source: ModelSource) -> list[float]:
 def test_accuracy_is_that_of_likelihoods_token_by_token(tiny, prose, own_task, progress, tmp_path) -> None:
     build_tiny("llama", tmp_path / "dense", seed=1)
     baseline = ModelSource("dense", tmp_path / "dense")
-    settings = EvaluateSettings(
-        dataset=str(prose), sequence_length=32, max_windows=2, tasks=("parity",), include_path=str(own_task)
-    )
+    text = {"dataset": str(prose), "sequence_length": 32, "max_windows": 2}
+    settings = EvaluateSettings(**text, tasks=("parity",), include_path=str(own_task))
     result = evaluate(tiny("llama"), settings, baseline=baseline, progress=progress).zero_shot
     mine, dense = slow_answers(tiny("llama")), slow_answers(baseline)
     assert ask(tiny("llama"), own_task, limit=5) == {"parity": ("acc_norm", mine[:5])}

@@ -67,23 +67,17 @@ def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
     )
     assert headline(report(rows=[])) == "Nothing was measured."
     for tpot, said in (
-        (
-            20.5,
-            "1 % smaller (1.0 MB → 990.0 kB), no clear speed difference (0.98×, 0.80× to 1.19×, 20.00 → 20.50 ms per "
-            "token, prompts without a clear difference), perplexity",
-        ),
+        (20.5, "no clear speed difference (0.98×, 0.80× to 1.19×, 20.00 → 20.50 ms per token, prompts without a clear"),
         (30.0, "0.67× as fast (0.55× to 0.81×, 20.00 → 30.00 ms per token, prompts 0.67× as fast)"),
     ):
         assert said in headline(report(rows=measured(models()[0], model("onnx", tpot, 990_000, 24.0))))
 
 
 def test_a_sentence_of_the_headline_has_one_baseline() -> None:
-    assert headline(report(rows=measured(models()[0], *in_8_bits()))) == (
-        "40 % smaller (300.0 kB → 180.0 kB), 2.00× as fast (1.64× to 2.44×, 20.00 → 10.00 ms per token, prompts 2.00× "
-        "as fast): onnx-int8 beside dense-onnx-int8, on a CPU, 2 threads, cpu, onnxruntime, batch 1. Beside the dense "
-        "model: perplexity +20 % (20.00 → 24.00 ±0.50), 82 % smaller (1.0 MB → 180.0 kB), the same answer in 81 % of "
-        "tokens, 0.900× the accuracy on tasks [0.80–1.00]."
-    )
+    same, other = headline(report(rows=measured(models()[0], *in_8_bits()))).split(" Beside the dense model: ")
+    assert same.startswith("40 % smaller (300.0 kB → 180.0 kB), 2.00× as fast (1.64× to 2.44×")
+    assert same.endswith("onnx-int8 beside dense-onnx-int8, on a CPU, 2 threads, cpu, onnxruntime, batch 1.")
+    assert other.startswith("perplexity +20 % (20.00 → 24.00 ±0.50), 82 % smaller (1.0 MB → 180.0 kB), the same answer")
     own, of_dense = in_8_bits()
     alike = of_dense | {"metrics": {"perplexity": (20.5, 0.4, 20.0)}}
     assert "perplexity +17 % (20.50 → 24.00 ±0.50): onnx-int8 beside" in headline(

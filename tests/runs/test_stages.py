@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gblm_compress.errors import UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.models.loading import load_model
-from gblm_compress.runs import pipeline
 from gblm_compress.runs.job import Job, data_hash
 from gblm_compress.runs.pipeline import check, outlook
 from gblm_compress.runs.stages import stages_of
@@ -137,19 +135,6 @@ def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, mo
     monkeypatch.setattr("gblm_compress.models.loading.choose_device", lambda device: "cuda")
     timed = {"export": [{"format": "onnx", "kernels": True}], "benchmark": SHORT | {"runtimes": ["onnxruntime"]}}
     assert "no export runs in it on cuda: nothing would be timed" in str(faults(progress, **timed))
-
-
-def test_all_faults_come_in_one_error_and_nothing_is_written(progress, tmp_path) -> None:
-    texts = {
-        "calibration": {"dataset": "./gone.txt", "sequence_length": 4096},
-        "evaluate": {"dataset": "./gone.jsonl", "sequence_length": 64},
-    }
-    wrong = recipe(model={"source": "tiny", "device": "gpu9"}, **texts, export=SEMI, benchmark={"prompt": 1000})
-    with pytest.raises(UsageError) as found:
-        pipeline.run(wrong, tmp_path / "out", progress)
-    lines = str(found.value).splitlines()
-    assert lines[0] == "6 faults" and len(lines) == 7
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatch) -> None:
