@@ -20,7 +20,7 @@ from gblm_compress.settings.fields import MANY, choices_of
 
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
 METAVARS = {
-    "set": "KEY=VALUE", "push_to_hub": "OWNER/NAME", "override": "LAYERS=PATTERN[@SPARSITY],...",
+    "set": "KEY=VALUE", "push_to_hub": "OWNER/NAME", "overrides": "LAYERS=PATTERN[@SPARSITY],...",
     "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "heat_map", "junit", "summary"), "<path>"),
 }  # fmt: skip
 SPELLINGS = {"overrides": "override"}
@@ -119,8 +119,11 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
         own = {name: given.pop(name) for name in command.own if name in given}
         shown = {name: given.pop(name) for name in views if name in given}
         positional = [value for name in several for value in own.pop(name)]
+        for name, value in given.items():
+            if isinstance(value, list):  # of an option that is repeated or has commas
+                given[name] = tuple(part.strip() for part in ",".join(value).split(",") if part.strip())
         try:
-            result = command.function(*positional, **own, **command.fill(_values(command, given), _flag))
+            result = command.function(*positional, **own, **command.fill(given, _flag))
         except GblmError as error:
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
@@ -159,7 +162,7 @@ def _own(parameter: Parameter) -> Parameter:
 def _options(part: Part) -> list[Parameter]:
     schemas = part.kind.model_json_schema()["properties"]
     return [
-        _option(part.kind, field, SPELLINGS.get(name, name), schemas[field])
+        _option(part.kind, field, name, schemas[field])
         for field, name in part.names.items()
         if Panel.NO_OPTION not in part.kind.model_fields[field].metadata
     ]
@@ -204,17 +207,6 @@ def _help(description: str, choices: tuple[str, ...], schema: dict[str, Any]) ->
         if schema.get(key, MANY) < MANY
     ]
     return description + named + (f" [{''.join(low)}x{''.join(high)}]" if low or high else "")
-
-
-def _values(command: Command, given: dict[str, Any]) -> dict[str, Any]:
-    values = {}
-    for name in (name for part in command.parts.values() for name in part.names.values()):
-        value = given.get(SPELLINGS.get(name, name))
-        if isinstance(value, list):  # of an option that is repeated or has commas
-            value = tuple(part.strip() for each in value for part in each.split(",") if part.strip()) if value else None
-        if value is not None:
-            values[name] = value
-    return values
 
 
 def _flag(name: str) -> str:
