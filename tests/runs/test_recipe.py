@@ -149,7 +149,6 @@ VALID = [
 INVALID = [
     "{}",
     "model: demo\nmodell: demo",
-    "model: demo\ncalibration: {seed: -1}",
     "model: 3",
     "model: {source: demo, dtype: fp16}",
     "model: demo\nprune: null",
@@ -159,13 +158,9 @@ INVALID = [
     'model: demo\nprune: {pattern: "1:4000000"}',
     'model: demo\nprune: {overrides: [{layers: a, pattern: "x"}]}',
     "model: demo\nprune: {ignore: a}",
-    'model: demo\nprune: {alpha: "100"}',
-    'model: demo\ncalibration: {sequence_length: "64"}',
     "model: demo\ncalibration: {sequence_length: 64.5}",
     "model: demo\nresources: {memory: 4 bananas}",
-    'model: demo\nresources: {offload: "yes"}',
     "model: demo\nexport: {format: onnx}",
-    "model: demo\nbenchmark: {batch: 1}",
 ]
 
 
