@@ -3,29 +3,23 @@
 import json
 
 import pytest
-import torch
-import transformers
 
 from gblm_compress.errors import UsageError
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer, tiny_config
+from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.runs import advice
 from gblm_compress.runs.advice import WAYS, Prediction, advise, sentences
 from gblm_compress.settings import AdviseSettings, PruneSettings
 from tests.conftest import export, prune
+from tests.families.tiny import tiny_family
 
 SMALL = {name: WAYS[name] for name in ("dense, torch float32", "packed, torch bitmask", "packed, torch bitmask-int8")}
 QUIET = Progress(quiet=True)
 
 
 def written(folder, family: str = "llama", **config) -> ModelSource:
-    """A model with random weights."""
-    settings = tiny_config(family)
-    for key, value in config.items():
-        setattr(settings, key, value)
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    tiny_family(family, **config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return ModelSource("model", folder)
 
