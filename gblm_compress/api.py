@@ -265,11 +265,10 @@ def benchmark(
     dense = [baseline] if isinstance(baseline, str | os.PathLike) else list(baseline)
     with _found(*models, *dense, quiet=quiet) as (progress, *sources):
         from gblm_compress.measure import benchmarking
-        from gblm_compress.runs import baselines as dense_exports
+        from gblm_compress.runs import baselines
 
-        contenders, baselines = sources[: len(models)], sources[len(models) :]
-        baselines += dense_exports.exported(contenders, baselines, settings, compute, progress)
-        return benchmarking.benchmark(contenders, baselines, settings, progress=progress, **compute.model_dump())
+        contest = benchmarking.Contest(sources[: len(models)], sources[len(models) :], settings, compute)
+        return benchmarking.benchmark(baselines.completed(contest, progress), progress)
 
 
 @command

@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import BenchmarkSettings
+from gblm_compress.settings import BenchmarkSettings, ComputeSettings
 from gblm_compress.storage import records
 from gblm_compress.tasks.task import Task
 from gblm_compress.tasks.text import vocabulary_of
@@ -49,71 +49,6 @@ class BenchmarkResult(records.Result):
     environment: dict[str, Any]
 
 
-def benchmark(
-    models: list[ModelSource],
-    baselines: list[ModelSource],
-    settings: BenchmarkSettings,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    progress: Progress,
-) -> BenchmarkResult:
-    """Time `models` against their baseline in the same runtime and dtype, after `to_export` has named none.
-
-    `dtype` is for dense torch folders; exports have their own.
-    """
-    errors.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
-    device = loading.choose_device(device)
-    assert not to_export(models, baselines, settings, dtype=dtype, device=device)
-    threads = settings.threads or torch.get_num_threads()
-    lanes = _lanes(models, settings, dtype, device)
-    both = {lane: [_baseline_of(own[0], lane, baselines), *own] for lane, own in lanes.items()}
-    busy = busy_cores()
-    folders = [model for model in (*models, *baselines) if not model.is_export]
-    if folders and not progress.quiet:
-        progress.say(_estimate(both, loading.count_weights(folders[0]), settings, device))
-    measurements: list[Measurement] = []
-    for lane, contenders in both.items():
-        measurements += _benchmark_lane(contenders, lane, settings, device, threads, progress)
-    place = {**environment(), "threads": threads, "device": device, "busy_cores": busy}
-    return BenchmarkResult(tuple(measurements), settings.model_dump(mode="json"), place)
-
-
-def check(
-    models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
-) -> list[GblmError]:
-    absent = errors.collect([partial(loading.choose_device, device)])
-    place = "cpu" if absent else loading.choose_device(device)
-    lanes, tokens = _lanes(models, settings, dtype, place), settings.prompt + settings.generate
-    looks: list[Callable[[], object]] = [
-        partial(loading.check_length, model, tokens, "prompt plus generate") for model in (*models, *baselines)
-    ]
-    looks += [
-        partial(check_device, model, place) for model in models if set(runtimes_of(model)) & set(settings.runtimes)
-    ]
-    looks += [partial(check_installed, runtime) for runtime in {lane.runtime for lane in lanes}]
-    looks += [partial(_baseline_of, model, lane, baselines) for lane, own in lanes.items() for model in own]
-    found = absent + errors.collect(looks)
-    if not lanes:
-        found.append(
-            UsageError(
-                f"none of {', '.join(repr(model.name) for model in models)} runs in {' or '.join(settings.runtimes)}: "
-                "a Hugging Face folder runs in torch and vllm, an ONNX export in onnxruntime and genai (make one with "
-                "`gblm-compress export MODEL -o OUT --format onnx`)"
-            )
-        )
-    return found
-
-
-def to_export(
-    models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
-) -> dict[str, ModelSource]:
-    """The ONNX exports that are missing among the baselines: {their weights: the dense folder}. `check` comes first."""
-    lanes = _lanes(models, settings, dtype, loading.choose_device(device))
-    chosen = {lane: _baseline_of(own[0], lane, baselines) for lane, own in lanes.items()}
-    return {lane.dtype: dense for lane, dense in chosen.items() if lane.runtime not in runtimes_of(dense)}
-
-
 class _Lane(NamedTuple):
     """What dense and pruned must share to be compared; the dtype is that of `manifest.weights_of`."""
 
@@ -121,34 +56,88 @@ class _Lane(NamedTuple):
     dtype: str
 
 
-def _lanes(
-    models: list[ModelSource], settings: BenchmarkSettings, dtype: str, device: str
-) -> dict[_Lane, list[ModelSource]]:
-    lanes: dict[_Lane, list[ModelSource]] = {}
-    for model in models:
-        own = manifest.weights_of(model) if model.is_export else loading.choose_dtype(dtype, model, device)
-        for runtime in runtimes_of(model):
-            if runtime in settings.runtimes:
-                lanes.setdefault(_Lane(runtime, own), []).append(model)
-    return lanes
+@dataclass(frozen=True)
+class Contest:
+    """Models to time, each against a baseline in the same runtime and dtype."""
+
+    models: list[ModelSource]
+    baselines: list[ModelSource]
+    settings: BenchmarkSettings
+    compute: ComputeSettings = field(default_factory=ComputeSettings)  # its dtype is for dense torch folders
+
+    @cached_property
+    def device(self) -> str:
+        """The CPU if the device is absent, which is one of the `faults`."""
+        try:
+            return loading.choose_device(self.compute.device)
+        except GblmError:
+            return "cpu"
+
+    @cached_property
+    def lanes(self) -> dict[_Lane, list[ModelSource]]:
+        lanes: dict[_Lane, list[ModelSource]] = {}
+        for model in self.models:
+            stored = manifest.weights_of(model) if model.is_export else None
+            own = stored or loading.choose_dtype(self.compute.dtype, model, self.device)
+            for runtime in runtimes_of(model):
+                if runtime in self.settings.runtimes:
+                    lanes.setdefault(_Lane(runtime, own), []).append(model)
+        return lanes
+
+    def baseline_of(self, model: ModelSource, lane: _Lane) -> ModelSource:
+        """The first baseline of the model's lane, or a dense folder that can be exported to it."""
+        dense = [baseline for baseline in self.baselines if not baseline.is_export]
+        able = [baseline for baseline in self.baselines if lane.runtime in runtimes_of(baseline)]
+        fit = [each for each in able if not each.is_export or manifest.weights_of(each) == lane.dtype]
+        if chosen := (fit or dense)[:1]:
+            check_baseline(model, chosen[0])
+            return chosen[0]
+        raise UsageError(
+            f"{model.name!r} runs in {lane.runtime} in {lane.dtype}, but no baseline does; speed is only compared "
+            "within one runtime and dtype: give the dense Hugging Face folder as --baseline"
+        )
+
+    def faults(self) -> list[GblmError]:
+        """Those that show before the work: device, lengths, runtimes, baselines."""
+        runtimes, tokens = self.settings.runtimes, self.settings.prompt + self.settings.generate
+        looks: list[Callable[[], object]] = [partial(loading.choose_device, self.compute.device)]
+        for model in (*self.models, *self.baselines):
+            looks.append(partial(loading.check_length, model, tokens, "prompt plus generate"))
+        asked = [model for model in self.models if set(runtimes_of(model)) & set(runtimes)]
+        looks += [partial(check_device, model, self.device) for model in asked]
+        looks += [partial(check_installed, runtime) for runtime in {lane.runtime for lane in self.lanes}]
+        looks += [partial(self.baseline_of, model, lane) for lane, own in self.lanes.items() for model in own]
+        if self.lanes:
+            return errors.collect(looks)
+        none = UsageError(
+            f"none of {', '.join(repr(model.name) for model in self.models)} runs in {' or '.join(runtimes)}: "
+            "a Hugging Face folder runs in torch and vllm, an ONNX export in onnxruntime and genai (make one with "
+            "`gblm-compress export MODEL -o OUT --format onnx`)"
+        )
+        return [*errors.collect(looks), none]
+
+    def missing(self) -> dict[str, ModelSource]:
+        """The ONNX exports that the baselines lack: {their weights: the dense folder}. `faults` come first."""
+        chosen = {lane: self.baseline_of(own[0], lane) for lane, own in self.lanes.items()}
+        return {lane.dtype: dense for lane, dense in chosen.items() if lane.runtime not in runtimes_of(dense)}
 
 
-def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) -> ModelSource:
-    """The first baseline of the model's lane, or a dense folder that can be exported to it."""
-    fit = [
-        baseline
-        for baseline in baselines
-        if lane.runtime in runtimes_of(baseline)
-        and (not baseline.is_export or manifest.weights_of(baseline) == lane.dtype)
-    ]
-    dense = [baseline for baseline in baselines if not baseline.is_export]
-    if chosen := (fit or dense)[:1]:
-        check_baseline(model, chosen[0])
-        return chosen[0]
-    raise UsageError(
-        f"{model.name!r} runs in {lane.runtime} in {lane.dtype}, but no baseline does; speed is only compared within "
-        "one runtime and dtype: give the dense Hugging Face folder as --baseline"
-    )
+def benchmark(contest: Contest, progress: Progress) -> BenchmarkResult:
+    """Time a contest in which no export is `missing`."""
+    errors.raise_all(contest.faults())
+    assert not contest.missing()
+    settings, device = contest.settings, contest.device
+    threads = settings.threads or torch.get_num_threads()
+    both = {lane: [contest.baseline_of(own[0], lane), *own] for lane, own in contest.lanes.items()}
+    busy = busy_cores()
+    folders = [model for model in (*contest.models, *contest.baselines) if not model.is_export]
+    if folders and not progress.quiet:
+        progress.say(_estimate(both, loading.count_weights(folders[0]), settings, device))
+    measurements: list[Measurement] = []
+    for lane, contenders in both.items():
+        measurements += _benchmark_lane(contenders, lane, settings, device, threads, progress)
+    place = {**environment(), "threads": threads, "device": device, "busy_cores": busy}
+    return BenchmarkResult(tuple(measurements), settings.model_dump(mode="json"), place)
 
 
 def _estimate(lanes: dict[_Lane, list[ModelSource]], weights: float, settings: BenchmarkSettings, device: str) -> str:

@@ -1,6 +1,7 @@
 """Dense ONNX exports, the baselines of a benchmark. Those that nobody gives are made once, in the cache folder."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,27 +9,19 @@ from rich.filesize import decimal
 
 from gblm_compress import errors, exporters
 from gblm_compress.machine import cache_folder, environment, keep, made_once
-from gblm_compress.measure import benchmarking
+from gblm_compress.measure.benchmarking import Contest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import BenchmarkSettings, ComputeSettings, ExportSettings
+from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import records
 
 
-def exported(
-    models: list[ModelSource],
-    baselines: list[ModelSource],
-    settings: BenchmarkSettings,
-    compute: ComputeSettings,
-    progress: Progress,
-) -> list[ModelSource]:
-    """The dense ONNX exports that a benchmark needs beside `baselines`, after all its checks."""
-    where = compute.model_dump()
-    errors.raise_all(benchmarking.check(models, baselines, settings, **where))
-    missing = benchmarking.to_export(models, baselines, settings, **where)
-    wanted = [(dense, settings_of(weights)) for weights, dense in missing.items()]
+def completed(contest: Contest, progress: Progress) -> Contest:
+    """With the dense ONNX exports that are missing among the baselines, after all checks."""
+    errors.raise_all(contest.faults())
+    wanted = [(dense, settings_of(weights)) for weights, dense in contest.missing().items()]
     errors.raise_all(errors.collect(partial(exporters.check, *each) for each in wanted))
-    return [_made(*each, progress) for each in wanted]
+    return replace(contest, baselines=[*contest.baselines, *(_made(*each, progress) for each in wanted)])
 
 
 def settings_of(weights: str) -> ExportSettings:

@@ -10,7 +10,7 @@ from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
-from gblm_compress.measure.benchmarking import benchmark
+from gblm_compress.measure.benchmarking import Contest, benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
@@ -203,7 +203,7 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
             partial(_check_runtimes, job, settings),
             partial(_check_gates, job, settings.runtimes),
         ],
-        work=partial(benchmark, models, baselines, settings, progress=job.progress, **job.compute.model_dump()),
+        work=partial(benchmark, Contest(models, baselines, settings, job.compute), job.progress),
     )
 
 

@@ -9,13 +9,19 @@ import torch
 
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters.onnx_plain import note_limit
-from gblm_compress.measure.benchmarking import benchmark
+from gblm_compress.measure.benchmarking import Contest, benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxForward, OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import BenchmarkSettings, CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.settings import (
+    BenchmarkSettings,
+    CalibrationSettings,
+    ComputeSettings,
+    EvaluateSettings,
+    PruneSettings,
+)
 from gblm_compress.tasks import TASKS
 from tests.conftest import export, prune
 from tests.measure.test_onnx_runtime import CONCAT, PRESENT, STATE, runtime
@@ -78,7 +84,7 @@ def test_forward_passes_are_timed_in_both_runtimes(exported, tmp_path, progress)
     packed = export(pruned, tmp_path / "packed", format="bitmask")[1]
     settings = BenchmarkSettings(batch=(1, 4), prompt=16, repeats=5, warmup=0)
     dense = ModelSource("dense", pruned.folder.parent / "dense")
-    found = benchmark([packed], [dense], settings, device="cpu", progress=progress)
+    found = benchmark(Contest([packed], [dense], settings, ComputeSettings(device="cpu")), progress)
     timed = [(m.model, m.batch) for m in found.measurements]
     assert timed == [(name, batch) for batch in (1, 4) for name in ("dense", "packed")]
     for m in found.measurements:

@@ -7,11 +7,11 @@ import pytest
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.measure import benchmarking
-from gblm_compress.measure.benchmarking import benchmark, failure, to_export
+from gblm_compress.measure.benchmarking import Contest, benchmark, failure
 from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
-from gblm_compress.settings import BenchmarkSettings
+from gblm_compress.settings import BenchmarkSettings, ComputeSettings
 
 SHORT = {"prompt": 8, "generate": 4, "repeats": 5, "warmup": 1}
 
@@ -39,7 +39,7 @@ def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None
     dense, other = tiny("llama"), ModelSource("other", tmp_path)
     twin = ModelSource("twin", dense.folder)
     build_tiny("llama", tmp_path, seed=1)
-    result = benchmark([other, twin], [dense], BenchmarkSettings(batch=(1, 2), **SHORT), progress=progress)
+    result = benchmark(Contest([other, twin], [dense], BenchmarkSettings(batch=(1, 2), **SHORT)), progress)
     timed = [(s.name, b) for b in (1, 2) for s in (dense, other, twin)]
     assert [(m.model, m.batch) for m in result.measurements] == timed
     for m in result.measurements:
@@ -55,9 +55,9 @@ def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None
 
 def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.measure.benchmarking.started", None)
-    settings = BenchmarkSettings(prompt=600, generate=4)
+    settings, compute = BenchmarkSettings(prompt=600, generate=4), ComputeSettings(device="gpu9")
     with pytest.raises(UsageError) as found:
-        benchmark([tiny("llama")], [tiny("qwen2")], settings, device="gpu9", progress=progress)
+        benchmark(Contest([tiny("llama")], [tiny("qwen2")], settings, compute), progress)
     text = str(found.value)
     assert text.startswith("4 faults") and "device 'gpu9' is not supported" in text
     assert text.count("prompt plus generate is 604") == 2 and "is no baseline of" in text
@@ -83,27 +83,30 @@ def test_weights_are_timed_against_those_of_the_same_kind_and_arithmetic(tiny, t
         (folder / "gblm_manifest.json").write_text(json.dumps(manifest | {"checks": {"dtype": "float16", **found}}))
         models.append(ModelSource(str(number), folder))
     packed, same, other = models
-    settings = BenchmarkSettings(runtimes=("onnxruntime",))
-    (own,) = benchmarking._lanes([packed], settings, "auto", "cpu")
+
+    def contest(*baselines: ModelSource) -> Contest:
+        settings = BenchmarkSettings(runtimes=("onnxruntime",))
+        return Contest([packed], [*baselines], settings, ComputeSettings(device="cpu"))
+
+    (own,) = contest().lanes
     assert own == benchmarking._Lane("onnxruntime", lane)
-    assert benchmarking._baseline_of(packed, own, [other, same]) is same
+    assert contest(other, same).baseline_of(packed, own) is same
     with pytest.raises(UsageError, match=f"in {lane}, but no baseline does; .*give the dense Hugging Face folder"):
-        benchmarking._baseline_of(packed, own, [other])
+        contest(other).baseline_of(packed, own)
     dense = tiny("llama")
-    for baselines, missing in (([other, dense], {lane: dense}), ([dense, same], {})):
-        assert to_export([packed], baselines, settings, dtype="auto", device="cpu") == missing
+    assert contest(other, dense).missing() == {lane: dense} and contest(dense, same).missing() == {}
 
 
 def test_no_model_in_the_asked_runtime(tiny, progress) -> None:
     with pytest.raises(UsageError, match="an ONNX export in onnxruntime"):
-        benchmark([tiny("llama")], [tiny("llama")], BenchmarkSettings(runtimes=("onnxruntime",)), progress=progress)
+        benchmark(Contest([tiny("llama")], [tiny("llama")], BenchmarkSettings(runtimes=("onnxruntime",))), progress)
 
 
 def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, progress, tmp_path) -> None:
     (tmp_path / "config.json").write_bytes((tiny("llama").folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelError, match="damaged safetensors file"):
-        benchmark([tiny("llama")], [ModelSource("x", tmp_path)], BenchmarkSettings(), progress=progress)
+        benchmark(Contest([tiny("llama")], [ModelSource("x", tmp_path)], BenchmarkSettings()), progress)
 
 
 def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
