@@ -91,14 +91,13 @@ class _Cells(Formatter):
         return sign + format(value, format_spec.removeprefix("±"))
 
 
-def _cell(form: str, row: Mapping[str, Any]) -> str:
-    return _Cells().vformat(form, (), row)
+CELLS = _Cells()
 
 
 def _table(columns: str, rows: Iterable[Mapping[str, Any]]) -> Table:
     """A table of rows; the columns are "heading = format | heading = format"."""
     forms = dict(column.strip().split(" = ") for column in columns.split("|"))
-    return table(forms, ([_cell(form, row) for form in forms.values()] for row in rows))
+    return table(forms, ([CELLS.format(form, **row) for form in forms.values()] for row in rows))
 
 
 def _facts(facts: Mapping[str, str | None], cost: Mapping[str, Any] | None = None) -> Table:
@@ -154,7 +153,7 @@ def recover(c: dict[str, Any]) -> list[Any]:
 
 
 def export(c: dict[str, Any]) -> list[Any]:
-    facts = {"format": c["format"], "size": _cell("{bytes:bytes} (source {source_bytes:bytes})", c)}
+    facts = {"format": c["format"], "size": CELLS.format("{bytes:bytes} (source {source_bytes:bytes})", **c)}
     for name, value in c["checks"].items():
         said = decimal(value) if name.endswith("_bytes") else f"{value:.3g}" if isinstance(value, float) else str(value)
         facts[name.removesuffix("_bytes").replace("_", " ")] = said
@@ -169,8 +168,8 @@ def evaluate(c: dict[str, Any]) -> list[Any]:
         "top10_agreement": ("dense top 10 kept", "{0:.2%}"),
     }
     for metric in c["metrics"][:1]:
-        facts[metric] = _cell(f"{{{metric}:.3f}}{{{metric}_error:±.3f}}", c)
-        facts[f"{metric}, dense"] = _cell(f"{{baseline_{metric}:.3f}}", c)
+        facts[metric] = CELLS.format(f"{{{metric}:.3f}}{{{metric}_error:±.3f}}", **c)
+        facts[f"{metric}, dense"] = CELLS.format(f"{{baseline_{metric}:.3f}}", **c)
     for name, value in (c["fidelity"] or {}).items():
         said, form = names.get(name, (f"{name.replace('_', ' ')} with dense", "{0:.4f}"))
         facts[said] = form.format(value)
@@ -348,13 +347,8 @@ def _dense_of(made: str) -> str:
 
 def _prune(model: str, **options: Any) -> tuple[str, ...]:
     trial = {"samples": 16, "sequence_length": 512} if model in TRIALS else {}
-    return (
-        "prune",
-        model,
-        "-o",
-        "pruned",
-        *_flags(**trial | {name: value for name, value in options.items() if value}),
-    )
+    given = {name: value for name, value in options.items() if value}
+    return ("prune", model, "-o", "pruned", *_flags(**trial | given))
 
 
 def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ NAMES = {
     "samples_per_second": "samples/s",
     "decode_speedup": "decode",
     "prefill_speedup": "prefill",
-    "zeros": "zeros",
     "output_error": "error",
 }
 """The headings of figures; others have their own names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,11 +45,8 @@ def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
 
     Its error is by the delta method from Fisher's z, of variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000).
     """
-    ours, theirs = (_ranks(numbers) for numbers in (values, scores))
-    middle, count = (len(ours) + 1) / 2, len(ours)
-    products = sum((a - middle) * (b - middle) for a, b in zip(ours, theirs, strict=True))
-    squares = math.prod(sum((rank - middle) ** 2 for rank in ranks) for ranks in (ours, theirs))
-    value = products / math.sqrt(squares) if squares else math.nan
+    count, vary = len(values), len(set(values)) > 1 and len(set(scores)) > 1
+    value = statistics.correlation(_ranks(values), _ranks(scores)) if vary else math.nan
     return Metric(value, (1 - value**2) * math.sqrt((1 + value**2 / 2) / (count - 3)) if count > 3 else None)
 
 

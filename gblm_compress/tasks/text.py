@@ -171,11 +171,8 @@ def demo_paragraphs(role: Role) -> list[str]:
         for paragraph in topic.split("\n\n")
         if paragraph.strip()
     )
-
-    def part(paragraph: str) -> Role:
-        return "evaluation" if hashlib.sha256(paragraph.encode()).digest()[0] % 4 == 0 else "calibration"
-
-    return [paragraph for paragraph in paragraphs if part(paragraph) == role]
+    wanted = role == "evaluation"
+    return [each for each in paragraphs if (hashlib.sha256(each.encode()).digest()[0] % 4 == 0) == wanted]
 
 
 def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
@@ -237,10 +234,7 @@ def _dataset(source: str, **arguments: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    advice = (
-        "; give 'demo', 'wikitext2', 'c4', a hub dataset as owner/name[:config][@split], or a .txt, .jsonl or .parquet "
-        "file"
-    )
+    advice = f"; give 'demo', 'wikitext2', 'c4', {READS} as owner/name[:config][@split]"
     with reading(source, advice), nullcontext() if _hub_answers() else _offline():
         try:
             return datasets.load_dataset(**arguments)
