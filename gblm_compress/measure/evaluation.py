@@ -181,8 +181,7 @@ def evaluate(
 ) -> EvaluateResult:
     """Measure how well a model does its task, and its fidelity to `baseline` on the same samples.
 
-    A `Reference` serves several evaluations. A Hugging Face folder runs in torch, an ONNX export in ONNX Runtime.
-    With 0 for `max_windows`, only the tasks are measured.
+    A `Reference` serves several evaluations. With 0 for `max_windows`, only the tasks are measured.
     """
     reference = Reference(baseline, dtype=dtype, device=device) if isinstance(baseline, ModelSource) else baseline
     dense = [] if reference is None else [reference.source]

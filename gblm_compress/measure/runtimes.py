@@ -126,11 +126,10 @@ def load_runtime(
     profile: Sequence[int] = (),
     generate: int = 0,
 ) -> Any:
-    """Load a folder as a `Runtime`.
+    """Load a folder as a `Runtime` on "cpu" or "cuda[:N]".
 
     Args:
         dtype: for torch and vLLM; an ONNX export has its own.
-        device: "cpu" or "cuda[:N]".
         runtime: one of `runtimes_of`; its first if unset.
         profile: numbers of tokens that `kernels` will be asked about.
         generate: tokens that will be generated, for runtimes that allocate their cache whole; 0 if unknown.

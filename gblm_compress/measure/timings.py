@@ -23,16 +23,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speedup:
-    """One model's figure against the baseline's.
+    """One model's figure against the baseline's; above 1 is faster."""
 
-    `ratio` is baseline median over model median; above 1 is faster. `low` and `high` are the baseline's p10 over the
-    model's p90, and the reverse; if they enclose 1, the verdict is `NO_SPEED_UP`.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    verdict: str
+    ratio: float  # of the medians
+    low: float  # the baseline's p10 over the model's p90
+    high: float  # the baseline's p90 over the model's p10
+    verdict: str  # `NO_SPEED_UP` if the two enclose 1
 
     @staticmethod
     def of(baseline: Spread, model: Spread) -> "Speedup":

@@ -154,9 +154,8 @@ def drawn(draw: Callable[[Any], None], height: float) -> bytes:
 def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:
     """Points (row of x, row of y) with their errors and names, without those that are not finite.
 
-    Args:
-        front: joins the points that no other beats, where smaller x and smaller (1) or larger (-1) y are better.
-        log: draws logarithmic axes, and the dense model as a broken line.
+    `front` joins the points that no other beats, where smaller x and smaller (1) or larger (-1) y are better; `log`
+    draws logarithmic axes, and the dense model as a broken line.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -66,11 +66,7 @@ class Row:
 
 
 def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
-    """The rows of an artefact with one of its timings.
-
-    Args:
-        model: plain values, with `metrics` as {name: (value, error, dense)}, a `ZeroShot` and a `Measurement`.
-    """
+    """The rows of an artefact and a timing of it, from plain values; `metrics` are {name: (value, error, dense)}."""
     row = partial(Row, model["model"], dense=model["dense"])
     yield row("bytes", model["bytes_on_disk"])
     yield row("bytes_ratio", model["bytes_on_disk"] / dense_bytes)
@@ -189,10 +185,9 @@ class GateOutcome:
 
 
 def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[GateOutcome]:
-    """The outcome of every gate: on every artefact for quality, on the best one for the rest.
+    """The outcome of every gate: on every artefact for quality, else on the best one at each batch size.
 
-    Other gates are checked at each batch size. A speed-up must be significant, unless its artefact is named. A quality
-    that is not finite fails.
+    A speed-up must be significant, unless its artefact is named. A quality that is not finite fails.
     """
     outcomes: list[GateOutcome] = []
     measured = [row for row in rows if not row.dense and not row.part]

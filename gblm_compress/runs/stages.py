@@ -54,10 +54,9 @@ def _exported(job: Job, settings: ExportSettings, of_dense: bool) -> ModelSource
 
 
 def timed_against(job: Job) -> list[ExportSettings]:
-    """The exports of the dense model for the benchmark: one for each timed format and dtype.
+    """The exports of the dense model for the benchmark, one for each timed format and dtype.
 
-    The dense export computes as the pruned one does: in float32 on float16 weights where `kernels` do. With 8 or 4
-    bits it uses ONNX Runtime's own operators.
+    They compute as the pruned ones do: in float32 on float16 weights where `kernels` do.
     """
     recipe = job.recipe
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
