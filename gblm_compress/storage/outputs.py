@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +40,9 @@ def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool
     A lock beside it keeps other processes off; what a dead process left half-written is removed. Of several processes
     on one run, only the `first` writes, and the others check.
     """
-    if not first:
-        check_output(folder, force, inputs)
-        yield
-        return
-    with _locked(folder):
-        remove_partial(folder)
+    with _locked(folder) if first else nullcontext():
+        if first:
+            remove_partial(folder)
         check_output(folder, force, inputs)
         yield
 
@@ -141,8 +138,8 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
                 what = "is" if folder.samefile(path) else "holds"
                 raise UsageError(f"output {str(folder)!r} {what} the input {str(path)!r}; give another folder")
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            kind = "a link" if folder.is_symlink() else "a file"
-            raise UsageError(f"output {str(folder)!r} is {kind}; give a folder that does not exist yet")
+            kind = "link" if folder.is_symlink() else "file"
+            raise UsageError(f"output {str(folder)!r} is a {kind}; give a folder that does not exist yet")
         check_replaceable(folder, force)
         # Permissions do not tell all (root, read-only and virtual file systems): only trying does.
         Path(tempfile.mkdtemp(prefix=beside(folder, "probe-"), dir=_existing_parent(folder))).rmdir()
@@ -192,7 +189,7 @@ def check_workable(folder: Path, kind: str) -> None:
             raise UsageError(
                 f"output {str(folder)!r} exists and is not the folder of a {kind}; give a folder that is new or empty"
             )
-        Path(tempfile.mkdtemp(prefix=_PROBE, dir=folder if folder.exists() else _existing_parent(folder))).rmdir()
+        Path(tempfile.mkdtemp(prefix=_PROBE, dir=_existing_parent(folder))).rmdir()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
