@@ -28,8 +28,8 @@ def settings_of(weights: str) -> ExportSettings:
     """The export of a dense model with such weights, named as by `manifest.weights_of`."""
     if weights.startswith("int"):
         return ExportSettings(**{"format": "onnx", "quantise": weights})
-    dtype, _, arithmetic = weights.partition("/")
-    return ExportSettings(format="onnx", dtype=dtype, kernels=bool(arithmetic))  # float16 computed in float32: ours
+    dtype, _, arithmetic = weights.partition("/")  # only this package's operators compute float16 in float32
+    return ExportSettings(format="onnx", dtype=dtype, kernels=bool(arithmetic))
 
 
 def _made(dense: ModelSource, settings: ExportSettings, progress: Progress) -> ModelSource:
