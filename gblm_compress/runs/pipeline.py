@@ -60,7 +60,7 @@ def outlook(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
-    """Write artefacts and report to `output`. The faults of `check` come before the work; a failed gate raises nothing."""
+    """Write artefacts and report to `output`. The faults of `check` come first; a failed gate raises nothing."""
     errors.raise_all(check(recipe, progress) + check_output(recipe, output))
     was_here = find_here(recipe.model.source) is not None
     dense = resolve_model(recipe.model.source, progress)
