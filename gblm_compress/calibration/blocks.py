@@ -1,8 +1,4 @@
-"""Blocks with their inputs, and the statistics of their layers.
-
-`BlockReplay` runs the samples through one block after the other, so that each `Block` sees the output of the *pruned*
-blocks before it.
-"""
+"""Blocks with their inputs, which come from the *pruned* blocks before them, and the statistics of their layers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +17,7 @@ from gblm_compress.methods.choices import Need, Statistics
 from gblm_compress.methods.fits import activation_norms_of
 from gblm_compress.methods.zeros import check_finite
 from gblm_compress.models.architecture import as_matrix, weight_matrix
+from gblm_compress.settings import GradientNorm
 
 
 class BlockReplay:
@@ -48,8 +45,6 @@ class BlockReplay:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the model and its input."""
-
     module: nn.Module
     calls: Sequence[Call]  # of every sample of this process
     inputs: Sequence[Tensor]  # hidden states [1, tokens, hidden size] of every sample
@@ -68,7 +63,7 @@ class Block:
 
     @property
     def samples(self) -> int:
-        """How many samples there are over all processes."""
+        """Over all processes."""
         return self.ranks.total(len(self.inputs))
 
     @property
@@ -77,37 +72,15 @@ class Block:
         return self.ranks.total(counted_tokens(self.counted, self.inputs[0])) / self.samples
 
 
-def activation_norms(
-    block: Block, layers: dict[str, nn.Module], tokens: dict[str, int] | None = None
-) -> dict[str, Tensor]:
-    """{name: A [in_features]}, A_j = sqrt(mean over samples of the sum over counted tokens of x_j²), in float32."""
-
-    def add(total: Tensor | None, x: Tensor) -> Tensor:
-        squares = x.square().sum(0)
-        return squares if total is None else total + squares
-
-    sums = sum_over_inputs(block, layers, add, tokens)
-    return {name: (total / block.samples).sqrt_() for name, total in sums.items()}
-
-
 @torch.no_grad()
-def sum_over_inputs(
-    block: Block,
-    layers: dict[str, nn.Module],
-    add: Callable[[Tensor | None, Tensor], Tensor],
-    tokens: dict[str, int] | None = None,
-) -> dict[str, Tensor]:
-    """{name: a sum over the inputs of a layer}, over the samples of all processes.
+def _sum_over_inputs(
+    block: Block, layers: dict[str, nn.Module], add: Callable[[Tensor | None, Tensor], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """{name: a sum over the inputs of a layer} and {name: tokens that it got}, over all processes.
 
-    Layers that are called one after the other with the very same input (queries, keys and values, say) share one sum. A
-    weight that is used in several places is measured in all of them.
-
-    Args:
-        add: (sum so far or None, input [tokens, in_features] in float32 without padding) -> new sum.
-        tokens: filled with {name: tokens that the layer got, over all processes}; 0 for one that never ran.
-
-    Raises:
-        ModelError: a sum is NaN or infinite, or there is padding and a layer does not read all tokens of a sample.
+    `add` takes the sum so far and an input [tokens, in_features] in float32 without padding. Layers that get the very
+    same input one after the other (queries, keys and values) share one sum. A weight that is used in several places is
+    measured in all of them.
     """
     sums: dict[str, Tensor] = {}
     got: Counter[str] = Counter()  # tokens
@@ -134,7 +107,7 @@ def sum_over_inputs(
 
     with ExitStack() as hooks:
         for name, user in _users(block.module, layers):
-            hooks.callback(user.register_forward_pre_hook(partial(measure, name)).remove)
+            hooks.enter_context(user.register_forward_pre_hook(partial(measure, name)))
         for sample, counted in enumerate(block.counted):  # noqa: B007 - `measure` reads `counted`
             ran.clear()
             with suppress(ForwardEnded):
@@ -146,26 +119,18 @@ def sum_over_inputs(
         nothing = {name: torch.zeros(0, weight_matrix(layers[name]).shape[1], device=device) for name in missing}
         sums = {name: sums[name].clone() if name in sums else add(None, nothing[name]) for name in layers}
     block.ranks.sum_({id(sums[name]): sums[name] for name in layers}.values())
-    if tokens is not None:
-        counts = torch.tensor([got[name] for name in layers], device=device)
-        block.ranks.sum_([counts])
-        tokens.update(zip(layers, counts.tolist(), strict=True))
+    tokens = torch.tensor([got[name] for name in layers], device=device)
+    block.ranks.sum_([tokens])
     for name, total in sums.items():
         check_finite(name, "activations", total)
-    return sums
+    return sums, dict(zip(layers, tokens.tolist(), strict=True))
 
 
 def _users(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The layers by name, then all other modules of the block that multiply by the same weights."""
-    weights = {name: layer.weight for name, layer in layers.items()}
-    names = {id(weight): name for name, weight in weights.items()}
-    of_layers = set(layers.values())
-    others = [
-        (names[id(weight)], module)
-        for module in block.modules()
-        if module not in of_layers and id(weight := module._parameters.get("weight")) in names
-    ]
-    return [*layers.items(), *others]
+    """All modules of the block that multiply by the weight of a layer, with the layer's name."""
+    names = {id(layer.weight): name for name, layer in layers.items()}
+    weights = ((module._parameters.get("weight"), module) for module in block.modules())
+    return [(names[id(weight)], module) for weight, module in weights if id(weight) in names]
 
 
 def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor:
@@ -182,24 +147,20 @@ def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor
 def layer_statistics(
     block: Block | None, layers: dict[str, nn.Module], gradients: dict[str, Tensor], needs: Need
 ) -> dict[str, Statistics]:
-    """The statistics of each layer.
-
-    Args:
-        block: None if none of `Need.BLOCKS` is needed.
-        gradients: {name: G in the stored layout of the weight}; empty if it was not measured.
-    """
+    """The statistics of each layer; `gradients` are in the stored layout of its weight, if they were measured."""
     grams: dict[str, Tensor] = {}
     activations: dict[str, Tensor] = {}
     regional: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     if block is not None and layers:
         if Need.GRAM in needs:
-            grams = gram_matrices(block, layers, tokens)
+            grams, tokens = _sum_over_inputs(block, layers, _add_products)
             activations = {name: activation_norms_of(gram, block.samples) for name, gram in grams.items()}
         elif Need.ACTIVATIONS in needs:
-            activations = activation_norms(block, layers, tokens)
+            squares, tokens = _sum_over_inputs(block, layers, _add_squares)
+            activations = {name: (total / block.samples).sqrt_() for name, total in squares.items()}
         if Need.REGIONAL in needs:
-            regional = regional_norms(block, layers)
+            regional = _regional_norms(block, layers)
 
     def matrix(layer: nn.Module, stored: Tensor | None) -> Tensor | None:
         return None if stored is None else as_matrix(layer, stored)
@@ -216,41 +177,49 @@ def layer_statistics(
     }
 
 
-def gram_matrices(
-    block: Block, layers: dict[str, nn.Module], tokens: dict[str, int] | None = None
-) -> dict[str, Tensor]:
-    """{name: H = XᵀX [in_features, in_features]} of every layer's input, in float32.
-
-    The sum is over all counted tokens of all samples. Layers with the very same input share one matrix.
-    """
-
-    def add(total: Tensor | None, x: Tensor) -> Tensor:
-        return x.T @ x if total is None else total.addmm_(x.T, x)
-
-    return sum_over_inputs(block, layers, add, tokens)
+def _add_squares(total: Tensor | None, x: Tensor) -> Tensor:
+    squares = x.square().sum(0)
+    return squares if total is None else total + squares
 
 
-def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """{name: R} in float32, in the stored layout of the weight (Wanda++, arXiv 2503.04992).
+def _add_products(total: Tensor | None, x: Tensor) -> Tensor:
+    return x.T @ x if total is None else total.addmm_(x.T, x)
 
-    R = sqrt(mean over samples of (∇_W ‖block(X_n)‖₂)²), X_n the inputs of sample n.
-    """
-    weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    with only_requires_grad(block.module, weights.values()), torch.enable_grad():
+
+def _regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """{name: R in float32, in the stored layout of the weight}."""
+    with gradient_sums(block.module, layers, "l2") as sums, torch.enable_grad():
         for sample, hidden in enumerate(block.inputs):
             output = block.calls[sample].run(block.module, hidden)
-            norm = block.without_padding(sample, output).float().norm()
-            # An expert without a token takes no part.
-            gradients = torch.autograd.grad(norm, list(weights.values()), allow_unused=True)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                if gradient is not None:
-                    total.addcmul_(gradient.float(), gradient.float())
+            block.without_padding(sample, output).float().norm().backward()
     block.ranks.sum_(sums.values())
     for name, total in sums.items():
         check_finite(name, "gradients", total)
         total.div_(block.samples).sqrt_()
     return sums
+
+
+@contextmanager
+def gradient_sums(block: nn.Module, layers: dict[str, nn.Module], norm: GradientNorm) -> Iterator[dict[str, Tensor]]:
+    """Σ_n |g_n|^p in float32, over the backward passes within the `with`."""
+    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in parameters.items()}
+
+    def reduce_gradient(total: Tensor, weight: Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        weight.grad = None
+        if norm == "l1":
+            total.add_(gradient.abs_())
+        else:
+            gradient = gradient.float()
+            total.addcmul_(gradient, gradient)
+
+    with only_requires_grad(block, parameters.values()), ExitStack() as hooks:
+        for name, weight in parameters.items():
+            reduce = partial(reduce_gradient, sums[name])
+            hooks.enter_context(weight.register_post_accumulate_grad_hook(reduce))  # type: ignore[no-untyped-call]
+        yield sums
 
 
 @contextmanager

@@ -1,22 +1,20 @@
 """Gradient norms of the dense model's weights, in one of two orders, to the same bits. Each gradient is freed at once.
 
-Block by block: all samples go forward once; then, from the last block to the first, each block is computed again and
-backward. Memory: the hidden states between blocks, and of one block the activations of a sample and its float32 sums.
-For P weights and T tokens: 2PT multiply-adds forward, 2PT to compute blocks again, 4PT backward.
+Block by block: all samples go forward; then, from the last block to the first, each block is computed again, and
+backward. Memory: all hidden states, and of one block a sample's activations and the float32 sums.
 
-Sample by sample: each goes through all blocks and back. Memory: the activations of one sample and the float32 sums, of
-all blocks. 2PT forward, 4PT backward.
+Sample by sample: each goes through all blocks and back, in three quarters of the operations. Memory: of all blocks a
+sample's activations and the float32 sums.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.blocks import BlockReplay, only_requires_grad
+from gblm_compress.calibration.blocks import BlockReplay, gradient_sums, only_requires_grad
 from gblm_compress.calibration.calls import BlockCalls, Call
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import HiddenStates, StatePool, Weights
@@ -40,16 +38,10 @@ class GradientPass:
     def norms(
         self, of_blocks: dict[int, dict[str, nn.Module]], norm: GradientNorm, by_sample: bool = False
     ) -> Iterator[OfBlock]:
-        """G = (Σ_n |g_n|^p)^(1/p) of the weights of {block: {name: Linear or Conv1D}}, the last block first.
+        """(block, {name: G in float32, in the stored layout of the weight}) of {block: its layers}, the last first.
 
-        g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3), from one backward pass a
-        sample. p is 1 for "l1", 2 for "l2". Nothing runs backward below the lowest block.
-
-        Yields:
-            A block's index and {name: G in float32, in the stored layout of the weight}.
-
-        Raises:
-            ModelError: a gradient is NaN or infinite; the message names the layer.
+        G = (Σ_n |g_n|^p)^(1/p), where g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3)
+        and p is 1 for "l1", 2 for "l2". `ModelError` if a gradient is NaN or infinite.
         """
         if not of_blocks:
             return
@@ -72,7 +64,7 @@ class GradientPass:
         order = list(reversed(range(lowest, len(weights.blocks))))
         for index in self.progress.track(order, "gradients", "blocks", tokens=calls.tokens):
             states = inputs.pop()
-            with weights.block(index) as block, _measured(block, of_blocks.get(index, {}), norm) as sums:
+            with weights.block(index) as block, gradient_sums(block, of_blocks.get(index, {}), norm) as sums:
                 for sample, hidden in enumerate(states):
                     leaf, output = _run(calls.calls[index][sample], block, hidden, needs_gradient=index > lowest)
                     torch.autograd.backward(output, upstream[sample])
@@ -90,7 +82,7 @@ class GradientPass:
             blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
             within.enter_context(weights.outer())
             within.enter_context(only_requires_grad(weights.model, []))
-            found = {i: within.enter_context(_measured(blocks[i], of_blocks[i], norm)) for i in of_blocks}
+            found = {i: within.enter_context(gradient_sums(blocks[i], of_blocks[i], norm)) for i in of_blocks}
             samples = range(len(calls.samples))
             for sample in self.progress.track(samples, "gradients", "samples", tokens=calls.tokens):
                 hidden, ran = calls.embed(sample), []
@@ -128,26 +120,3 @@ def _run(call: Call, block: nn.Module, hidden: Tensor, needs_gradient: bool) -> 
     leaf = hidden.detach().requires_grad_(needs_gradient)
     with torch.enable_grad():
         return leaf, call.run(block, leaf)
-
-
-@contextmanager
-def _measured(block: nn.Module, layers: dict[str, nn.Module], norm: GradientNorm) -> Iterator[dict[str, Tensor]]:
-    """Σ_n |g_n|^p in float32, over the backward passes within the `with`."""
-    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in parameters.items()}
-
-    def reduce_gradient(total: Tensor, weight: Tensor) -> None:
-        gradient = weight.grad
-        assert gradient is not None
-        weight.grad = None
-        if norm == "l1":
-            total.add_(gradient.abs_())
-        else:
-            gradient = gradient.float()
-            total.addcmul_(gradient, gradient)
-
-    with only_requires_grad(block, parameters.values()), ExitStack() as hooks:
-        for name, weight in parameters.items():
-            hook = weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
-            hooks.callback(hook.remove)
-        yield sums
