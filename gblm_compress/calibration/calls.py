@@ -25,22 +25,14 @@ class BlockCalls:
 
     The arguments of every block (masks, position embeddings, …) are recorded for every sample in a forward pass, in
     which at most the first block computes. The first sample is recorded twice, with other hidden states, to refuse a
-    model whose block arguments depend on them. Blocks that form no chain, repeat or share weights are refused too.
-
-    Attributes:
-        calls: for each block, the arguments of each sample; one object where they equal those of the first sample.
-        counted: for each sample, which tokens are no padding, bool [1, tokens]; None if all are counted.
-        tokens: how many of all samples are counted.
-
-    Raises:
-        NoChainError: the blocks cannot be replayed.
+    model whose block arguments depend on them. `NoChainError` if the blocks cannot be replayed.
     """
 
     def __init__(self, weights: Weights, task: Task, samples: Sequence[Sample]) -> None:
         shapes = {tuple(tensor.shape for tensor in sample.values()) for sample in samples}
         assert len(shapes) == 1, "the samples of a task have one shape: it pads the shorter ones"
         self._weights, self.task, self.samples = weights, task, samples
-        self.counted = [_counted(sample) for sample in samples]
+        self.counted = [_counted(sample) for sample in samples]  # which tokens are no padding; None if all are counted
         _check_own_weights(weights)
         with weights.outer(), weights.block(0) as first_block:
             first = _record_calls(weights, task.arguments(samples[0]), first_block)
@@ -51,8 +43,9 @@ class BlockCalls:
             for sample in samples[1:]:
                 calls = _record_calls(weights, task.arguments(sample), first_block, like)
                 recorded.append([_shared(call, of_first) for call, of_first in zip(calls, first, strict=True)])
+            # For each block those of each sample: one object where they equal those of the first.
             self.calls = [list(of_block) for of_block in zip(*recorded, strict=True)]
-            self.tokens = counted_tokens(self.counted, self.embed(0))
+            self.tokens = counted_tokens(self.counted, self.embed(0))  # of all samples
 
     @torch.no_grad()
     def embed(self, sample: int) -> Tensor:
@@ -129,14 +122,9 @@ def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
 
 @dataclass
 class Call:
-    """The recorded arguments of a block, by place or name, and what it returns `beside` the hidden states, if anything.
-
-    `hidden` is the place or name of the hidden states, which are left out of the arguments; None if they are left in.
-    """
-
-    arguments: dict[int | str, Any]
-    hidden: int | str | None
-    beside: tuple[Any, ...] | None = None
+    arguments: dict[int | str, Any]  # by place or name
+    hidden: int | str | None  # place or name of the hidden states, which `arguments` lack; None if they hold them
+    beside: tuple[Any, ...] | None = None  # what the block returns beside the hidden states
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         return _states(self.returned(block, hidden))
@@ -173,10 +161,9 @@ def _record_calls(
     like: list[Call] | None = None,
     negate: bool = False,
 ) -> list[Call]:
-    """How the model calls each of its blocks; checks that they form a chain.
+    """How the model calls each of its blocks; `NoChainError` if they form no chain.
 
-    Only the first block computes. The others return the negative of their input: enough to see whether the next takes
-    it.
+    Only the first block computes. The others return the negative of their input, which the next must take.
     """
     model, blocks = weights.model, weights.blocks
     calls: list[Call] = []
@@ -188,16 +175,13 @@ def _record_calls(
         def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             hidden, call = _split_call(args, kwargs)
             if block in ran:
-                raise NoChainError(f"{type(model).__name__}: block {ran.index(block)} runs more than once")
+                raise NoChainError(f"block {ran.index(block)} runs more than once")
             if latest and hidden is not latest[0] and not torch.allclose(hidden, latest[0], 0, 0, equal_nan=True):
-                raise NoChainError(
-                    f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
-                    "its input"
-                )
+                raise NoChainError(f"block {len(calls)} does not take the output of the block before it as its input")
             if any(isinstance(value, MutableMapping) and not value for value in call.arguments.values()):
                 raise NoChainError(
-                    f"{type(model).__name__}: block {len(calls)} gets an empty mapping, through which blocks pass "
-                    "something on beside the hidden states"
+                    f"block {len(calls)} gets an empty mapping, through which blocks pass something on beside the "
+                    "hidden states"
                 )
             if like is not None:
                 output, call.beside = hidden, like[0].beside
@@ -208,10 +192,8 @@ def _record_calls(
                 output = _states(returned)
                 call.beside = tuple(returned[1:]) if isinstance(returned, tuple | list) else None
                 if output.shape != hidden.shape:
-                    raise NoChainError(
-                        f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of "
-                        f"{list(hidden.shape)}"
-                    )
+                    shapes = f"{list(output.shape)} of {list(hidden.shape)}"
+                    raise NoChainError(f"block 0 makes hidden states {shapes}")
             latest[:] = [output]
             calls.append(call)
             ran.append(block)
@@ -223,7 +205,7 @@ def _record_calls(
             within.enter_context(forward_replaced(block, partial(record, block)))
         run_model(model, arguments)
     if len(calls) != len(blocks):
-        raise NoChainError(f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}")
+        raise NoChainError(f"a forward pass ran {len(calls)} blocks of {len(blocks)}")
     return calls
 
 
@@ -232,7 +214,7 @@ def _check_own_weights(weights: Weights) -> None:
     for index, block in enumerate(weights.blocks):
         for parameter in block.parameters():
             if (other := first.setdefault(id(parameter), index)) != index:
-                raise NoChainError(f"{type(weights.model).__name__}: blocks {other} and {index} share weights")
+                raise NoChainError(f"blocks {other} and {index} share weights")
 
 
 def _check_same_arguments(first: list[Call], second: list[Call]) -> None:
@@ -267,16 +249,14 @@ def _holds_tensor(value: Any) -> bool:
 @contextmanager
 def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
     """Within the `with`, a module computes something else; its hooks stay."""
-    of_class = "forward" not in vars(module)
-    before = module.forward
+    own = vars(module).get("forward")
     module.forward = instead
     try:
         yield
     finally:
-        if of_class:
-            del module.forward
-        else:
-            module.forward = before
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 class WholeCalls(BlockCalls):
@@ -335,17 +315,17 @@ def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[W
     """How a model calls its blocks, and its weights by those blocks: its own, or all of them as one.
 
     Some architectures pass on more than hidden states, change their size, repeat blocks or share weights between them.
-    Then the only block is the module around them: all layers are measured in the dense model at once, and none sees how
-    pruning others changes its input.
+    Then the only block is the module around them: all layers are measured in the dense model at once.
     """
     try:
         return weights, BlockCalls(weights, task, samples)
-    except NoChainError as reason:
+    except NoChainError as error:
+        reason = f"{type(weights.model).__name__}: {error}"
         if not isinstance(weights, ResidentWeights):
-            raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give more --memory") from reason
+            raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give more --memory") from error
         around = _around_blocks(weights, task.arguments(samples[0]))
         if around is None:
-            raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from reason
+            raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from error
         whole = ResidentWeights(weights.model)
         whole.blocks = [around]
         return whole, WholeCalls(whole, task, samples)

@@ -57,7 +57,7 @@ class GenerateResult(records.Result):
 def generate(
     source: ModelSource, output: Path, settings: GenerateSettings, device: str, progress: Progress, force: bool = False
 ) -> GenerateResult:
-    """Let a causal language model write a .txt file, with an empty line between two texts."""
+    """Let a causal language model write a .txt file of texts with an empty line between them."""
     began, inputs = time.monotonic(), files_of(settings.starts) if settings.starts else []
     with outputs.TEXT.reserved(output, force, inputs) as keep:
         errors.raise_all(check(source, settings) + errors.collect([partial(loading.choose_device, device)]))
@@ -65,7 +65,9 @@ def generate(
         with freed_memory_kept(), peak_memory(device) as memory:
             dtype = faster_dtype(device, Ranks())
             if not progress.quiet:
-                progress.say(_estimate(source, settings, dtype, device))
+                seconds, needed = cost_of(source, settings, dtype, device)
+                less = cost.fewer(settings.tokens, seconds)
+                progress.say(cost.sentence(seconds, needed, f"--tokens {less}", seconds * less / settings.tokens))
             model = loading.load_model(source, dtype, device)
             progress.say(f"writing {settings.tokens:,} tokens with {source.name} on {device} …")
             rows = write(model, tokenizer, settings, progress)
@@ -77,19 +79,10 @@ def generate(
     return GenerateResult(str(output), len(texts), words, tokens - len(rows), dtype, seconds, memory.peak_bytes)
 
 
-def _estimate(source: ModelSource, settings: GenerateSettings, dtype: str, device: str) -> str:
-    seconds, memory = cost_of(source, settings, dtype, device)
-    tokens = cost.fewer(settings.tokens, seconds)
-    return cost.sentence(seconds, memory, f"--tokens {tokens}", seconds * tokens / settings.tokens)
-
-
 def cost_of(source: ModelSource, settings: GenerateSettings, dtype: str, device: str) -> tuple[float, float]:
-    """Seconds and bytes that writing takes.
-
-    A token costs two operations a weight; products as flat as a batch and the rest of a step take longer than that.
-    SmolLM2-135M wrote 550 tokens a second on one thread of a Zen 5, which is five operations a weight.
-    """
+    """Seconds and bytes that writing takes."""
     weights, kind = loading.count_weights(source), getattr(torch, dtype)
+    # Two operations a weight, and as long as three for the rest: SmolLM2-135M, 550 tokens/s on one thread of a Zen 5.
     seconds = 5 * weights * settings.tokens / cost.operations_per_second(device, kind)
     pieces = min(settings.batch, -(-settings.tokens // settings.piece))
     piece = bytes_of_piece(loading.config_of(source), settings.piece + max(STARTS), dtype)
@@ -168,15 +161,8 @@ def texts_of(tokens: list[int], tokenizer: Any) -> list[str]:
 
 
 def own_settings(count: int, length: int, seed: int, weights: int, piece: int, room: int) -> GenerateSettings:
-    """How samples of a model's own are written.
-
-    The number at once decides which tokens are drawn. So it depends on the model and not on the machine's memory.
-
-    Args:
-        weights: their bytes.
-        piece: bytes that a sample takes.
-        room: bytes of free memory.
-    """
+    """How a model's own samples are written; `weights`, `piece` (of a sample) and free `room` in bytes."""
+    # The number at once decides which tokens are drawn, and must not depend on the machine's memory.
     batch = max(1, min(count, TOGETHER, 2 * weights // piece))
     if (missing := weights + batch * piece - room) > 0:
         raise UsageError(
@@ -216,41 +202,37 @@ class Author:
     """Reads or writes the samples for a model's pruning or recovery. Each sample of `SELF` is a text of its own.
 
     Those that it writes stay in the cache folder: a resumed run, or one with other settings, does not write them again.
-
-    Attributes:
-        room: bytes of memory on the device that may be taken.
     """
 
     source: ModelSource
     device: str
-    room: int
+    room: int  # bytes of memory on the device
     ranks: Ranks
     progress: Progress
 
     def calibration(self, processor: Any, text: CalibrationSettings) -> list[Sample]:
-        size = text.samples, text.sequence_length, text.seed
         if text.dataset == SELF:
-            return self._written(processor, *size)
+            return self._written(processor, text)
         self.progress.say(f"reading {text.dataset} …")
-        config = loading.config_of(self.source)
-        return loading.task_of(self.source).calibration(processor, config, text.dataset, *size)
+        task, config = loading.task_of(self.source), loading.config_of(self.source)
+        return task.calibration(processor, config, text.dataset, text.samples, text.sequence_length, text.seed)
 
     def training(self, processor: Any, dataset: str, settings: RecoverSettings, tokens: int) -> list[Sample]:
         length = settings.sequence_length
         if dataset == SELF:
-            text = CalibrationSettings(
-                dataset=SELF, samples=tokens // length, sequence_length=length, seed=settings.seed
-            )
+            count = tokens // length
+            text = CalibrationSettings(dataset=SELF, samples=count, sequence_length=length, seed=settings.seed)
             if not self.progress.quiet and (takes := self.cost(text))[0]:
                 self.progress.say(f"to write the text first, {cost.sentence(*takes)}")
             return self.calibration(processor, text)
         self.progress.say(f"reading {dataset} …")
-        config = loading.config_of(self.source)
-        return loading.task_of(self.source).training(processor, config, dataset, length, tokens)
+        task, config = loading.task_of(self.source), loading.config_of(self.source)
+        return task.training(processor, config, dataset, length, tokens)
 
-    def _written(self, tokenizer: Any, count: int, length: int, seed: int) -> list[Sample]:
-        """Samples [1, length], the same on all ranks. Each rank writes a share."""
-        own, settings = self.ranks.share(range(count)), self._settings(count, length, seed)
+    def _written(self, tokenizer: Any, text: CalibrationSettings) -> list[Sample]:
+        """Samples [1, tokens], the same on all ranks. Each rank writes a share."""
+        count, length = text.samples, text.sequence_length
+        own, settings = self.ranks.share(range(count)), self._settings(text)
         place = self._place(settings)
         if (rows := _read(place)) is None:
             self.progress.say(f"{self.source.name} writes {count:,} samples of {length:,} tokens …")
@@ -268,25 +250,20 @@ class Author:
         return as_samples(ids.tolist())
 
     def cost(self, text: CalibrationSettings) -> tuple[float, float]:
-        """Seconds and bytes that the writing takes, if anything is to be written.
-
-        Raises:
-            UsageError: it does not fit in memory.
-        """
+        """Seconds and bytes that the writing takes, if anything is to be written; UsageError if memory is too small."""
         if text.dataset != SELF:
             return 0, 0
-        settings = self._settings(text.samples, text.sequence_length, text.seed)
-        if _read(self._place(settings)) is not None:
-            return 0, 0
-        return cost_of(self.source, settings, self.dtype, self.device)
+        settings = self._settings(text)
+        is_written = _read(self._place(settings)) is not None
+        return (0, 0) if is_written else cost_of(self.source, settings, self.dtype, self.device)
 
     @cached_property
     def dtype(self) -> str:
         return faster_dtype(self.device, self.ranks)
 
-    def _settings(self, count: int, length: int, seed: int) -> GenerateSettings:
-        ranks = self.ranks
-        count, seed = len(ranks.share(range(count))), (seed * ranks.size + ranks.rank) % 2**63
+    def _settings(self, text: CalibrationSettings) -> GenerateSettings:
+        ranks, length = self.ranks, text.sequence_length
+        count, seed = len(ranks.share(range(text.samples))), (text.seed * ranks.size + ranks.rank) % 2**63
         weights = loading.count_weights(self.source) * getattr(torch, self.dtype).itemsize
         piece = bytes_of_piece(loading.config_of(self.source), length, self.dtype)
         return own_settings(count, length, seed, weights, piece, self.room)
@@ -299,7 +276,6 @@ class Author:
 
 
 def _read(place: Path) -> list[list[int]] | None:
-    """The samples that were kept there, if they are whole."""
     try:
         rows: list[list[int]] = records.read_sealed(place)["rows"]
     except (OSError, ValueError):

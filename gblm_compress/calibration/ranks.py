@@ -1,7 +1,6 @@
-"""Several processes on one run: each measures its share of the samples, and sums go over all of them.
+"""Several processes on one run, started by torchrun: each measures its share of the samples, and sums go over all.
 
-`torchrun --nproc-per-node N -m gblm_compress prune …` starts them. Each decides the same, from the same sums; the first
-alone writes.
+Each decides the same, from the same sums; the first alone writes.
 """
 
 import json
@@ -36,7 +35,6 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes and reports."""
         return self.rank == 0
 
     def share(self, samples: Sequence[T]) -> Sequence[T]:
@@ -68,7 +66,6 @@ class Ranks:
         return int(value)
 
     def every(self, yes: bool) -> bool:
-        """Whether it holds on all ranks."""
         return self.total(int(yes)) == self.size
 
     def check_same(self, given: dict[str, Any]) -> None:
@@ -103,11 +100,9 @@ class Ranks:
 
 @contextmanager
 def joined(device: str, given: dict[str, Any]) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, over nccl on CUDA and gloo elsewhere; one rank without torchrun.
+    """The ranks that torchrun has started, or the only one.
 
-    Raises:
-        UsageError: the ranks have different versions, or were `given` different things.
-        RankError: they cannot reach each other.
+    `UsageError` if they have different versions or were `given` different things, `RankError` if they lose each other.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

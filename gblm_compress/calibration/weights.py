@@ -5,7 +5,7 @@ blocks (embeddings, final norm and head).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.methods.zeros import count_nonzeros, is_finite
-from gblm_compress.models import loading
+from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import find_blocks
 from gblm_compress.models.checkpoint import Checkpoint, check_shape
 from gblm_compress.models.source import ModelSource
 
 
 class ResidentWeights:
-    """A model that is in memory as a whole."""
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.prefix, self.blocks = find_blocks(model)
@@ -41,13 +39,10 @@ class ResidentWeights:
 
 
 class StreamedWeights:
-    """A model on disk; only the block at work is in memory.
+    """A model on disk, from `loading.load_skeleton`; only the block at work is in memory.
 
     Changes to a block's weights are lost when its `with` ends. For a GPU the next block is read while one runs; on a
     CPU the pages of the file are used as they are where the dtype allows.
-
-    Args:
-        model: from `loading.load_skeleton`, without weights; buffers must be real.
     """
 
     def __init__(self, source: ModelSource, model: Any, device: str) -> None:
@@ -56,7 +51,7 @@ class StreamedWeights:
         self._device = torch.device(device)
         self._checkpoint = Checkpoint(source.folder, self.model)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._reader = ThreadPoolExecutor(1)
+        self._reader, self._reads_ahead = ThreadPoolExecutor(1), self._device.type == "cuda"
         self._latest = 0
         self._finite = set[str]()  # what was read and checked
         groups = _tied_parameters(self.model)
@@ -95,10 +90,6 @@ class StreamedWeights:
     def _block_of(self, name: str) -> str:
         """The number of the block that a tensor is in; empty for one outside the blocks."""
         return name.removeprefix(f"{self.prefix}.").partition(".")[0] if name.startswith(f"{self.prefix}.") else ""
-
-    @property
-    def _reads_ahead(self) -> bool:
-        return self._device.type == "cuda"
 
     @contextmanager
     def outer(self) -> Iterator[None]:
@@ -149,17 +140,13 @@ def _tied_parameters(model: nn.Module) -> list[list[str]]:
 
 
 class StatePool:
-    """Room for all hidden states of a run: `budget` bytes of host memory, and an empty folder for the rest.
-
-    The states are scratch: an interrupted run computes them again.
-    """
+    """Room for all hidden states of a run: `budget` bytes of host memory, and an empty folder for the rest."""
 
     def __init__(self, folder: Path, budget: int, device: torch.device) -> None:
         self.left, self.device = budget, device
         self._folder, self._names = folder, count()
 
     def states(self, samples: int) -> "HiddenStates":
-        """Room for the states of that many samples at one place between blocks."""
         return HiddenStates(self, samples)
 
     def new_file(self) -> Path:
@@ -173,33 +160,31 @@ class HiddenStates(Sequence[Tensor]):
     """
 
     def __init__(self, pool: StatePool, samples: int) -> None:
-        self._pool = pool
+        self._pool, self._samples = pool, samples
         self._memory: Tensor | None = None
-        self._files: list[Path | None] = [None] * samples
+        self._files: dict[int, Path] = {}
 
     def __len__(self) -> int:
-        return len(self._files)
+        return self._samples
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         if self._memory is not None:
             return self._memory[index : index + 1].to(self._pool.device, non_blocking=True)
-        path = self._files[index]
-        assert path is not None, "read before it was written, or after it was released"
-        return load_file(path)["states"].to(self._pool.device)
+        return load_file(self._files[index])["states"].to(self._pool.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
     def __setitem__(self, index: int, states: Tensor) -> None:
         states = states.detach()
-        if self._memory is None and not any(self._files) and len(self) * states.nbytes <= self._pool.left:
+        if self._memory is None and not self._files and len(self) * states.nbytes <= self._pool.left:
             shape, on_gpu = (len(self), *states.shape[1:]), states.device.type == "cuda"
             self._memory = torch.empty(shape, dtype=states.dtype, pin_memory=on_gpu)  # page-locked for the GPU
             self._pool.left -= self._memory.nbytes
         if self._memory is not None:
             self._memory[index : index + 1].copy_(states)
             return
-        before, path = self._files[index], self._pool.new_file()
+        before, path = self._files.get(index), self._pool.new_file()
         save_file({"states": states.cpu().contiguous()}, path)
         self._files[index] = path
         if before is not None:  # not overwritten: somebody may still read a tensor that is mapped to it
@@ -209,17 +194,18 @@ class HiddenStates(Sequence[Tensor]):
         if self._memory is not None:
             self._pool.left += self._memory.nbytes
             self._memory = None
-        for index, path in enumerate(self._files):
-            if path is not None:
-                path.unlink()
-                self._files[index] = None
+        for path in self._files.values():
+            path.unlink()
+        self._files.clear()
 
 
-def verify_by_loading(written: ModelSource, nonzeros: Mapping[str, int], offload: bool = False) -> None:
-    """Load the folder as its users will, and compare with {pruned layer: nonzeros}.
+def verify(written: ModelSource, offload: bool = False) -> None:
+    """Check the tensors of a pruned folder, and what its users will load; `VerificationError` names the first fault.
 
-    `offload` loads block by block, where the model does not fit in memory. Raises VerificationError.
+    `offload` loads block by block, where the model does not fit in memory.
     """
+    grids.verify(written)
+    layers = manifest.read(written.folder)["layers"]
     try:
         model = loading.load_skeleton(written) if offload else loading.load_model(written)
         weights = StreamedWeights(written, model, "cpu") if offload else ResidentWeights(model)
@@ -228,10 +214,10 @@ def verify_by_loading(written: ModelSource, nonzeros: Mapping[str, int], offload
         raise VerificationError(f"the written folder does not load: {error}") from error
     for index in range(len(weights.blocks)):
         with weights.block(index):
-            for name, kept in nonzeros.items():
+            for name in layers:
                 if not name.startswith(f"{weights.prefix}.{index}."):
                     continue
-                found = count_nonzeros(weights.model.get_submodule(name).get_parameter("weight"))
+                found, kept = count_nonzeros(weights.model.get_parameter(f"{name}.weight")), layers[name]["nonzeros"]
                 if found != kept:
                     raise VerificationError(
                         f"{name}: transformers loads {found} nonzeros from the written folder, and {kept} were kept"

@@ -1,8 +1,4 @@
-"""Allocation: which pattern and sparsity each layer gets.
-
-`by_sensitivity` finds how much each layer should keep. `spread` turns that into budgets that keep as many weights in
-all. Add an allocation by listing it in `ALLOCATIONS`.
-"""
+"""Allocation: which pattern and sparsity each layer gets. Add one by listing it in `ALLOCATIONS`."""
 
 from __future__ import annotations
 
@@ -30,16 +26,11 @@ class Budget:
 
 
 def spread(budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float]) -> dict[str, Budget]:
-    """Budgets that follow `densities` and keep as many weights in all as `budgets`.
+    """Budgets that follow `densities` and keep as many weights in all as `budgets`, which have one pattern.
 
     Each density stays within `DEVIATION` of the layer's own budget; all are moved by one constant until the sum is
     right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, as long as the sum is not
-    above; from 2:4 layers get 1:4, 2:4 or 3:4. N = 1 stays: no layer can have less.
-
-    Args:
-        budgets: of the layers that take part, all of one pattern.
-        sizes: {name: weights of the layer}.
-        densities: {name: the fraction that it should keep}.
+    above. N = 1 stays: no layer can have less.
     """
     wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
     n_m = next(iter(budgets.values())).pattern.n_m
@@ -80,8 +71,6 @@ def _whole_groups(densities: dict[str, float], sizes: dict[str, int], m: int, wa
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer of the dense model."""
-
     name: str
     weight: Tensor  # W [out_features, in_features] in float32
     statistics: Statistics  # of the allocation's needs
@@ -98,7 +87,7 @@ def uniform(blocks: Blocks, density: float) -> dict[str, float]:
 def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
     """How many of each layer's weights are among the most important of the whole model, by |W|·G.
 
-    Of each layer only a histogram is kept: 8192 bins of a 32nd of a power of two; a score of zero is in the lowest.
+    From a histogram of each layer: 8192 bins of a 32nd of a power of two; a score of zero is in the lowest.
     """
     histograms: dict[str, Tensor] = {}
     for block in blocks:
@@ -118,12 +107,7 @@ def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Allocation(Choice):
-    """An entry of `ALLOCATIONS`.
-
-    `densities` maps (layers that no exception names, mean fraction to keep) to {name: fraction to keep}; empty where
-    every layer keeps its own budget.
-    """
-
+    # (layers that no exception names, mean fraction to keep) -> {name: fraction to keep}; empty: each its own budget
     densities: Callable[[Blocks, float], dict[str, float]]
 
 

@@ -1,8 +1,4 @@
-"""What every entry of a registry declares, and the statistics that it may ask for.
-
-The registries `METHODS`, `FITS`, `QUANTISERS` and `ALLOCATIONS` are the only lists of choices. Settings, help,
-documentation, and the estimates of memory and time follow from their entries.
-"""
+"""What every entry of the registries `METHODS`, `FITS`, `QUANTISERS` and `ALLOCATIONS` declares, and may read."""
 
 from __future__ import annotations
 
@@ -46,9 +42,8 @@ class Choice:
 class Statistics:
     """What calibration measured of one layer. A field is None where no choice in use needs it.
 
-    `activation_norm` is A_j = sqrt(mean over samples of the sum over tokens of x_j²). The released code of Wanda
-    and GBLM divides by the number of samples; the formula of the papers, ‖X_j‖₂ over all tokens, does not. The division
-    does not change the ranking of wanda. In gblm it changes the weight of A beside α·G.
+    `activation_norm` is A_j = sqrt(mean over samples of the sum over tokens of x_j²). The mean is that of the released
+    code of Wanda and GBLM; the papers' ‖X_j‖₂ has none, which in gblm changes the weight of A beside α·G.
 
     `gradient_norm` is (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of the dense model's mean loss; p = 1 or 2.
 
@@ -61,20 +56,18 @@ class Statistics:
     gram: Tensor | None = None  # H = XᵀX [in_features, in_features], over all tokens of all samples
     tokens: int | None = None  # that the layer got, all or those of its expert; 0 if it never ran, None if not measured
 
+    # A choice reads what it declares:
+
     def activations(self) -> Tensor:
-        """A, for a choice that declares `Need.ACTIVATIONS` or `Need.GRAM`."""
         return _measured(self.activation_norm, "Need.ACTIVATIONS")
 
     def gradients(self) -> Tensor:
-        """G, for a choice that declares `Need.GRADIENTS`."""
         return _measured(self.gradient_norm, "Need.GRADIENTS")
 
     def regional(self) -> Tensor:
-        """R, for a choice that declares `Need.REGIONAL`."""
         return _measured(self.regional_norm, "Need.REGIONAL")
 
     def moments(self) -> Tensor:
-        """H, for a choice that declares `Need.GRAM`."""
         return _measured(self.gram, "Need.GRAM")
 
 

@@ -13,9 +13,8 @@ ELEMENTS = 1 << 22
 def kl_divergence(logits: Tensor, dense: Tensor) -> Tensor:
     """KL(dense ‖ logits) in nats per row, of [rows, classes] each; differentiable once, in `logits` alone.
 
-    The gradient to the logits is the difference of the probabilities, divided by the number of rows. It is made in the
-    same pass as the value, a few rows at a time in float32 or wider, and kept in the dtype of the logits. Autograd
-    would keep both predictions in float32, and go over them a dozen times.
+    The gradient is made with the value, a few rows at a time in float32 or wider. Autograd would keep both predictions
+    in float32, and go over them a dozen times.
     """
     divergence: Tensor = _Divergence.apply(logits, dense)  # type: ignore[no-untyped-call]
     return divergence

@@ -6,8 +6,7 @@ is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − ŵ), with the Gram ma
 A fit takes W [out_features, in_features] in float32, the mask of its shape (True = keep) and the layer's `Statistics`.
 It returns the new weight, with exact zeros outside the mask. Add a fit by writing one and listing it in `FITS`.
 
-For quantised survivors a fit has a second step, `on_grid`. It returns values whose nearest grid points are the result,
-so that a later fit starts from the values before rounding.
+For quantised survivors a fit has a second step, `on_grid`: it returns values whose nearest grid points are the result.
 """
 
 from __future__ import annotations
@@ -57,11 +56,10 @@ def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
-    """U, upper triangular with UᵀU = (H + λI)⁻¹ (SparseGPT, arXiv 2301.00774, section 3.3).
+    """U, upper triangular with UᵀU = (H + λI)⁻¹ (SparseGPT, arXiv 2301.00774, section 3.3), computed in float64.
 
     U_jj² is the j-th diagonal entry of the inverse of the Hessian in which the inputs before j are eliminated, and
-    U_j,j: / U_jj the compensation that the remaining weights get when weight j is changed. Computed in float64; raises
-    UsageError where rounding leaves the matrix singular.
+    U_j,j: / U_jj the compensation that the remaining weights get when weight j is changed.
     """
     import torch
 
@@ -91,8 +89,7 @@ def obs(weight: Tensor, keep: Tensor, statistics: Statistics, grid: Grid | None 
 
 
 def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-    """The weight and mask of SparseGPT (arXiv 2301.00774, Algorithm 1): the mask follows the weights as they are
-    updated.
+    """The weight and mask of SparseGPT (arXiv 2301.00774, Algorithm 1): the mask follows the updated weights.
 
     The mask is chosen by w²/U_jj², for `N:M` group by group, else 128 columns at a time: over all rows, as published,
     for `unstructured-per-matrix`, row by row for `unstructured`. Weights of inputs that are always zero go first.
@@ -111,11 +108,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -
 
 
 def _propagate(
-    weight: Tensor,
-    factor: Tensor,
-    choose: Callable[[int, int, Tensor], Tensor],
-    step: int,
-    grid: Grid | None = None,
+    weight: Tensor, factor: Tensor, choose: Callable[[int, int, Tensor], Tensor], step: int, grid: Grid | None = None
 ) -> tuple[Tensor, Tensor]:
     """The survivors before rounding, and the mask, by the blocked algorithm.
 
@@ -144,11 +137,7 @@ def _propagate(
 
 
 def least_squares(
-    weight: Tensor,
-    keep: Tensor,
-    statistics: Statistics,
-    tolerance: float = 1e-2,
-    max_iterations: int = 100,
+    weight: Tensor, keep: Tensor, statistics: Statistics, tolerance: float = 1e-2, max_iterations: int = 100
 ) -> Tensor:
     """The survivors that minimise the layer's reconstruction error for a given mask.
 
@@ -222,8 +211,6 @@ def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics,
 
 @dataclass(frozen=True)
 class FitChoice(Choice):
-    """An entry of `FITS`."""
-
     apply: Callable[[Tensor, Tensor, Statistics], Tensor]  # (W, mask, statistics) -> weight
     # (W, weight of `apply`, mask, statistics, grid) -> values; without, fitted survivors go to their nearest points
     on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, Grid], Tensor] | None = None

@@ -52,11 +52,7 @@ class Pattern:
         return int(n), int(m)
 
     def sparsity(self, requested: float | None) -> float:
-        """The fraction of zeros: implied by N:M and dense, `requested` (default 0.5) otherwise.
-
-        Raises:
-            UsageError: `requested` lies outside 0 to 1 (exclusive), or contradicts the pattern.
-        """
+        """The fraction of zeros: implied by N:M and dense, else `requested` or 0.5; `UsageError` if that cannot be."""
         if requested is not None and not 0.0 < requested < 1.0:
             raise UsageError(f"sparsity is {requested}; give a fraction between 0 and 1, for example 0.5")
         if self.n_m is None and self.name != DENSE:
@@ -73,13 +69,9 @@ class Pattern:
         return self.n_m is None or in_features % self.n_m[1] == 0
 
     def mask(self, score: Tensor, weight: Tensor, sparsity: float, before: int = 0) -> Tensor:
-        """The weights to keep, boolean [out_features, in_features].
+        """The weights to keep, of the highest score; all [out_features, in_features]. Magnitude breaks ties.
 
-        Args:
-            score: [out_features, in_features]; higher survives.
-            weight: the same shape; its magnitude breaks ties of the score.
-            sparsity: fraction of zeros; ignored by N:M.
-            before: columns of the layer whose mask is chosen already; the fraction is right for all columns together.
+        `before`: columns whose mask is chosen already; the fraction `sparsity` of zeros holds for all together.
         """
         rows, columns = score.shape
         if self.n_m is not None:

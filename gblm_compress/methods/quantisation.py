@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LARGEST = 127
 LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}  # {kind of grid: number of levels}
 GROUPS = (32, 64, 128)  # columns that may share a scale, beside all of a row
-LEAST_SCALE, MOST_SCALE = 2.0**-21, 65504.0  # of scales in float16, whose smallest step is 2^-24
+LEAST_SCALE, MOST_SCALE = 2.0**-21, 65504.0  # below the least, float16 may change a scale by a sixteenth
 EVEN = tuple(range(-8, 8))  # levels of int4 where nothing is known of the inputs
 # of the scale that would hold a group's largest weight: smaller ones cut it off
 SHRINKS = tuple(1 - step / 40 for step in range(13))
@@ -61,11 +61,8 @@ class Grid:
 def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, importance: Tensor | None = None) -> Grid:
     """The grid with the least squared error for the survivors, by a search over scales and levels.
 
-    Without `importance`, int4 has even steps, zero among them: small weights of strong inputs may count most.
-
-    Args:
-        kind: of `LEVELS`.
-        importance: weight of a column's squared error, [columns]: the power of its input.
+    `importance` [columns] weighs the error of a column by the power of its input. Without it, int4 has even steps, zero
+    among them: small weights of strong inputs may count most.
     """
     import torch
 
@@ -89,10 +86,7 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
 def check_scales(
     layer: str, scales: Tensor, advice: str = "add the layer to --ignore, or prune without --quantise"
 ) -> None:
-    """Raise ModelError where float16 does not hold the largest scale of a layer.
-
-    Below `LEAST_SCALE` a scale may be wrong by a sixteenth and more. Other scales may be: nearly empty rows are common.
-    """
+    """Raise ModelError where float16 does not hold the largest scale of a layer; nearly empty rows are common."""
     largest = float(scales.max())
     if LEAST_SCALE <= largest <= MOST_SCALE or not largest:
         return
@@ -124,7 +118,7 @@ def nearest(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def restore(codes: Tensor, grid: Grid) -> Tensor:
-    """The weights of places in `grid.levels`: [rows, columns] in float32."""
+    """The weights [rows, columns] in float32 of places in `grid.levels`."""
     return grid.levels.float()[codes.int()] * grid.scale_of(codes.shape[1])
 
 
@@ -205,8 +199,6 @@ def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Quantiser(Choice):
-    """An entry of `QUANTISERS`."""
-
     make: Callable[..., Grid] | None = None  # as `make_grid`; None where weights are not rounded
     group: int | None = None  # columns that share a scale by default; None for a row
 
@@ -229,7 +221,7 @@ def columns_of_a_scale(quantise: str, group: str | int | None) -> int | None:
 
 
 def grid_in_words(quantise: str, group: str | int | None) -> str | None:
-    """The grid of the survivors, for people; None where they are not rounded."""
+    """The grid of the survivors; None where they are not rounded."""
     columns = columns_of_a_scale(quantise, group)
     shared = "row" if columns is None else f"{columns} columns"
     return None if QUANTISERS[quantise].make is None else f"{quantise}, a scale for every {shared}"

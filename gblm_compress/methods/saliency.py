@@ -40,8 +40,6 @@ class Selection:
 
 @dataclass(frozen=True)
 class Method(Choice):
-    """An entry of `METHODS`."""
-
     select: Callable[[Tensor, Statistics, Rule], Selection]
 
 

@@ -37,11 +37,7 @@ def count_nonzeros(weight: Tensor) -> int:
 
 
 def made_zero(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[int, str, float] | None:
-    """How many nonzeros a rounding made zero, from their number in each layer before and after it.
-
-    Returns:
-        How many in all, the layer that lost the largest share, and that share. None if none became zero.
-    """
+    """How many nonzeros a rounding made zero, the layer that lost the largest share, and that share; None if none."""
     lost = {name: count - after[name] for name, count in before.items() if after[name] < count}
     if not lost:
         return None

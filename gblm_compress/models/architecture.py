@@ -13,14 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.models.experts import experts_of
 
-# Routers decide which expert runs; a pruned one changes the wiring of the model, not its precision. They are found by
-# their outputs, see `_routers`, or by the name or the class of a module on the way to a layer: Hunyuan's is
-# `mlp.gate.wg` in a HunYuanMoEV1Gate, JetMoe's `mlp.router.layer` in a JetMoeTopKGating.
+# Routers decide which expert runs, and stay as they are. They are found by their outputs (`_routers`), or by the name
+# or the class of a module on the way to a layer: Hunyuan's is `mlp.gate.wg` in a HunYuanMoEV1Gate.
 _ROUTER_NAME = re.compile(r".*router.*|gate|.*expert_gate")
 _ROUTER_CLASS = re.compile(r".*Router.*|.*TopK?Gat(e|ing)|.*MoE(V\d+)?Gate", re.IGNORECASE)
 
+# {class: whether its layers only multiply by their weight and add their bias}
 _MULTIPLIES: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
-"""{class: whether its layers only multiply by their weight and add their bias}."""
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -37,13 +37,11 @@ _KEPT_GROUPS = 3  # files interleave the tensors of a block's experts
 
 @dataclass(eq=False)
 class _Group:
-    """Tensors of files that make tensors of the model, by transformers' names; `converter` is None for a plain one.
+    """Tensors of files that make tensors of the model, by transformers' names."""
 
-    sources: {name in the files: (pattern of the converter, name before conversion)}.
-    """
-
-    converter: Any
+    converter: Any  # None for a plain tensor
     target: str
+    # {name in the files: (pattern of the converter, name before conversion)}
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -128,7 +126,7 @@ class _Names:
 class Checkpoint:
     """The safetensors files of a folder, addressed by the names of the model's tensors.
 
-    Experts have the names of fused parameters, or of each expert's layers. The model, on any device, is not kept.
+    Experts have the names of fused parameters, or of each expert's layers. The model is not kept.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
@@ -185,10 +183,7 @@ class Checkpoint:
         return ModelError(f"{name} holds values beyond the range of {dtype}; give --dtype float32 or bfloat16")
 
     def rewrite(self, folder: Path, changed: Callable[[str], Tensor | None]) -> None:
-        """Write the checkpoint to `folder` under the same file names.
-
-        `changed` gives a tensor's new value, of the same shape and dtype, or None where it stays.
-        """
+        """Write the checkpoint to `folder`; `changed` gives a tensor's new value, or None where it stays."""
         weight_map = {}
         written = _latest(lambda group: self._changed(group, changed))
         for path in self.files:

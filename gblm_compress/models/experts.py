@@ -1,8 +1,7 @@
 """Mixtures of experts: fused experts as linear layers of each expert, which share their memory.
 
 transformers keeps the experts of a mixture in parameters [experts, …]. Here a module that computes the same has
-`Linear` layers, whose weights are views of them: `experts.3.down_proj`. So each layer sees the tokens routed to its
-expert.
+`Linear` layers with views of them: `experts.3.down_proj`. So each layer sees the tokens routed to its expert.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -145,6 +144,7 @@ class SharedExperts(Experts):
 Form = tuple[type[Experts], tuple[Part, ...]]
 
 _GATED = (Part("gate_up_proj", "gate_up_proj"), Part("down_proj", "down_proj"))
+# {class of fused experts in transformers that has a form of its own: its replacement}
 FORMS: dict[str, Form] = {
     "DbrxExperts": (TripleExperts, (Part("w1", "mlp.w1"), Part("v1", "mlp.v1"), Part("w2", "mlp.w2", transposed=True))),
     "InklingSharedExperts": (SharedExperts, tuple(Part(name, name) for name in ("gate_proj", "up_proj", "down_proj"))),
@@ -152,7 +152,6 @@ FORMS: dict[str, Form] = {
     "Llama4TextExperts": (StackedExperts, tuple(Part(p.layer, p.weight, transposed=True) for p in _GATED)),
     "LongcatFlashExperts": (RoutedExperts, _GATED),
 }
-"""{class of fused experts in transformers that has a form of its own: its replacement}."""
 
 
 def form_of(module: nn.Module) -> Form | None:

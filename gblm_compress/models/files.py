@@ -24,22 +24,20 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of packed weights, which transformers finds only once this package is imported.
 SPARSE_SINGLE, SPARSE_INDEX = "gblm_sparse.safetensors", "gblm_sparse.safetensors.index.json"
-"""Names for packed weights; transformers finds them only once this package is imported."""
-
 SPARSE_METHOD = "gblm_sparse"
 GRAPH = "model.onnx"
 MOST_GROWTH, LONGEST_WORD = 64, 1_000
 _FLOATS = ("float32", "float16", "bfloat16")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+# The files beside weights or graph that decide what a model computes.
 _LIGHT = re.compile(
     r"(config|generation_config|genai_config|special_tokens_map|added_tokens)\.json"
     r"|gblm_(manifest\.json|grids\.safetensors|onnxruntime\.(so|dll|dylib))"
     r"|(preprocessor_config|processor_config|modules|sentence_bert_config)\.json"
     r"|(tokenizer|vocab|chat_template).*|merges\.txt|.*\.(jinja|model|tiktoken)"
 )
-"""The files beside weights or graph that decide what a model computes."""
-
 _OF_GRAPHS = (".onnx", ".data", ".onnx_data")
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".so", ".dll", ".dylib", *_OF_GRAPHS)
 _FOLDERS = ("additional_chat_templates", "[0-9]_*")  # those that transformers and sentence-transformers read
@@ -50,8 +48,8 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "dim_model")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Keys that count modules or names, at any depth of config.json. Each of these is made in a loop.
 _COUNT = re.compile(r"(.*_)?((n|num|number_of)_(\w+_)?|(en|de)coder_)(?P<what>layers?|blocks|experts|labels)")
-"""Keys that count modules or names, at any depth of config.json. Each of these is made in a loop."""
 
 
 def first_of(config: Any, names: Iterable[str]) -> Any:
@@ -131,11 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Check a model's folder before anything else reads it.
-
-    `ModelError` if a file is damaged, is no regular file or leads out of the folder, or for adapters and quantised
-    models.
-    """
+    """Check a model's folder before anything else reads it; `ModelError` for whatever is no sound model."""
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
@@ -180,7 +174,6 @@ def _check_counts(folder: Path, config: dict[str, Any]) -> None:
 
 
 def shapes_of(folder: Path) -> list[list[int]]:
-    """The shapes of all tensors in the weight files."""
     return [entry["shape"] for path in weight_files(folder) for entry in read_header(path)[0].values()]
 
 
@@ -335,11 +328,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer.json that could make so much of a text that time or memory would run out.
-
-    Its steps multiply: four that each write a thousand letters for one make 10¹² of it. Those of real tokenizers make
-    18 of one at most (T5, of a ligature).
-    """
+    """Refuse a tokenizer.json whose steps multiply a text; real ones make 18 letters of one at most (T5)."""
     if not (path := folder / "tokenizer.json").exists():
         return
     try:

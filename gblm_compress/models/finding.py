@@ -32,7 +32,6 @@ SLOWEST_S = 60.0  # that a server may take for its next bytes
 
 
 def silence_libraries() -> None:
-    """Turn off progress bars and notices of transformers and the hub."""
     import huggingface_hub
     import transformers
 
@@ -42,10 +41,7 @@ def silence_libraries() -> None:
 
 
 def resolve_model(name: str, progress: Progress) -> ModelSource:
-    """Find `name`, and download or convert it once where needed.
-
-    A name is a folder, a hub id, "demo" (SmolLM2-135M from a package) or "tiny" (random weights).
-    """
+    """The model of a folder, a hub id, "demo" (SmolLM2-135M) or "tiny" (random weights), fetched where needed."""
     if source := find_here(name):
         return source
     folder = _demo_folder(progress) if _is_demo(name) else _downloaded(name)

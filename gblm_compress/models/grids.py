@@ -3,7 +3,7 @@
 `gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of each layer on a grid; the manifest states its hash.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,13 +26,8 @@ _SCALES, _LEVELS = ".scales", ".levels"
 
 
 def as_tensors(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-    values = [tensor for grid in grids.values() for tensor in (grid.scales, grid.levels)]
-    return dict(zip(parts_of(grids), values, strict=True))
-
-
-def parts_of(layers: Iterable[str]) -> list[str]:
-    """The names of the tensors that hold the grids of these layers."""
-    return [f"{name}{part}" for name in layers for part in (_SCALES, _LEVELS)]
+    scales = {f"{name}{_SCALES}": grid.scales for name, grid in grids.items()}
+    return scales | {f"{name}{_LEVELS}": grid.levels for name, grid in grids.items()}
 
 
 def read_from(path: Path, group: int | None) -> dict[str, Grid]:
@@ -65,7 +60,7 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
     if sha256_of(path) != stated:
         raise ModelError(f"{str(path)!r} is not the file of which the manifest states the hash; it was changed")
     settings, layers = content["prune"], content["layers"]
-    if parts != set(parts_of(layers)):
+    if parts != {f"{name}{part}" for name in layers for part in (_SCALES, _LEVELS)}:
         raise ModelError(f"{str(path)!r} does not hold the grids of the layers that the manifest lists")
     grids = read_from(path, columns_of_a_scale(settings["quantise"], settings["group"]))
     for layer, grid in grids.items():  # it must be sound before it is used, see `Grid`
@@ -81,11 +76,7 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
 
 
 def verify(source: ModelSource) -> None:
-    """Reopen a pruned folder and check each pruned weight, in the dtype in which it is stored.
-
-    `VerificationError` names a weight that is missing, breaks its pattern or grid, differs from the manifest in shape
-    or nonzeros, or holds -0.0, NaN or infinity.
-    """
+    """Check each pruned weight of a folder as it is stored; `VerificationError` names the first fault."""
     grids, layers = read_grids(source), manifest.read(source.folder)["layers"]
     checkpoint = Checkpoint(source.folder, load_skeleton(source))
     for layer, stated in layers.items():

@@ -21,10 +21,7 @@ _SAFELY = {"trust_remote_code": False, "local_files_only": True}
 
 @contextmanager
 def _named_errors(source: ModelSource, reason: str = "") -> Iterator[None]:
-    """Add the model's name and `reason` to whatever a library raises for bad files.
-
-    Without a reason, only to our own `ModelError`.
-    """
+    """Add the model's name and `reason` to what a library raises for bad files; without one, to our `ModelError`."""
     try:
         yield
     except Exception as error:
@@ -35,10 +32,7 @@ def _named_errors(source: ModelSource, reason: str = "") -> Iterator[None]:
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The model in eval mode, of its task's class, with its experts as layers.
-
-    The dtype "auto" is the checkpoint's own, which packed folders always have.
-    """
+    """The model in eval mode, with its experts as layers; "auto" is the checkpoint's dtype, which packed ones keep."""
     from gblm_compress.methods.zeros import is_finite
     from gblm_compress.models.checkpoint import Checkpoint
 
@@ -193,10 +187,7 @@ def config_of(source: ModelSource) -> Any:
 
 
 def save_processor(processor: Any, folder: Path, source: ModelSource | None = None) -> None:
-    """Write a model's processor, with the `Task.companions` of `source`.
-
-    Older transformers, optimum-onnx and onnxruntime-genai can read the tokenizer.
-    """
+    """Write a model's processor, so that older libraries can read it, with the `Task.companions` of `source`."""
     processor.save_pretrained(folder)
     if (path := folder / "tokenizer.json").exists():  # indented, it takes twice the bytes
         content = json.loads(path.read_text(encoding="utf-8"))

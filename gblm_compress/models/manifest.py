@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,12 +24,11 @@ from gblm_compress.settings.prune import Group, QuantiserName
 from gblm_compress.storage.outputs import MANIFEST
 
 _CARRIED = ("prune", "calibration", "compute", "layers", "left_dense")
+# Keys of config.json that a model and its baseline share.
 _SHAPES = (
     "model_type", "architectures", "vocab_size", *WIDTHS, *LAYERS, *HEADS, "num_key_value_heads", "head_dim",
     "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", *EXPERTS,
 )  # fmt: skip
-"""Keys of config.json that a model and its baseline share."""
-
 _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
 
@@ -92,8 +90,8 @@ def write(
 ) -> None:
     """Write the manifest and the model card of a folder made from `source`.
 
-    `content` has a "kind" ("pruned" or "export") and this step's keys; `_CARRIED` keys come from `source`. `loading` is
-    Python that loads the folder, for the card; by default with the task's class of transformers.
+    `content` has a "kind" ("pruned" or "export") and this step's keys. `loading` is Python that loads the folder, for
+    the card; by default with the task's class of transformers.
     """
     before = read_if_ours(source.folder)
     # Where the dense model lies on this machine's disk is nobody else's business.
@@ -169,12 +167,11 @@ def _plain(value: object) -> str:
 
 def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
     """Why weights were left dense: how many layers and weights for each reason."""
-    layers = Counter(dense["reason"] for dense in left_dense.values())
-    weights: Counter[str] = Counter()
+    sizes: dict[str, list[int]] = {}
     for dense in left_dense.values():
-        weights[dense["reason"]] += dense["weights"]
+        sizes.setdefault(dense["reason"], []).append(dense["weights"])
     return "; ".join(
-        f"{reason}: {count} layer{'s' * (count > 1)}, {weights[reason]:,} weights" for reason, count in layers.items()
+        f"{reason}: {len(each)} layer{'s' * (len(each) > 1)}, {sum(each):,} weights" for reason, each in sizes.items()
     )
 
 
@@ -217,10 +214,7 @@ def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
 
 
 def check_baseline(model: ModelSource, baseline: ModelSource) -> None:
-    """`UsageError` where `model` and `baseline` have other shapes, or `model` was made from another model.
-
-    An export without a manifest is compared by shape alone.
-    """
+    """`UsageError` where the shapes of both differ, or where `model` says that it was made from another model."""
     ours, theirs = (one.config | (one.config.get("text_config") or {}) for one in (model, baseline))
     for key in _SHAPES:
         if None not in (ours.get(key), theirs.get(key)) and ours[key] != theirs[key]:

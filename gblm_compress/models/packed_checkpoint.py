@@ -61,7 +61,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         settings = self.quantization_config
         layout, layers, embeddings = settings.layout, settings.layers, settings.embeddings
-        with self._named_errors(model, ""):
+        with self._named_errors(model):
             check_described(layout, layers)
             check_embeddings(embeddings, layers)
         unfuse_(model, settings.experts)
@@ -113,7 +113,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return isinstance(module, PackedLinear) and tensor in module.kind.names
 
     @contextmanager
-    def _named_errors(self, model: Any, prefix: str) -> Iterator[None]:
+    def _named_errors(self, model: Any, prefix: str = "") -> Iterator[None]:
         try:
             yield
         except ModelError as error:
@@ -153,8 +153,8 @@ def pack_(
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Replace the named linear layers by `PackedLinear`s with the same values, in place.
 
-    `tables` is the layout for head and embedding, if any; `grids` {layer: grid} are for quantised layouts. Returns the
-    layers packed exactly, since the layout would round them too much, and {layer: dense weight} of head and embedding.
+    `tables` is the layout for head and embedding, if any; `grids` are for quantised layouts. Returns the layers packed
+    exactly, since the layout would round them too much, and {layer: dense weight} of head and embedding.
     """
     kind: Any = LAYOUTS[layout].kind
     layers, exact, other = {}, [], LAYOUTS[layout].exact
@@ -207,7 +207,6 @@ def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
 
 
 def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) -> PackedLinear:
-    """An empty layer in the place of a dense one."""
     shape, bias = list(weight_matrix(dense).shape), getattr(dense, "bias", None) is not None
     if not isinstance(description, dict) or (description.get("shape"), description.get("bias")) != (shape, bias):
         raise ModelError(f"it is described as {description!r}; the model's has shape {shape} and bias {bias}")
@@ -217,7 +216,6 @@ def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) 
 
 
 def own_layer(embedding: str) -> str:
-    """The name of an embedding's own packed layer."""
     return f"{embedding}.{OWN}"
 
 

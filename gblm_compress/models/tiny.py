@@ -60,6 +60,5 @@ def byte_tokenizer() -> Any:
 
 
 def build_tiny(kind: str, folder: Path, seed: int = 0) -> None:
-    """Write a tiny model and its tokenizer as a Hugging Face folder."""
     tiny_model(kind, seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

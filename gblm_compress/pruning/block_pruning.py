@@ -25,8 +25,6 @@ _BY_MAGNITUDE = {"method": "magnitude", "fit": "none"}
 
 @dataclass(frozen=True)
 class LayerResult:
-    """The outcome of one layer."""
-
     pattern: str
     shape: tuple[int, int]  # (out_features, in_features)
     nonzeros: int  # as they are stored
@@ -39,33 +37,22 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Target:
-    """What a block is fitted to."""
-
     outputs: Sequence[Tensor]  # of the block in the dense model, for every sample
     products: str  # the dtype of products in the fit, float32 or bfloat16
 
 
 @torch.no_grad()
 def prune_block_(
-    block: Block | None,
+    block: Block | None,  # None for a method that looks at no text
     layers: dict[str, nn.Module],
-    gradients: dict[str, Tensor],
+    gradients: dict[str, Tensor],  # in the stored layout of the weights, where the method needs them
     settings: PruneSettings,
     budgets: dict[str, Budget],
-    target: Target | None = None,
+    target: Target | None = None,  # needed where the block is fitted
 ) -> tuple[dict[str, LayerResult], dict[str, Grid]]:
-    """Prune the layers of one block in place.
+    """Prune the layers of one block in place: {name: its result}, and {name: grid} where survivors lie on one.
 
     A layer that never ran on the text stays as it is. An expert with few tokens is pruned by magnitude.
-
-    Args:
-        block: None for a method that looks at no text.
-        layers: {name: Linear or Conv1D} to prune; may be empty.
-        gradients: {name: G in the stored layout of the weight}, where the method needs gradients.
-        target: needed where the block is fitted.
-
-    Returns:
-        {name: its result} of the pruned layers, and {name: grid} of those whose survivors lie on one.
     """
     statistics = layer_statistics(block, layers, gradients, settings.block_needs)
     few = _with_few_tokens(block, layers, statistics)
@@ -96,21 +83,18 @@ def prune_block_(
         assert block is not None and target is not None
         how = How(BLOCK_EPOCHS, BLOCK_RATE, target.products, settings.rounds)
         grids = reconstruct_(block, layers, target.outputs, how, grids, choose)
-    errors = {
-        name: output_error(weight.float(), weight_matrix(layers[name]).detach().float(), statistics[name].moments())
-        for name, weight in dense.items()
-    }
     results = {}
     for name, layer in layers.items():
-        weight = weight_matrix(layer).detach()
-        shape, nonzeros = (weight.shape[0], weight.shape[1]), count_nonzeros(weight)
+        weight, error = weight_matrix(layer).detach(), None
+        if name in dense:
+            error = output_error(dense[name].float(), weight.float(), statistics[name].moments())
         results[name] = LayerResult(
             budgets[name].pattern.name,
-            shape,
-            nonzeros,
+            (weight.shape[0], weight.shape[1]),
+            count_nonzeros(weight),
             is_transposed(layer),
             by_magnitude=name in few,
-            output_error=errors.get(name),
+            output_error=error,
             survivors=survivors[name],
         )
     return results, grids

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,8 +34,6 @@ SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for 
 
 @dataclass(frozen=True)
 class Placement:
-    """What goes where."""
-
     offload: bool  # the model stays on disk
     states: int  # bytes of host memory for hidden states
     by_sample: bool  # room to measure gradients sample by sample, which is faster
@@ -43,8 +42,6 @@ class Placement:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pruning of one model."""
-
     settings: PruneSettings
     task: Task
     samples: Sequence[Sample]  # those of this process; empty for a method that needs no text
@@ -56,10 +53,9 @@ class Plan:
 
 
 def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budget]:
-    """The budget of each layer before an allocation, exceptions included; the model may be on the meta device.
+    """The budget of each layer before an allocation, exceptions included.
 
-    Raises:
-        UsageError: an exception matches no layer, all layers would stay dense, or a width does not divide by M.
+    `UsageError` if an exception matches no layer, all layers would stay dense, or M does not divide a width.
     """
     layers = {name: layer for block in prunable_layers(model, settings.ignore) for name, layer in block.items()}
     result = settings.budgets(list(layers))
@@ -67,8 +63,7 @@ def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budg
         raise UsageError("the exceptions in 'overrides' leave every layer dense: there is nothing to prune")
     for name, layer in layers.items():
         pattern, width = result[name].pattern, weight_matrix(layer).shape[1]
-        if not pattern.fits(width):
-            assert pattern.n_m is not None
+        if pattern.n_m and width % pattern.n_m[1]:
             raise UsageError(
                 f"{name}: in_features={width} is not a multiple of {pattern.n_m[1]}, which pattern {pattern.name} "
                 "needs; add it to --ignore, or choose another pattern"
@@ -92,7 +87,7 @@ def choose_dtypes(requested: str, source: ModelSource, settings: PruneSettings, 
 
 
 def check_float16(dtype: str, settings: PruneSettings, device: str) -> None:
-    """Refuse fits in float16: they lose gradients of 1e-8 and less, which a relative squared error has."""
+    """Refuse fits in float16, which loses gradients of 1e-8 and less."""
     if dtype == "float16" and settings.fits_blocks and ranks.faster_dtype(device, Ranks()) != "bfloat16":
         raise UsageError(
             f"fits in float16 lose gradients that are too small for it, and {device} has no bfloat16; give --fit fast, "
@@ -109,8 +104,9 @@ class Size:
         itemsize, stored = (getattr(torch, name).itemsize for name in (dtype, loading.stored_dtype(source)))
         config = loading.config_of(source).get_text_config()  # of a multimodal model, the part that is pruned
         blocks, hidden = first_of(config, LAYERS) or 1, first_of(config, WIDTHS) or 0
-        heads = _largest(first_of(config, HEADS) or 0)
-        inner = _largest(first_of(config, ("intermediate_size",)) or 4 * hidden)
+        # Some families give these layer by layer.
+        heads = int(np.max(first_of(config, HEADS) or 0))
+        inner = int(np.max(first_of(config, ("intermediate_size",)) or 4 * hidden))
         tokens, length = first_of(config, ("vocab_size",)) or 0, calibration.sequence_length
         vocabulary = tokens if loading.task_of(source).generates else 0  # of whose logits there are many
         self.checkpoint = source.bytes_on_disk
@@ -137,10 +133,6 @@ class Size:
         at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
         self.working = max(at_a_block, at_the_end if settings.fits_model else 0)
 
-    def kept(self, settings: PruneSettings) -> int:
-        """Bytes on disk until the output is whole: finished blocks and gradients."""
-        return self.weights * (2 if settings.fits_model else 1) + self.gradients
-
     def held(self, offload: bool) -> int:
         """Bytes of memory for weights and work, beside hidden states."""
         return (self.outside_blocks + self.block if offload else self.weights) + self.working
@@ -153,13 +145,9 @@ class Size:
 
     def on_disk(self, settings: PruneSettings, placement: Placement, finished: int) -> int:
         """Bytes on disk for output, gradients, blocks and hidden states, less those that are `finished`."""
+        kept = self.weights * (2 if settings.fits_model else 1) + self.gradients  # until the output is whole
         states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
-        return self.checkpoint + max(0, self.kept(settings) - finished) + max(0, states - placement.states)
-
-
-def _largest(value: int | list[int]) -> int:
-    """Some families give a key of config.json layer by layer."""
-    return max(value) if isinstance(value, list) else value
+        return self.checkpoint + max(0, kept - finished) + max(0, states - placement.states)
 
 
 def choose_placement(
@@ -185,10 +173,9 @@ def choose_placement(
 
 
 def passes(settings: PruneSettings) -> float:
-    """The cost of the settings in forward passes over the calibration text, roughly.
+    """The cost of the settings in forward passes over the text, roughly; a backward pass counts as two.
 
-    A backward pass counts as two. Gram matrices and their solutions count as one each, which holds in a block whose
-    width is a few times smaller than the text is long.
+    Gram matrices and their solutions count as one each, as in a block whose width is a few times smaller than the text.
     """
     count = 1.0 + 3.0 * settings.needs_gradients  # loading and saving; gradients
     count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
@@ -218,8 +205,7 @@ def estimate(
 ) -> str:
     """Time and memory of a run in one line, with a smaller text where it takes long.
 
-    Args:
-        writing: seconds and bytes that the text takes before, if the model writes it.
+    `writing`: seconds and bytes that the text takes before, if the model writes it.
     """
     settings, rate = plan.settings, cost.operations_per_second(plan.device, getattr(torch, dtype))
     weights = loading.count_weights(source)

@@ -30,11 +30,6 @@ class PruningRecord(Record):
     blocks: dict[int, dict[str, LayerResult]] = Field({})  # those that are finished
 
 
-def path_of(output: Path) -> Path:
-    """The run folder of an output folder: hidden, beside it."""
-    return output.with_name(f".{output.name}.pruning")
-
-
 class RunFolder(Work[PruningRecord]):
     """Finished work of a run, which only the first process writes. What is `damaged` is done again."""
 
@@ -46,11 +41,6 @@ class RunFolder(Work[PruningRecord]):
         if any(name.startswith("distilled") for name in self.damaged):
             files = self.record.files
             self.record.files = {name: files[name] for name in files if not name.startswith("distilled")}
-
-    def decide(self, budgets: dict[str, Budget]) -> None:
-        """Keep the budget of each layer."""
-        self.record.budgets = budgets
-        self.write()
 
     def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
         self._save(f"gradients-{block}", norms)

@@ -13,13 +13,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gblm_compress import __version__, errors, tasks
+from gblm_compress import errors, tasks
 from gblm_compress.calibration import generation, ranks
-from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights
+from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights, verify
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
-from gblm_compress.machine.memory import PeakMemory, free_memory, peak_memory
+from gblm_compress.machine.memory import free_memory, peak_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import DENSE, UNSTRUCTURED, Pattern
 from gblm_compress.methods.zeros import check_finite, made_zero
@@ -27,10 +26,9 @@ from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.experts import run_all_, unfused
-from gblm_compress.models.loading import check_positions
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import planning, run_folder, saving
+from gblm_compress.pruning import planning, saving
 from gblm_compress.pruning.block_pruning import FEW_TOKENS, LayerResult
 from gblm_compress.pruning.planning import Placement, Plan, Size, uniform_budgets
 from gblm_compress.pruning.run_folder import RunFolder
@@ -48,7 +46,7 @@ from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 @dataclass(frozen=True)
 class InMemory:
-    """A transformers model that is pruned where it is, on its device and in its dtype; it is put into eval mode."""
+    """A transformers model that is pruned on its device and in its dtype; it is put into eval mode."""
 
     model: Any
     processor: Any = None  # for calibration data, where the method needs them
@@ -56,8 +54,6 @@ class InMemory:
 
 @dataclass(frozen=True)
 class PruneJob:
-    """What to prune, and how."""
-
     source: ModelSource | InMemory
     settings: PruneSettings
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
@@ -67,7 +63,7 @@ class PruneJob:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The result of a pruning. On one machine, runs with one seed and number of threads differ only in costs."""
+    """On one machine, results of one seed and number of threads differ only in costs."""
 
     folder: str | None  # None where a model in memory was pruned in place
     layers: dict[str, LayerResult]
@@ -95,44 +91,35 @@ class PruneResult:
         return {**asdict(self), **totals}
 
 
-@dataclass(frozen=True)
-class _Done:
-    walked: Walked
-    memory: PeakMemory
-    fingerprint: str | None  # of the samples
-    notes: tuple[str, ...] = ()
+_Done = tuple[Walked, int, str | None]  # bytes of memory at most, fingerprint of the samples
 
 
 def prune(
     job: PruneJob, output: Path | None, progress: Progress, *, resume: bool | None = False, force: bool = False
 ) -> PruneResult:
-    """Prune a model source, or a model in memory where it is.
+    """Prune a model source to a verified Hugging Face folder, or a model in memory where it is.
 
-    Of a source an ordinary Hugging Face folder with a manifest is written, reopened and verified. Finished blocks are
-    kept beside it until it is whole, also after an interruption or a full disk.
-
-    Args:
-        output: it appears whole or not at all; None for a model in memory.
-        resume: continue an interrupted run of the same settings. None: if there is one.
+    The output appears whole or not at all. `resume` continues an interrupted run; None: if there is one.
     """
-    start = time.perf_counter()
+    start, notes = time.perf_counter(), list[str]()
     if isinstance(job.source, InMemory):
-        done = _in_place(job, job.source, progress)
+        walked, peak, read = _in_place(job, job.source, progress)
     else:
         assert output is not None, "a source is pruned to a folder"
         texts = [job.source.folder, *tasks.files_of(job.calibration.dataset)]
         with outputs.reserved(output, force, texts, ranks.is_first_started()):
-            done = _to_folder(job, job.source, output, progress, resume, force)
+            walked, peak, read = _to_folder(job, job.source, output, progress, resume, force)
+        notes += _pruned_before(job.source)
     seconds = time.perf_counter() - start
     return PruneResult(
         folder=None if output is None else str(output),
-        layers=done.walked.layers,
-        left_dense=done.walked.left_dense,
+        layers=walked.layers,
+        left_dense=walked.left_dense,
         seconds=seconds,
-        peak_memory_bytes=done.memory.peak_bytes,
-        calibration_fingerprint=done.fingerprint,
+        peak_memory_bytes=peak,
+        calibration_fingerprint=read,
         grid=job.settings.grid,
-        warnings=(*done.notes, *_notes(done.walked, job.calibration, seconds)),
+        warnings=(*notes, *_notes(walked, job.calibration, seconds)),
     )
 
 
@@ -143,8 +130,7 @@ def _to_folder(
     budgets = _checked(job, source)
     device = ranks.device_of_rank(loading.choose_device(job.compute.device))
     processor, task = loading.load_processor(source), loading.task_of(source)
-    before = _pruned_before(source)
-    for note in before:
+    for note in _pruned_before(source):
         progress.say(f"note: {note}")
     given: dict[str, Any] = {
         "model": source.fingerprint,
@@ -158,7 +144,7 @@ def _to_folder(
         plan = Plan(settings, task, [], budgets, torch.device(device), products, placement, group)
         samples: list[Sample] = []
         if settings.needs_text:
-            author = Author(source, device, placement.room, group, progress)
+            author = generation.Author(source, device, placement.room, group, progress)
             writing = author.cost(calibration)
             if not progress.quiet:
                 progress.say(planning.estimate(source, plan, dtype, calibration, writing))
@@ -170,11 +156,8 @@ def _to_folder(
             "dtype": dtype,
             "products": products if settings.fits_blocks else None,
             "device": plan.device.type,
-            "processes": group.size,
-            "threads": torch.get_num_threads(),
-            "version": __version__,
         }
-        run = RunFolder(run_folder.path_of(output), identity, resume, group)
+        run = RunFolder(output.with_name(f".{output.name}.pruning"), identity, resume, group)
         for name in run.damaged:
             progress.say(f"{name} of the interrupted run is damaged; its work is done again")
         with run.kept("finished blocks", resume, progress):
@@ -187,10 +170,13 @@ def _to_folder(
             # The others are done: they do not wait for the first, which may save for longer than they may wait.
             if group.is_first:
                 progress.say("saving …")
-                written = saving.Written(source, output, force, processor, checkpoint)
-                walked = replace(walked, layers=saving.save(written, run, walked, progress))
+                with outputs.atomic_folder(output, force=force, inside=run.folder) as temporary:
+                    layers = saving.save(temporary, source, checkpoint, processor, run, walked)
+                    walked = replace(walked, layers=layers)
+                    progress.say("verifying …")
+                    verify(ModelSource(str(output), temporary), placement.offload)
             run.remove()
-    return _Done(walked, memory, read, before)
+    return walked, memory.peak_bytes, read
 
 
 def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:
@@ -202,30 +188,18 @@ def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:
         task.check_processor(processor)
         task.data_files(job.calibration.dataset)
         if task.generates:
-            check_positions(type(model).__name__, model.config.to_dict(), job.calibration.sequence_length)
+            loading.check_positions(type(model).__name__, model.config.to_dict(), job.calibration.sequence_length)
         samples = generation.calibration_in_place(model, processor, job.calibration, progress)
     own = [on_device(sample, model.device) for sample in samples]
     with peak_memory(str(model.device)) as memory, unfused(model):
         if job.calibration.experts == "all":
             run_all_(model)
-        walked = _prune_in_place(model, own, job.settings, progress)
-    return _Done(walked, memory, fingerprint(samples) if samples else None)
+        walked = prune_(model, own, job.settings, progress)
+    return walked, memory.peak_bytes, fingerprint(samples) if samples else None
 
 
-def prune_(
-    model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
-) -> dict[str, LayerResult]:
-    """Prune a model in memory, in place, and return {layer name: its result}.
-
-    Args:
-        model: in eval mode; its class tells its task.
-        samples: of its task, on its device; may be empty for a method that needs no text.
-    """
-    with unfused(model):
-        return _prune_in_place(model, samples, settings, progress).layers
-
-
-def _prune_in_place(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress) -> Walked:
+def prune_(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress) -> Walked:
+    """Prune a model in eval mode with unfused experts, in place, with samples of its task on its device."""
     for block in prunable_layers(model, settings.ignore):
         for name, layer in block.items():
             check_finite(name, "weights", weight_matrix(layer).detach())
@@ -289,18 +263,17 @@ def _checked(job: PruneJob, source: ModelSource) -> dict[str, Budget]:
     return budgets
 
 
-def _pruned_before(source: ModelSource) -> tuple[str, ...]:
-    """A note on a source that this program has pruned already."""
+def _pruned_before(source: ModelSource) -> list[str]:
     if not manifest.is_pruned(source.folder):
-        return ()
+        return []
     layers = manifest.read(source.folder).get("layers", {}).values()
     weights = sum(math.prod(layer["shape"]) for layer in layers)
     zeros = 1 - sum(layer["nonzeros"] for layer in layers) / weights
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers}))
-    return (
+    return [
         f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so that a lower "
-        "sparsity does nothing: prune the dense model to change method or pattern",
-    )
+        "sparsity does nothing: prune the dense model to change method or pattern"
+    ]
 
 
 def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> list[str]:

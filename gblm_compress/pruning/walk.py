@@ -1,18 +1,14 @@
 """The walk over a model that prunes it: backward once for the gradients, then forward, block by block.
 
-    gradients of the dense model ─┐
-    for each block:               ├─► score ─► mask ─► zeros, fit ─► the block's output feeds the next
-      statistics of the block  ───┘
-    all survivors at once: distillation, if asked for
-
-The walk is the same for a model in memory or on disk (`weights`), on one process or several (`ranks`), from the start
-or resumed (`run_folder`).
+gradients of the dense model ─┐
+for each block:               ├─► score ─► mask ─► zeros, fit ─► the block's output feeds the next
+  statistics of the block  ───┘
+all survivors at once: distillation, if asked for
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.attention import chunked_attention
@@ -49,8 +45,6 @@ class LeftDense:
 
 @dataclass(frozen=True)
 class Walked:
-    """The result of a walk."""
-
     plan: Plan
     layers: dict[str, LayerResult]
     left_dense: dict[str, LeftDense]  # all other linear weights of the model
@@ -60,28 +54,27 @@ class Walked:
 
 @dataclass(frozen=True)
 class Walk:
-    """One pruning of one model."""
-
     plan: Plan
     weights: Weights  # of the dense model
     run: RunFolder  # finished work, which is not done again
     pool: StatePool  # of hidden states
     progress: Progress
+    calls: BlockCalls | None = None  # where the settings need text
 
     def prune_(self) -> Walked:
         """Prune every block and leave it finished in the run folder. A model in memory is pruned in place."""
         settings, model, blocks = self.plan.settings, self.weights.model, len(self.weights.blocks)
         layers = prunable_layers(model, settings.ignore)
-        if settings.grid is not None:
+        if settings.grid is not None:  # before the minutes of calibration begin
             self._check_scales(layers)
         with chunked_attention():
             if settings.needs_text:
                 weights, calls = calls_of(self.weights, self.plan.task, self.plan.samples)
-                results = replace(self, weights=weights)._with(calls, by_block(weights, layers))
+                results = replace(self, weights=weights, calls=calls)._blocks_(by_block(weights, layers))
             else:
                 with self.weights.outer():  # is read and so checked, like the blocks
                     pass
-                results = self._with(None, layers)
+                results = self._blocks_(layers)
         budgets = self.run.record.budgets or {}
         dense = {name for name, budget in budgets.items() if budget.pattern.name == DENSE}
         reasons = dict.fromkeys(dense, "left dense by an exception or the allocation")
@@ -93,56 +86,51 @@ class Walk:
         return Walked(self.plan, results, left_dense, frozenset(dense), whole=len(self.run.record.blocks) < blocks)
 
     def _check_scales(self, layers: Layers) -> None:
-        """Before the minutes of calibration begin."""
         for index, block in enumerate(layers):
             with self.weights.block(index):
                 for name, layer in block.items():
                     weight = weight_matrix(layer).detach().float()
                     check_scales(name, scales_of(weight, self.plan.settings.columns_of_a_scale))
 
-    def _with(self, calls: BlockCalls | None, layers: Layers) -> dict[str, LayerResult]:
+    def _blocks_(self, layers: Layers) -> dict[str, LayerResult]:
         plan, run = self.plan, self.run
         if plan.settings.needs_gradients:
-            assert calls is not None
-            measuring = GradientPass(self.weights, calls, self.pool, plan.ranks, self.progress)
+            assert self.calls is not None
+            measuring = GradientPass(self.weights, self.calls, self.pool, plan.ranks, self.progress)
             wanted = {i: block for i, block in enumerate(layers) if block and not run.has_gradients(i)}
             for block, norms in measuring.norms(wanted, plan.settings.gradient_norm, plan.placement.by_sample):
                 run.save_gradients(block, norms)
         budgets = run.record.budgets
         if budgets is None:
-            budgets = self._budgets(calls, layers)
-            run.decide(budgets)
+            budgets = run.record.budgets = self._budgets(layers)
+            run.write()
         layers = [
             {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in layers
         ]
         predictions = []
         if plan.settings.fits_model and not run.is_distilled:
             predictions = dense_predictions(self.weights.model, plan.task, plan.samples, self.progress)
-        self._prune_blocks_(calls, layers, budgets)
+        self._prune_blocks_(layers, budgets)
         if predictions:
             pruned = [{name: layer for name, layer in block.items() if name in run.results} for block in layers]
             self._distil_(pruned, predictions)
         return run.results
 
-    def _budgets(self, calls: BlockCalls | None, layers: Layers) -> dict[str, Budget]:
-        """The budget of each layer, spread by the allocation."""
+    def _budgets(self, layers: Layers) -> dict[str, Budget]:
         settings, uniform = self.plan.settings, self.plan.budgets
         free = [{name: layer for name, layer in block.items() if not settings.is_exception(name)} for block in layers]
         if not any(free):
             return uniform
-        blocks = self._dense_blocks(calls, free)
-        densities = settings.allocates.densities(blocks, 1 - settings.uniform_budget.sparsity)
+        densities = settings.allocates.densities(self._dense_blocks(free), 1 - settings.uniform_budget.sparsity)
         if not densities:
             return uniform
         sizes = {name: weight_matrix(layer).numel() for block in free for name, layer in block.items()}
         return uniform | spread({name: uniform[name] for name in sizes}, sizes, densities)
 
-    def _dense_blocks(self, calls: BlockCalls | None, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
+    def _dense_blocks(self, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
         """Every block of the dense model, with the statistics that the allocation needs."""
-        allocation, replay = self.plan.settings.allocates, None
-        if allocation.needs & Need.BLOCKS:
-            assert calls is not None
-            replay = self._replay(calls)
+        allocation = self.plan.settings.allocates
+        replay = self._replay() if allocation.needs & Need.BLOCKS else None
         what = f"allocation ({self.plan.settings.allocation})"
         for index in self.progress.track(range(len(layers)), what, "blocks"):
             with self.weights.block(index):
@@ -158,25 +146,24 @@ class Walk:
     def _gradients(self, index: int) -> dict[str, Tensor]:
         return {name: norms.to(self.pool.device) for name, norms in self.run.gradients(index).items()}
 
-    def _replay(self, calls: BlockCalls) -> BlockReplay:
-        return BlockReplay(calls, self.weights, self.pool, self.plan.ranks)
+    def _replay(self) -> BlockReplay:
+        assert self.calls is not None
+        return BlockReplay(self.calls, self.weights, self.pool, self.plan.ranks)
 
-    def _prune_blocks_(self, calls: BlockCalls | None, layers: Layers, budgets: dict[str, Budget]) -> None:
+    def _prune_blocks_(self, layers: Layers, budgets: dict[str, Budget]) -> None:
         settings, run = self.plan.settings, self.run
-        replay = dense = None
-        if settings.needs_blocks:
-            assert calls is not None
-            replay = self._replay(calls)
-            dense = self._replay(calls) if settings.fits_blocks else None
+        replay = self._replay() if settings.needs_blocks else None
+        dense = self._replay() if settings.fits_blocks else None
         # The input of a block is needed as long as a block from there on is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
-        tokens = calls.tokens if calls else 0
+        tokens = self.calls.tokens if self.calls else 0
         for index in self.progress.track(range(len(layers)), f"pruning ({settings.method})", "blocks", tokens=tokens):
             with self.weights.block(index):
                 if dense and index <= last:
                     dense.advance(index)
                 if run.has_finished(index):
-                    _overlay_(layers[index], run.finished(index))
+                    for name, weight in run.finished(index).items():
+                        layers[index][name].get_parameter("weight").data.copy_(weight)
                 else:
                     block = replay.block(index) if replay else None
                     target = Target(dense.hidden, self.plan.products) if dense else None
@@ -202,9 +189,3 @@ class Walk:
 
 def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {name: layer.get_parameter("weight").detach() for name, layer in layers.items()}
-
-
-@torch.no_grad()
-def _overlay_(layers: dict[str, nn.Module], finished: dict[str, Tensor]) -> None:
-    for name, weight in finished.items():
-        layers[name].get_parameter("weight").copy_(weight)

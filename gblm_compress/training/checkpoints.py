@@ -1,7 +1,7 @@
 """Unfinished work, in a hidden folder beside its output until that is whole; and the checkpoints of a training.
 
 .OUTPUT.recovery/
-    run.json                 identity, hashes of the files; step, curve and best look of the latest checkpoint
+    run.json                 identity, hashes of the files; progress at the latest checkpoint
     state-120.0.safetensors  weights and Adam's state after step 120, of the tensors that process 0 owns
     best-3.0.safetensors     weights at look 3, the best so far
     states/                  the dense model's predictions, if memory is short
@@ -16,10 +16,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor
 
+from gblm_compress import __version__
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import GblmError, OutputError, RankError, UsageError, is_out_of_memory
 from gblm_compress.models.checkpoint import read_tensors, save_durably
@@ -33,12 +35,10 @@ CANNOT = ", so that the interrupted run cannot be resumed"
 
 
 class Record(BaseModel):
-    """The content of `run.json`: everything that decides the result, and {name: SHA-256} of finished files."""
-
     model_config = ConfigDict(extra="forbid")
 
-    identity: dict[str, Any]
-    files: dict[str, str] = {}
+    identity: dict[str, Any]  # everything that decides the result
+    files: dict[str, str] = {}  # SHA-256 of finished files
 
 
 Kind = TypeVar("Kind", bound=Record)
@@ -47,20 +47,13 @@ Kind = TypeVar("Kind", bound=Record)
 class Work(Generic[Kind]):
     """The folder of unfinished work. A file counts as soon as the record, which the first process writes, has its hash.
 
-    Attributes:
-        states: an empty folder for hidden states, which are worthless after an interruption.
-        resumed: whether it continues an interrupted run.
-        damaged: files that were changed since, if the others are of use without them.
-        dropped: why unfinished work that was found is not continued, if it is not.
-
     Args:
         new: the record at the start.
         names: of the files, as a regular expression.
         resume: continue an interrupted run, or with False remove its work. None: continue if the identity is the same.
 
     Raises:
-        UsageError: the folder belongs to a run with another identity, cannot be read, or is not of a run at all; or the
-            processes differ in their identity.
+        UsageError: the folder is not of this run, or cannot be read; or the processes differ in their identity.
         OutputError: the folder cannot be written.
     """
 
@@ -68,10 +61,11 @@ class Work(Generic[Kind]):
 
     def __init__(self, folder: Path, new: Kind, names: str, resume: bool | None, ranks: Ranks) -> None:
         self.folder, self.ranks = folder, ranks
+        new.identity |= {"processes": ranks.size, "threads": torch.get_num_threads(), "version": __version__}
         ranks.check_same({name: value for name, value in new.identity.items() if name != "threads"})
-        self.states = folder / "states" / str(ranks.rank)
-        self.damaged: list[str] = []
-        self.dropped = ""
+        self.states = folder / "states" / str(ranks.rank)  # for hidden states, worthless after an interruption
+        self.damaged: list[str] = []  # files that were changed since, if the others are of use without them
+        self.dropped = ""  # why unfinished work that was found is not continued, if it is not
         known = self._read(new, names, resume)
         self.resumed = known is not None
         # The record is read once, and then tracked in memory: later the first process may be ahead of the others.
@@ -98,7 +92,7 @@ class Work(Generic[Kind]):
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def write(self) -> None:
-        """Write the record; the other processes wait."""
+        """The other processes wait."""
         if self.ranks.is_first:
             records.write_sealed(self.folder / RECORD, self.record.model_dump(mode="json"))
         self.ranks.wait()
@@ -163,7 +157,9 @@ class Work(Generic[Kind]):
             changed = [key for key in now if was.get(key) != now[key]]
             again = "give the same command as then"
             if "threads" in changed and "threads" in was:  # sums differ in their last bits
-                again += f", with {_threads_variables()}={was['threads']} (torch uses {now['threads']} now)"
+                # MKL_NUM_THREADS outweighs the other.
+                variables = "OMP_NUM_THREADS" + " and MKL_NUM_THREADS" * ("MKL_NUM_THREADS" in os.environ)
+                again += f", with {variables}={was['threads']} (torch uses {now['threads']} now)"
             fault = f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or was)}"
             return self._drop(resume, fault, f"{again}, or ")
         self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]
@@ -187,20 +183,12 @@ class Work(Generic[Kind]):
             return False
 
 
-def _threads_variables() -> str:
-    """The environment variables that decide torch's number of threads: the second outweighs the first."""
-    return "OMP_NUM_THREADS" + (" and MKL_NUM_THREADS" if "MKL_NUM_THREADS" in os.environ else "")
-
-
 class TrainingRecord(Record):
     progress: Progressed | None = None  # at the latest checkpoint
 
 
 class Checkpoints(Work[TrainingRecord], Store):
-    """The checkpoints of one training, which ends with the same bits if it is resumed.
-
-    Every process writes its own tensors.
-    """
+    """The checkpoints of one training, to which every process writes its own tensors."""
 
     def __init__(self, output: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         folder, new = output.with_name(f".{output.name}.recovery"), TrainingRecord(identity=identity)
@@ -213,7 +201,7 @@ class Checkpoints(Work[TrainingRecord], Store):
     def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
         """This process's part of the latest checkpoint."""
         latest = self.latest
-        return None if latest is None else (latest, self._tensors("state", latest.step))
+        return None if latest is None else (latest, read_tensors(self._file("state", latest.step)))
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint, then remove the previous one."""
@@ -235,13 +223,10 @@ class Checkpoints(Work[TrainingRecord], Store):
         self.ranks.wait()
 
     def best(self, look: int) -> dict[str, Tensor]:
-        return self._tensors("best", look)
+        return read_tensors(self._file("best", look))
 
     def _file(self, kind: str, number: int, rank: int | None = None) -> Path:
         return self.folder / f"{kind}-{number}.{self.ranks.rank if rank is None else rank}.safetensors"
-
-    def _tensors(self, kind: str, number: int) -> dict[str, Tensor]:
-        return read_tensors(self._file(kind, number))
 
     def _remove_others(self) -> None:
         """Remove this process's files that the latest checkpoint does not need."""

@@ -56,10 +56,8 @@ class How:
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ‖output − target‖² / ‖target‖²; both [..., tokens, hidden size], in float32.
-
-    The next block normalises every token. In a plain mean of squares a few tokens with huge activations would dominate.
-    """
+    """Mean over tokens of ‖output − target‖² / ‖target‖²; both [..., tokens, hidden size]."""
+    # Every token counts alike, as the next block normalises it.
     output, target = output.float(), target.float()
     scale = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((output - target).square().sum(-1) / scale).mean()
@@ -68,23 +66,15 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 def reconstruct_(
     block: Block,
     layers: Mapping[str, nn.Module],
-    targets: Sequence[Tensor],
+    targets: Sequence[Tensor],  # the dense block's outputs, each [1, length, hidden size]
     how: How,
     grids: Mapping[str, Grid],
-    choose: Callable[[str, Tensor], Tensor] | None = None,
+    choose: Callable[[str, Tensor], Tensor] | None = None,  # (name, values in the stored layout) -> mask
 ) -> dict[str, Grid]:
     """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
 
     In all rounds but the last, pruned weights are trained too, and `choose` finds the next round's mask. The round with
-    the lowest validation error is kept.
-
-    Returns the grids with fitted scales.
-
-    Args:
-        block: its inputs come from the pruned blocks before it.
-        targets: the dense block's outputs, each [1, length, hidden size].
-        grids: {name: grid} of the layers to round.
-        choose: (name, values in the stored layout) -> mask; needed for several rounds.
+    the lowest validation error is kept. Returns `grids`, of the layers to round, with fitted scales.
     """
 
     def loss(indices: Sequence[int]) -> Tensor:
@@ -123,15 +113,9 @@ def distil_(
     ranks: Ranks,
     progress: Progress,
 ) -> dict[str, Grid]:
-    """Fit the surviving weights of all layers of a model by Adam, in place, to the dense model's predictions.
-
-    Returns the grids with fitted scales.
-    """
+    """Fit the surviving weights of all layers by Adam, in place; returns `grids` with fitted scales."""
     plan = how.plan(ranks.total(len(loss.samples)), "the fit of the whole model", ranks)
-    with (
-        _wide(layers, how.compute),
-        progress.counter("distilling", "steps", len(plan.steps)) as advance,
-    ):
+    with _wide(layers, how.compute), progress.counter("distilling", "steps", len(plan.steps)) as advance:
         weights = Weights(layers, grids, ranks=ranks)
         Trainer(loss.model, weights, loss, plan).run(advance)
         return weights.finish()

@@ -17,9 +17,7 @@ from gblm_compress.tasks.task import Sample, Task
 
 @torch.no_grad()
 def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
-    """The judged output of the dense model. For a language model: the head's input [1, tokens, hidden size], which is
-    far smaller than the logits.
-    """
+    """The judged output of the dense model; with a head, its input [1, tokens, hidden size]: far less than logits."""
     head = head_and_embedding(model)[0]
     if head is None:
         return task.judged(getattr(model(**task.arguments(sample)), task.output), sample)
@@ -40,23 +38,16 @@ def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progres
 
 
 class Teacher:
-    """The dense model during a training.
-
-    Args:
-        model: in eval mode, with a head.
-        asked: the windows that will be asked for, by number.
-        compute: dtype of products.
-        pool: where predictions are kept; None to keep none.
-    """
+    """The dense model, with a head, during a training."""
 
     def __init__(
         self,
         model: nn.Module,
         task: Task,
         samples: Sequence[Sample],
-        asked: Iterable[int],
-        compute: str,
-        pool: StatePool | None,
+        asked: Iterable[int],  # numbers of the samples that will be asked for
+        compute: str,  # dtype of products
+        pool: StatePool | None,  # None to keep no predictions
     ) -> None:
         self._model, self._task, self._samples, self._compute = model, task, samples, compute
         self._places = {index: place for place, index in enumerate(sorted(asked))}
@@ -78,22 +69,16 @@ class Teacher:
 
 
 class Imitation:
-    """The loss of a pruned model, with the dense model's head, towards the dense model's predictions.
-
-    Args:
-        dense: numbers of samples -> their `prediction`, concatenated.
-        compute: dtype of products, float32 or bfloat16.
-        text_weight: share of `Task.loss`; the rest is `Task.divergence`.
-    """
+    """The loss of a pruned model, with the dense model's head, towards the dense model's predictions."""
 
     def __init__(
         self,
         model: nn.Module,
         task: Task,
         samples: Sequence[Sample],
-        dense: Callable[[Sequence[int]], Tensor],
-        compute: str,
-        text_weight: float = 0.0,
+        dense: Callable[[Sequence[int]], Tensor],  # numbers of samples -> their `prediction`, concatenated
+        compute: str,  # dtype of products
+        text_weight: float = 0.0,  # share of `Task.loss`; the rest is `Task.divergence`
     ) -> None:
         self.model, self.samples, self._task, self._dense = model, samples, task, dense
         self._compute, self._text_weight = compute, text_weight
@@ -141,7 +126,7 @@ class Imitation:
 
     @torch.no_grad()
     def _ends_with(self, head: nn.Module) -> bool:
-        """Whether nothing, such as a scale or a cap, follows the head."""
+        """Whether no scale or cap follows the head."""
         found: list[Tensor] = []
         sample = {name: tensor[:, :1] for name, tensor in self.samples[0].items()}
         with (

@@ -12,12 +12,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from gblm_compress import __version__, errors
+from gblm_compress import errors
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks, faster_dtype
-from gblm_compress.calibration.weights import StatePool, verify_by_loading
+from gblm_compress.calibration.weights import StatePool, verify
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine import cost
 from gblm_compress.machine.memory import free_memory, freed_memory_kept, peak_memory
@@ -51,25 +51,15 @@ RATE, RATE_AFTER_A_FIT = 0.002, 0.0007  # after a fit smaller steps are better: 
 
 @dataclass(frozen=True)
 class RecoverResult:
-    """The outcome of a recovery.
-
-    Attributes:
-        best: number of the look in `curve` whose weights were kept.
-        passes: how often a window was read, on average.
-        overlap: {text of `disjoint_from`: share of its 13-grams that the data holds}.
-        trained: number of trained weights.
-        seconds: of all runs.
-    """
-
     folder: str
     rate: float
     tokens: int
-    best: int
+    best: int  # number of the look in `curve` whose weights were kept
     curve: tuple[Look, ...]
-    passes: float
-    overlap: dict[str, float]
-    trained: int
-    seconds: float
+    passes: float  # how often a window was read, on average
+    overlap: dict[str, float]  # {text of `disjoint_from`: share of its 13-grams that the data holds}
+    trained: int  # weights
+    seconds: float  # of all runs
     peak_memory_bytes: int = 0
 
     @property
@@ -108,11 +98,8 @@ def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
 
 
 def bytes_a_weight(compute: torch.dtype, density: float, processes: int) -> float:
-    """Memory of a pruned weight on one process, without the dense model's.
-
-    Every process has the network's value (2 or 4 bytes), and of a survivor its column (2) and gradient (4). The masters
-    (4) and Adam's moments (8) are divided among processes.
-    """
+    """Memory of a pruned weight on one process, without the dense model's."""
+    # Of a survivor every process has the column (2) and gradient (4). They divide masters (4) and Adam's moments (8).
     return compute.itemsize + density * (2 + 4 + (4 + 8) / processes)
 
 
@@ -134,10 +121,7 @@ def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSe
 
 
 def recover(what: "Recovery", progress: Progress, resume: bool | None = False) -> RecoverResult:
-    """Train, write and verify a new folder; `resume` as for `Work`.
-
-    All faults of the input are raised at once, before a model is loaded; the zeros of the pruned folder are checked.
-    """
+    """Train, write and verify a new folder; `resume` as for `Work`."""
     inputs = [what.source.folder, what.teacher.folder, *files_of(*what.settings.datasets)]
     with outputs.reserved(what.output, what.force, inputs, ranks.is_first_started()):
         check_kind(what.source)
@@ -155,7 +139,7 @@ def recover(what: "Recovery", progress: Progress, resume: bool | None = False) -
 
 @dataclass(frozen=True)
 class Recovery:
-    """What `recover` does: train `source`, a pruned folder, towards `teacher`; `force` replaces an existing output."""
+    """Train `source`, a pruned folder, towards `teacher`."""
 
     source: ModelSource
     teacher: ModelSource
@@ -175,7 +159,7 @@ class Recovery:
         }
 
     def run(self, resume: bool | None, progress: Progress) -> RecoverResult:
-        """The part of this process, with rate and device chosen."""
+        """The part of this process; rate and device are chosen."""
         start, settings, group = time.monotonic(), self.settings, self.group
         if settings.batch < group.size:
             raise UsageError(
@@ -185,7 +169,12 @@ class Recovery:
         task, processor = loading.task_of(self.source), loading.load_processor(self.source)
         room = free_memory(self.device) // (ranks.processes_here() if self.device == "cpu" else 1)
         windows = windows_of(Author(self.teacher, self.device, room, group, progress), processor, settings)
-        identity = self._identity(windows, compute)
+        identity = self.given | {
+            "compute": compute,
+            "text": fingerprint(windows.samples),
+            "held_out": windows.held_out,
+            "device": self.device.partition(":")[0],
+        }
         store = Checkpoints(self.output, identity, resume, group)
         before = store.latest or Progressed()
         if not progress.quiet:
@@ -220,7 +209,7 @@ class Recovery:
             trained = group.total(weights.count)
             if group.is_first:
                 progress.say("saving …")
-                known = {key: identity[key] for key in ("settings", "text", "threads")}
+                known = {key: store.record.identity[key] for key in ("settings", "text", "threads")}
                 curve = [asdict(look) for look in state.curve]
                 known |= {"overlap": windows.overlap, "curve": curve, "best": state.best}
                 self._save(student, weights, fitted, processor, known)
@@ -247,17 +236,6 @@ class Recovery:
         memory = memory_needed(self.source, self.teacher, settings, compute)
         tokens = cost.fewer(trained, seconds)
         return cost.sentence(seconds, memory, f"--tokens {tokens}", seconds * tokens / max(1, trained))
-
-    def _identity(self, windows: Windows, compute: str) -> dict[str, Any]:
-        return self.given | {
-            "compute": compute,
-            "text": fingerprint(windows.samples),
-            "held_out": windows.held_out,
-            "device": self.device.partition(":")[0],
-            "processes": self.group.size,
-            "threads": torch.get_num_threads(),
-            "version": __version__,
-        }
 
     def _plan(self, windows: Windows) -> Plan:
         settings = self.settings
@@ -300,7 +278,6 @@ class Recovery:
         return weights
 
     def _save(self, student: Any, weights: Weights, on: dict[str, Grid], processor: Any, known: dict[str, Any]) -> None:
-        """Write the folder, and verify pattern, manifest and what transformers loads."""
         source = self.source
         checkpoint = Checkpoint(source.folder, student)
 
@@ -322,9 +299,7 @@ class Recovery:
                 "recovery": known,
             }
             manifest.write(temporary, source, content)
-            whole = ModelSource(str(self.output), temporary)
-            grids.verify(whole)
-            verify_by_loading(whole, nonzeros)
+            verify(ModelSource(str(self.output), temporary))
 
 
 def _check_models(what: Recovery) -> None:

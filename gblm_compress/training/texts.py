@@ -24,12 +24,12 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Windows:
-    """All windows; the held-out ones and those of each step, by number; {text: share of 13-grams in common}."""
+    """All windows, and the numbers of those that are held out and of those of each step."""
 
     samples: list[Sample]
     held_out: list[int]
     steps: list[list[int]]
-    overlap: dict[str, float]
+    overlap: dict[str, float]  # {text: share of its 13-grams that the windows hold}
 
     @property
     def used(self) -> set[int]:
@@ -42,10 +42,9 @@ class Windows:
 
 
 def windows_of(author: Author, processor: Any, settings: RecoverSettings) -> Windows:
-    """Each text gives its share of the windows; one that is too short is read again, in another order.
+    """Each text gives its share of the windows; those of a short one are read again, in another order.
 
-    Raises:
-        DataError: a text is too short, or overlaps too much with `disjoint_from`.
+    `DataError` if a text has less than two windows, or overlaps too much with `disjoint_from`.
     """
     length, needed = settings.sequence_length, settings.steps * settings.batch
     total = sum(source.weight for source in settings.data)

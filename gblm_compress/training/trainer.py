@@ -20,50 +20,36 @@ CHECKPOINT_SECONDS = 600.0
 class Plan:
     """The samples, by number, and the hyperparameters.
 
-    Attributes:
-        rate: peak learning rate, relative to the root mean square of a tensor's values. Linear warm-up over the first
-            tenth of the steps, then cosine decay.
-        look_every: steps between two measurements of the validation loss ("looks").
-        patience: stop after this many looks without improvement.
-        together: samples in a forward pass.
-        own: the samples that this process has, numbered from 0 for `loss`. None: it has all, and takes a share of each
-            step.
-        largest_norm: gradients are clipped to this norm, over all tensors.
-        tokens: in a step.
-        name: of the training, for messages.
-        advice: what to do where it leaves the range of its numbers.
+    `rate` is the peak learning rate, relative to the root mean square of a tensor's values. Linear warm-up over the
+    first tenth of the steps, then cosine decay.
     """
 
     steps: Sequence[Sequence[int]]
     held_out: Sequence[int]
     rate: float
-    look_every: int
-    patience: int
-    together: int = 1
-    own: Sequence[int] | None = None
-    largest_norm: float = math.inf
-    tokens: int = 0
+    look_every: int  # steps between two measurements of the validation loss ("looks")
+    patience: int  # looks without improvement that end the training
+    together: int = 1  # samples in a forward pass
+    own: Sequence[int] | None = None  # samples of this process, numbered from 0 for `loss`; None: a share of each step
+    largest_norm: float = math.inf  # that gradients are clipped to, over all tensors
+    tokens: int = 0  # in a step
     name: str = "training"
-    advice: str = "give a smaller --rate"
+    advice: str = "give a smaller --rate"  # if the loss is not finite
 
 
 @dataclass(frozen=True)
 class Look:
-    """Validation loss after `tokens`; `loss` is the mean training loss since the previous look, None at the start."""
-
     tokens: int
-    loss: float | None
-    held_out: float
+    loss: float | None  # mean training loss since the look before; None at the start
+    held_out: float  # validation loss
 
 
 @dataclass
 class Progressed:
-    """Progress of a training: steps done, all looks, number of the best, training losses since the last, seconds."""
-
     step: int = 0
     curve: list[Look] = field(default_factory=list)
-    best: int = 0
-    since: list[float] = field(default_factory=list)
+    best: int = 0  # place in the curve
+    since: list[float] = field(default_factory=list)  # training losses since the last look
     seconds: float = 0.0
 
 
@@ -86,7 +72,7 @@ class Store:
 class Trainer:
     """One training of a network in eval mode. `loss` takes numbers of samples and returns their mean.
 
-    A loss that is NaN or infinite raises ModelError, whether it comes from the model or from the training.
+    `ModelError` if it is NaN or infinite.
     """
 
     def __init__(
@@ -115,9 +101,7 @@ class Trainer:
     ) -> Progressed:
         """Train until the end or early stopping, then restore the best weights into the masters.
 
-        Args:
-            step_done: called after each step.
-            looked: called with each look but the first.
+        `step_done` is called after each step, `looked` with each look but the first.
         """
         plan, weights = self._plan, self._weights
         state, tensors = self._store.load() or (Progressed(), None)
@@ -169,15 +153,13 @@ class Trainer:
 
     @torch.no_grad()
     def _look(self, state: Progressed) -> Look:
-        plan, total = self._plan, 0.0
+        plan = self._plan
+        total = torch.zeros((), dtype=torch.float64, device=self._weights.device)
         for some in self._own(plan.held_out):
             total += float(self._loss(some)) * len(some)
-        if self._ranks.size > 1:
-            everywhere = torch.tensor(total, dtype=torch.float64, device=self._weights.device)
-            self._ranks.sum_([everywhere])
-            total = float(everywhere)
+        self._ranks.sum_([total])
         loss = sum(state.since) / len(state.since) if state.since else None
-        look = Look(state.step * plan.tokens, loss, self._finite(total / len(plan.held_out), state))
+        look = Look(state.step * plan.tokens, loss, self._finite(float(total) / len(plan.held_out), state))
         state.curve.append(look)
         state.since = []
         if len(state.curve) == 1 or look.held_out < state.curve[state.best].held_out:

@@ -14,21 +14,18 @@ from gblm_compress.methods.quantisation import Grid, rounded, straight_through
 from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, weight_matrix
 
-SCALE_RATE = 0.1
-"""Learning rate of a scale relative to a weight's: a scale moves a whole group."""
+SCALE_RATE = 0.1  # learning rate of a scale, relative to that of a weight: a scale moves a whole group
 
 
 class Survivors(nn.Module):
-    """Parametrisation of a sparse tensor by its surviving values [survivors], in row order.
-
-    Column indices take as many bytes as a mask at half density, and are several times as fast on a CPU.
-    """
+    """Parametrisation of a sparse tensor by its surviving values [survivors], in row order."""
 
     def __init__(self, alive: Tensor) -> None:
         super().__init__()
         self._shape = alive.shape
         rows = alive.flatten(0, -2)
         narrow = rows.shape[1] <= torch.iinfo(torch.int16).max
+        # At half density as many bytes as a mask, and several times as fast on a CPU.
         self._columns = rows.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32)
         self._counts = rows.sum(1)
         lengths = torch.unique(self._counts).tolist()
@@ -51,9 +48,7 @@ class Survivors(nn.Module):
 class OnGrid(nn.Module):
     """Parametrisation of a weight on a grid by unrounded values, and by factors [rows, groups] of the grid's scales.
 
-    Args:
-        factors: 1 if None.
-        as_matrix: turns the stored layout into [out_features, in_features], and back.
+    `as_matrix` turns the stored layout into [out_features, in_features], and back.
     """
 
     def __init__(self, grid: Grid, factors: Tensor | None, as_matrix: Callable[[Tensor], Tensor]) -> None:
@@ -73,13 +68,10 @@ class OnGrid(nn.Module):
 
 
 class Master(nn.Module):
-    """The float32 master of one tensor.
+    """The float32 master of one tensor, which begins at `start`; all values are trained if `survivors` is None.
 
-    Args:
-        start: values in the stored layout.
-        survivors: None to train every value.
-        keep: the mask, if pruned weights gather steps while the network sees zeros (straight-through estimator of
-            SR-STE, arXiv 2102.04010).
+    With the mask `keep`, pruned weights gather steps while the network sees zeros (straight-through estimator of
+    SR-STE, arXiv 2102.04010).
     """
 
     weight: Tensor
@@ -116,7 +108,7 @@ class Master(nn.Module):
 
     @torch.no_grad()
     def settle_(self) -> None:
-        """After a step: gather the steps of pruned weights, and set these to zero."""
+        """Gather the last step of pruned weights, and set these to zero."""
         if self.gathered is not None and self._keep is not None:
             self.gathered.add_(self.trained * ~self._keep)
             self.trained.mul_(self._keep)
@@ -125,25 +117,18 @@ class Master(nn.Module):
 class Weights:
     """The trained tensors of a network: its `parameters`, and the `masters` of this process.
 
-    Each tensor has an owner among the processes, which keeps its master and Adam's state. Gradients are summed to the
-    owner, and the owner sends the new values to all (ZeRO stage 1, arXiv 1910.02054).
-
-    Args:
-        layers: {name of the weight: pruned layer}; their zeros stay.
-        grids: {name of the weight: grid}.
-        others: dense parameters to train.
-        start: {name of the weight: `Master.values`, factors of the scales}, if not the layer's own.
-        revive: let pruned weights gather steps, see `Master`.
+    The owner of a tensor among the processes keeps its master and Adam's state, gets the sum of all gradients, and
+    sends the new values to all (ZeRO stage 1, arXiv 1910.02054).
     """
 
     def __init__(
         self,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, nn.Module],  # by the name of the weight; their zeros stay
         grids: Mapping[str, Grid],
-        others: Mapping[str, nn.Parameter] | None = None,
+        others: Mapping[str, nn.Parameter] | None = None,  # dense parameters to train
         *,
-        start: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
-        revive: bool = False,
+        start: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,  # `Master.values`, factors of the scales
+        revive: bool = False,  # let pruned weights gather steps, see `Master`
         ranks: Ranks | None = None,
     ) -> None:
         self.layers, self.ranks = layers, ranks or Ranks()
@@ -235,7 +220,7 @@ class Weights:
             one.copy_(state[name])
 
     def _sent(self, name: str, on: OnGrid) -> OnGrid:
-        """With its owner's factors."""
+        """The grid with its owner's factors."""
         self.ranks.send_(on.factors.detach(), self._owner[name])
         return on
 
