@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models on disk, a quiet progress, a cache folder of the test run's own."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -17,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gblm_compress import exporters
@@ -27,11 +29,13 @@ from gblm_compress.calibration.weights import ResidentWeights, StatePool
 from gblm_compress.exporters import ExportResult, onnx_fused
 from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.measure.runtimes import Runtime
+from gblm_compress.models.experts import unfused
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, build_tiny, byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import stage
+from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.stage import PruneJob, PruneResult
 from gblm_compress.settings import CalibrationSettings, ComputeSettings, ExportSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS
@@ -161,6 +165,10 @@ def prose(tmp_path: Path) -> Path:
     return path
 
 
+class Killed(BaseException):
+    """Ends a run here and now; nothing in the program catches it."""
+
+
 def prune(
     source: ModelSource,
     output: Path,
@@ -176,6 +184,34 @@ def prune(
     """`stage.prune` of a source to a folder, quiet unless told otherwise; dtype and device are `compute`."""
     job = PruneJob(source, settings, calibration, ComputeSettings(**compute), resources)
     return stage.prune(job, output, progress or Progress(quiet=True), resume=resume, force=force)
+
+
+def prune_(model: nn.Module, samples: list[Sample], **settings: Any) -> dict[str, LayerResult]:
+    """`stage.prune_` of a model and its experts, without a fit unless there is one in the settings: {layer: result}."""
+    with unfused(model):
+        return stage.prune_(model, samples, PruneSettings(**{"fit": "none"} | settings), Progress(quiet=True)).layers
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors in a folder's model.safetensors, in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def flip_a_bit(path: Path) -> None:
+    """Damage the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def edit_json(path: Path, **keys: Any) -> dict[str, Any]:
+    """Change keys of a JSON file; its content."""
+    content = json.loads(path.read_text()) | keys
+    path.write_text(json.dumps(content))
+    return content
 
 
 def export(source: ModelSource, folder: Path, **settings: Any) -> tuple[ExportResult, ModelSource]:

@@ -7,9 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gblm_compress.models.tiny import VOCABULARY, tiny_model
-from gblm_compress.pruning.stage import prune_
-from gblm_compress.settings import PruneSettings
-from tests.conftest import samples
+from tests.conftest import prune_, samples
 from tests.scripts import loaded
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the benchmark reads /proc of Linux")
@@ -29,14 +27,12 @@ def reference():
         ("qwen3", "unstructured", "l2"),
     ],
 )
-def test_pruning_gives_the_masks_of_the_reference(reference, kind, pattern, norm, progress) -> None:
+def test_pruning_gives_the_masks_of_the_reference(reference, kind, pattern, norm) -> None:
     given = samples(6, 48)
     ids = [sample["input_ids"] for sample in given]
     slow, fast = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
     expected = reference.prune_(slow, ids, reference.gradient_norms(slow, ids)[norm], pattern, 100.0)
-    results = prune_(
-        fast, given, PruneSettings(pattern=pattern, gradient_norm=norm, allocation="uniform", fit="none"), progress
-    )
+    results = prune_(fast, given, pattern=pattern, gradient_norm=norm, allocation="uniform")
     assert list(results) == list(expected)
     same = [(fast.get_submodule(name).weight != 0) == mask for name, mask in expected.items()]
     agreement = sum(int(layer.sum()) for layer in same) / sum(layer.numel() for layer in same)

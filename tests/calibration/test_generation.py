@@ -21,7 +21,6 @@ from gblm_compress.settings import (
     PruneSettings,
     RecoverSettings,
 )
-from gblm_compress.storage import outputs
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import fingerprint
 from tests.conftest import prune
@@ -39,10 +38,26 @@ def starts(tmp_path):
     return tmp_path / "starts.txt"
 
 
+def written(progress, model=None, tokenizer=None, **settings) -> list[list[int]]:
+    """The pieces that a model writes, the tiny Llama by default."""
+    settings = GenerateSettings(**SMALL | settings)
+    return write(model or tiny_model("llama"), tokenizer or byte_tokenizer(), settings, progress)
+
+
+@pytest.fixture
+def to_file(tiny, tmp_path, progress):
+    """to_file("out.txt", seed=1): what the tiny Llama writes to that file of the test's own."""
+
+    def make(name: str = "out.txt", source=None, device: str = "cpu", force: bool = False, **settings):
+        return generate(source or tiny("llama"), tmp_path / name, GenerateSettings(**settings), device, progress, force)
+
+    return make
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_with_top_1_the_most_likely_tokens_are_written(kind: str, progress) -> None:
-    model, settings = tiny_model(kind), GenerateSettings(tokens=8, sequence_length=8, top_k=1)
-    ((first, *got),) = write(model, byte_tokenizer(), settings, progress)
+    model = tiny_model(kind)
+    ((first, *got),) = written(progress, model, tokens=8, sequence_length=8, top_k=1)
     ids = torch.tensor([[first]])
     for _ in range(8):
         with torch.no_grad():
@@ -55,7 +70,7 @@ def test_only_tokens_of_text_are_drawn(progress) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|im_start|>"]})
     model = tiny_model("llama")
     model.resize_token_embeddings(264)  # more than the tokenizer has
-    rows = write(model, tokenizer, GenerateSettings(tokens=2000, sequence_length=20, top_k=264), progress)
+    rows = written(progress, model, tokenizer, tokens=5000, batch=100, top_k=264)
     drawn = Counter(token for row in rows for token in row)
     between = tokenizer.get_vocab()["<|endoftext|>"]
     assert {token for token in drawn if token >= END} == {between}
@@ -66,7 +81,7 @@ def test_a_model_that_predicts_no_numbers_is_refused(progress) -> None:
     model = tiny_model("mistral")
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(ModelError, match="predictions are NaN or infinite"):
-        write(model, byte_tokenizer(), GenerateSettings(**SMALL), progress)
+        written(progress, model)
 
 
 def test_texts_end_at_the_token_between_them_and_hold_no_empty_line() -> None:
@@ -76,11 +91,10 @@ def test_texts_end_at_the_token_between_them_and_hold_no_empty_line() -> None:
     assert texts_of(row, tokenizer) == ["One line\nanother", "begins with a space"]
 
 
-def test_the_seed_decides_the_text(tiny, tmp_path, progress) -> None:
+def test_the_seed_decides_the_text(to_file, tmp_path) -> None:
     state, files = torch.random.get_rng_state(), []
     for number, seed in enumerate((1, 1, 2)):
-        settings = GenerateSettings(**SMALL, seed=seed)
-        result = generate(tiny("llama"), tmp_path / f"{number}.txt", settings, device="cpu", progress=progress)
+        result = to_file(f"{number}.txt", **SMALL, seed=seed)
         files.append((tmp_path / f"{number}.txt").read_text())
     assert files[0] == files[1] != files[2] and torch.equal(state, torch.random.get_rng_state())
     assert files[2].count("\n\n") == result.texts and len(files[2].split()) == result.words
@@ -88,65 +102,48 @@ def test_the_seed_decides_the_text(tiny, tmp_path, progress) -> None:
 
 
 def test_batches_begin_with_words_of_the_text_in_turn(progress, starts) -> None:
-    settings = GenerateSettings(tokens=20 * 4 * len(STARTS), sequence_length=20, batch=4, starts=str(starts))
-    rows = write(tiny_model("llama"), byte_tokenizer(), settings, progress)
+    rows = written(progress, tokens=20 * 4 * len(STARTS), starts=str(starts))
     assert [len(row) for row in rows] == [n for length in STARTS for n in [1 + length + 20] * 4]
     for number, row in enumerate(rows[:12]):
         words = byte_tokenizer().decode(row[1 : 1 + STARTS[number // 4]])
         assert words[0].isdigit() and " is where a line begins"[: len(words) - 1] == words[1:]
 
 
-def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, progress, monkeypatch) -> None:
+def test_faults_are_found_together_before_the_model_is_loaded(to_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.models.loading.load_model", None)
-    source, out = tiny("llama"), tmp_path / "out.txt"
-    (tmp_path / "kept.txt").write_text("kept")
-    encoder = families.written(tmp_path / "encoder", "bert")
-    for kind, message, model, output, options in (
-        (UsageError, r"exists; give another file, or --force to replace it", source, tmp_path / "kept.txt", {}),
-        (UsageError, r"ends in \.txt", source, tmp_path / "out.json", {}),
-        (UsageError, "there is no folder", source, tmp_path / "gone" / "out.txt", {}),
-        (UsageError, "for causal language models, and .* is ", encoder, out, {}),
-        (UsageError, "has 512 positions; a piece with its start is 522", source, out, {"sequence_length": 500}),
-        (DataError, "no such file", source, out, {"starts": str(tmp_path / "gone.txt")}),
-    ):
-        with pytest.raises(kind, match=message):
-            generate(model, output, GenerateSettings(**options), device="cpu", progress=progress)
-    wrong = GenerateSettings(sequence_length=500, starts=str(tmp_path / "gone.txt"))
-    with pytest.raises(GblmError) as all_faults:
-        generate(source, out, wrong, device="gpu", progress=progress)
-    for message in ("512 positions", "no such file", "'gpu' is not supported"):
-        assert message in str(all_faults.value)
-    with outputs.TEXT.reserved(out), pytest.raises(UsageError, match="is being written by this command already"):
-        generate(source, out, GenerateSettings(), device="cpu", progress=progress)
-    assert (tmp_path / "kept.txt").read_text() == "kept" and not out.exists()
+    with pytest.raises(UsageError, match="for causal language models, and .* is "):
+        to_file(source=families.written(tmp_path / "encoder", "bert"))
+    with pytest.raises(GblmError) as found:
+        to_file(device="gpu", sequence_length=500, starts=str(tmp_path / "gone.txt"))
+    for message in ("has 512 positions; a piece with its start is 522", "no such file", "'gpu' is not supported"):
+        assert message in str(found.value)
 
 
-def test_a_text_without_long_lines_is_refused(tiny, tmp_path, progress) -> None:
+def test_a_text_without_long_lines_is_refused(tmp_path, progress) -> None:
     (tmp_path / "menu.txt").write_text("Menu\nAbout us\n")
     with pytest.raises(DataError, match="holds no line of 160 characters"):
-        write(tiny_model("llama"), byte_tokenizer(), GenerateSettings(starts=str(tmp_path / "menu.txt")), progress)
+        written(progress, starts=str(tmp_path / "menu.txt"))
 
 
-def test_a_file_that_appears_meanwhile_is_kept(tiny, tmp_path, progress, monkeypatch) -> None:
+def test_a_file_that_appears_meanwhile_is_kept(to_file, tmp_path, monkeypatch) -> None:
     original, out = generation.write, tmp_path / "out.txt"
     monkeypatch.setattr(generation, "write", lambda *given: (out.write_text("mine"), original(*given))[1])
     with pytest.raises(OutputError, match="out.txt' exists; give another file"):
-        generate(tiny("llama"), out, GenerateSettings(**SMALL), device="cpu", progress=progress)
+        to_file(**SMALL)
     assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
     with pytest.raises(UsageError, match="out.txt' is an input of this command"):
-        asked = GenerateSettings(**SMALL, starts=str(out))
-        generate(tiny("llama"), tmp_path / "." / "out.txt", asked, device="cpu", progress=progress, force=True)
+        to_file("./out.txt", force=True, **SMALL, starts=str(out))
 
 
 def test_a_text_shorter_than_a_piece_is_one_piece_of_it(progress) -> None:
-    (row,) = write(tiny_model("llama"), byte_tokenizer(), GenerateSettings(tokens=5, sequence_length=300), progress)
+    (row,) = written(progress, tokens=5, sequence_length=300)
     assert len(row) == 1 + 5
 
 
-def test_a_model_that_writes_nothing_is_an_error_and_no_empty_file(tiny, tmp_path, progress, monkeypatch) -> None:
+def test_a_model_that_writes_nothing_is_an_error_and_no_empty_file(to_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(generation, "write", lambda *_: [[END, END, END]])
     with pytest.raises(ModelError, match="wrote nothing but ends of texts; give --starts"):
-        generate(tiny("llama"), tmp_path / "out.txt", GenerateSettings(**SMALL), device="cpu", progress=progress)
+        to_file(**SMALL)
     assert not list(tmp_path.iterdir())
 
 
@@ -160,18 +157,8 @@ def test_the_batches_of_any_number_of_tokens_are_not_listed(progress, monkeypatc
     counter = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(type(progress), "counter", counter)
     with pytest.raises(KeyboardInterrupt):
-        write(tiny_model("llama"), byte_tokenizer(), GenerateSettings(tokens=10**13, batch=1), progress)
+        written(progress, tokens=10**13, batch=1)
     assert counter.call_args.args[2] > 10**13 - 1
-
-
-def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, progress, monkeypatch) -> None:
-    def broken(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generation, "write", broken)
-    with pytest.raises(KeyboardInterrupt):
-        generate(tiny("llama"), tmp_path / "out.txt", GenerateSettings(**SMALL), device="cpu", progress=progress)
-    assert not list(tmp_path.iterdir())
 
 
 def author(source, room: int = 1 << 30) -> Author:
@@ -220,20 +207,22 @@ def test_a_piece_takes_its_cache_and_its_logits(tiny) -> None:
 
 def test_progress_counts_every_token_of_a_piece_and_the_model_keeps_its_own_settings(capsys, monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.progress.PLAIN_LINE_EVERY_S", 0.0)
-    model, settings = tiny_model("llama"), GenerateSettings(tokens=20, sequence_length=5, batch=2)
+    model = tiny_model("llama")
     before = model.generation_config
-    write(model, byte_tokenizer(), settings, Progress())
+    written(Progress(), model, tokens=20, sequence_length=5, batch=2)
     assert model.generation_config is before
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"writing: {step}/10 steps" for step in range(1, 10)]
 
 
 def test_no_evaluation_start_or_disjoint_text_is_the_models_own() -> None:
-    for settings, key in ((EvaluateSettings, "dataset"), (GenerateSettings, "starts")):
+    for settings, key, value in (
+        (EvaluateSettings, "dataset", "self"),
+        (GenerateSettings, "starts", "self"),
+        (RecoverSettings, "disjoint_from", ("self",)),
+    ):
         with pytest.raises(ValueError, match="'self' is text that the model writes"):
-            settings(**{key: "self"})
-    with pytest.raises(ValueError, match="'self' is text that the model writes"):
-        RecoverSettings(disjoint_from=("self",))
+            settings(**{key: value})
 
 
 def test_models_that_do_not_write_ask_for_data_before_the_work(tmp_path, monkeypatch) -> None:

@@ -14,9 +14,7 @@ from gblm_compress.methods.choices import Statistics
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.stage import prune_
-from gblm_compress.settings import PruneSettings
-from tests.conftest import samples
+from tests.conftest import prune_, samples
 
 
 def ranked(scores: dict[str, torch.Tensor], density: float) -> dict[str, float]:
@@ -28,9 +26,7 @@ def ranked(scores: dict[str, torch.Tensor], density: float) -> dict[str, float]:
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
 def test_global_ranking_is_one_sort_of_all_weights(density: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = {
-        name: scale * torch.rand(40, 50, generator=generator) for name, scale in [("a", 1.0), ("b", 1e-3), ("c", 2.0)]
-    }
+    scores = {str(scale): scale * torch.rand(40, 50, generator=generator) for scale in (1.0, 1e-3, 2.0)}
     everything = sorted(torch.cat([score.flatten() for score in scores.values()]).tolist(), reverse=True)
     threshold = everything[int(density * len(everything)) - 1]
     kept = ranked(scores, density)
@@ -84,33 +80,23 @@ def test_whole_groups_by_hand(deviation, wanted, given, monkeypatch) -> None:
     assert [b.pattern.name for b in after.values()] == given
 
 
-def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
+def test_sensitivity_in_a_model_follows_the_gradients() -> None:
     model, ids = tiny_model("llama"), samples()
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
-    loss = sum(model(**i, labels=i["input_ids"]).loss for i in ids)
-    weights = [layer.weight for layer in layers.values()]
-    gradients = torch.autograd.grad(loss, weights)
-    score = {
-        name: float((weight * gradient).abs().median().detach())
-        for name, weight, gradient in zip(layers, weights, gradients, strict=True)
-    }
-    results = prune_(model, ids, PruneSettings(method="wanda", allocation="sensitivity", fit="none"), progress)
+    sum(model(**i, labels=i["input_ids"]).loss for i in ids).backward()
+    score = {name: float((layer.weight * layer.weight.grad).detach().abs().median()) for name, layer in layers.items()}
+    model.zero_grad()
+    results = prune_(model, ids, method="wanda", allocation="sensitivity")
     density = {name: r.nonzeros / math.prod(r.shape) for name, r in results.items()}
     lowest, highest = min(score, key=score.get), max(score, key=score.get)
     assert density[lowest] < 0.45 and density[highest] > 0.55
 
 
-def test_exceptions_keep_their_budget_and_dense_layers_their_weights(progress, monkeypatch) -> None:
+def test_exceptions_keep_their_budget_and_dense_layers_their_weights(monkeypatch) -> None:
     monkeypatch.setattr(allocation, "DEVIATION", 0.3)
     model, dense = tiny_model("llama"), tiny_model("llama")
-    settings = PruneSettings(
-        method="wanda",
-        pattern="4:8",
-        allocation="sensitivity",
-        overrides=({"layers": "*.down_proj", "pattern": "6:8"}, {"layers": "*.0.self_attn.*", "pattern": "dense"}),
-        fit="none",
-    )
-    results = prune_(model, samples(), settings, progress)
+    overrides = "*.down_proj=6:8", "*.0.self_attn.*=dense"
+    results = prune_(model, samples(), method="wanda", pattern="4:8", allocation="sensitivity", overrides=overrides)
     assert {results[f"model.layers.{i}.mlp.down_proj"].pattern for i in (0, 1)} == {"6:8"}
     assert not [name for name in results if ".0.self_attn." in name]
     assert {results[f"model.layers.1.mlp.{n}"].pattern for n in ("up_proj", "gate_proj")} != {"4:8"}

@@ -19,8 +19,7 @@ from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.saliency import METHODS, Rule
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import planning
-from gblm_compress.pruning.stage import prune_
+from gblm_compress.pruning import planning, stage
 from gblm_compress.settings import REGISTRIES, PruneSettings
 from tests.conftest import samples
 
@@ -77,7 +76,7 @@ def test_an_unknown_name_is_refused_and_never_another_method(kind: str, progress
     with pytest.raises(ValidationError, match=re.escape(f"'{list(REGISTRIES[kind])[-1]}'")):
         PruneSettings(**{kind: "wandb"})
     with pytest.raises(KeyError, match="wandb"):
-        prune_(tiny_model("llama"), samples(), PruneSettings.model_construct(**{kind: "wandb"}), progress)
+        stage.prune_(tiny_model("llama"), samples(), PruneSettings.model_construct(**{kind: "wandb"}), progress)
 
 
 def test_readers_of_a_key_are_told_in_words() -> None:

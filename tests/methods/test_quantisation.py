@@ -111,14 +111,6 @@ def test_rows_without_survivors_stay_zero_and_tiny_scales_above() -> None:
 
 
 @pytest.mark.parametrize("group", [None, 4])
-def test_a_column_has_the_grid_of_its_group(group: int | None) -> None:
-    weight, keep = _matrix(5, 10)
-    grid = make_grid(weight, keep, "int4", group)
-    columns = [rounded(weight[:, j : j + 1], keep[:, j : j + 1], grid.of_column(j)) for j in range(weight.shape[1])]
-    assert torch.equal(torch.cat(columns, 1), rounded(weight, keep, grid))
-
-
-@pytest.mark.parametrize("group", [None, 4])
 def test_gradients_pass_through_rounding_and_scales_get_their_own(group: int | None) -> None:
     """Against the formulas of LSQ, weight by weight: level less w/s within the grid, the outermost level beyond it."""
     weight, keep = _matrix(3, 10)

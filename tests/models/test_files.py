@@ -18,7 +18,7 @@ from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import PruneSettings, ResourceSettings
-from tests.conftest import prune
+from tests.conftest import edit_json, edit_weights, prune
 
 ONE_SHARD = "model-00001-of-00001.safetensors"
 
@@ -58,10 +58,7 @@ NESTED = "[" * 100_000
         ('{"model_type": "x", "text_config": {"n_layers": 99}}', "n_layers is 99, but .* room for 20 at most"),
         ('{"model_type": "mixtral", "num_local_experts": 100000}', "num_local_experts is 100000, .* for 257 at most"),
         ('{"model_type": "llama", "num_labels": 1000000000}', "num_labels is 1000000000, but .* room for 257 at most"),
-        (
-            '{"model_type": "x", "v": {"w": {"num_decoder_layers": 99}}}',
-            "num_decoder_layers is 99, .* for 20 at most",
-        ),
+        ('{"model_type": "x", "v": {"w": {"num_decoder_layers": 99}}}', "num_decoder_layers is 99, .* for 20 at most"),
         ('{"model_type": "llama", "attn_implementation": "flex_attention"}', 'run here with eager, sdpa.*got "flex'),
         ('{"model_type": "llama", "_attn_implementation": "owner/kernel"}', "_attn_implementation.*code.*not run"),
         ('{"model_type": "llama", "attn_implementation": {"text_config": "a/b:c"}}', "attn_implementation.*not run"),
@@ -180,6 +177,9 @@ def test_the_set_of_weights_that_transformers_reads_is_pruned(offload, folder, t
     assert [path.name for path in weight_files(source.folder)] == [ONE_SHARD]
     weight = AutoModelForCausalLM.from_pretrained(source.folder).model.layers[0].mlp.up_proj.weight
     assert float((weight == 0).float().mean()) == 0.5
+    files, size = files_of(folder), bytes_of(folder)
+    shutil.copy(folder / ONE_SHARD, folder / "consolidated.safetensors")  # which transformers does not read
+    assert files_of(folder) == files and bytes_of(folder) == size
     save_file({name: tensor + 1 for name, tensor in wanted.items()}, folder / "model.safetensors", {"format": "pt"})
     assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
     source = pruned(folder, tmp_path / "two", progress, offload=offload)
@@ -188,41 +188,29 @@ def test_the_set_of_weights_that_transformers_reads_is_pruned(offload, folder, t
     assert torch.equal(got, wanted["model.embed_tokens.weight"] + 1)
 
 
-def test_weights_that_transformers_does_not_read_do_not_count(folder) -> None:
-    files = files_of(folder)
-    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    assert bytes_of(folder) == (folder / "model.safetensors").stat().st_size and files_of(folder) == files
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_weights_in_no_dtype_that_is_pruned_are_refused(dtype, folder, tmp_path, progress) -> None:
-    state = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file(state | {name: state[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     with pytest.raises(ModelError, match=f"hold '{name}' in {dtype}, not as floating-point numbers of 16 bits"):
         pruned(folder, tmp_path / "out", progress)
 
 
 def test_what_is_written_must_load(folder, tmp_path, progress, monkeypatch) -> None:
     """A folder that its users cannot load is no result, whatever its tensors are like."""
-    monkeypatch.setattr(
-        grids, "verify", lambda out: (out.folder / "model.safetensors").rename(out.folder / "other.safetensors")
-    )
+    monkeypatch.setattr(grids, "verify", lambda out: (out.folder / "model.safetensors").unlink())
     with pytest.raises(VerificationError, match=r"does not load: .*has no model\.safetensors"):
         pruned(folder, tmp_path / "out", progress)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_adapters_files_and_other_mistakes(folder, progress) -> None:
-    with pytest.raises(ModelError, match=r"is a file; give the folder that holds it"):
-        resolve_model(str(folder / "model.safetensors"), progress)
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
-    with pytest.raises(ModelError, match="LoRA adapter.*merge it into its base model"):
-        resolve_model(str(folder), progress)
-    (folder / "adapter_config.json").unlink()
+def test_adapters_and_pickled_weights(folder) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled weights are never loaded"):
-        resolve_model(str(folder), progress)
+        check_folder(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(ModelError, match="LoRA adapter.*merge it into its base model"):
+        check_folder(folder)
 
 
 def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> None:
@@ -240,8 +228,7 @@ def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> Non
                 assert str(error).count("\n") == 0
             path.rmdir() if spoilt is None else path.unlink()
             path.write_bytes(content)
-    code = {"auto_map": {"AutoModelForCausalLM": "evil--modeling.Evil"}}
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | code))
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil--modeling.Evil"})
     (folder / "modeling.py").write_text("raise SystemExit(99)")
     load_model(resolve_model(str(folder), progress))
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,29 +15,17 @@ from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.files import sha256_of
 from gblm_compress.models.grids import GRIDS, read_grids
 from gblm_compress.models.source import ModelSource
-from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import prune
+from gblm_compress.settings import ExportSettings, PruneSettings
+from tests.conftest import edit_json, edit_weights, flip_a_bit, prune
+from tests.methods.test_fits import points_of
 
 LAYER = "model.layers.0.mlp.up_proj"
 
 
-def pruned(source, output, progress, **settings) -> ModelSource:
-    chosen = PruneSettings(**{"method": "magnitude", "fit": "none"} | settings)
-    prune(source, output, chosen, CalibrationSettings(), progress=progress)
-    return ModelSource("out", output)
-
-
-@pytest.fixture(scope="module")
-def written(tiny, tmp_path_factory) -> Path:
-    """A folder that is 2:4 and in levels of 4 bits."""
-    output = tmp_path_factory.mktemp("grids") / "out"
-    return pruned(tiny("llama"), output, Progress(quiet=True), pattern="2:4", quantise="int4", group=32).folder
-
-
 @pytest.fixture
-def folder(written, tmp_path) -> ModelSource:
-    """A copy of it, to be damaged."""
+def folder(pruned, tmp_path) -> ModelSource:
+    """A folder that is 2:4 and in levels of 4 bits, to be damaged."""
+    written = pruned(pattern="2:4", quantise="int4", group=32).folder
     return ModelSource("out", shutil.copytree(written, tmp_path / "out"))
 
 
@@ -50,36 +37,32 @@ def folder(written, tmp_path) -> ModelSource:
         ("gpt2", "float32", "int4", 128, 16),
     ],
 )
-def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype, tiny, tmp_path, progress) -> None:
+def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype, tiny, tmp_path) -> None:
     source = ModelSource("source", tmp_path / "source")
     loading.load_model(tiny(kind), dtype).save_pretrained(source.folder)
     loading.load_processor(tiny(kind)).save_pretrained(source.folder)
-    written = pruned(source, tmp_path / "out", progress, quantise=bits, group=group)
-    found, state = read_grids(written), load_file(tmp_path / "out" / "model.safetensors")
-    layers = manifest.read(tmp_path / "out")["layers"]
+    prune(source, tmp_path / "out", PruneSettings(method="magnitude", fit="none", quantise=bits, group=group))
+    found, layers = read_grids(ModelSource("out", tmp_path / "out")), manifest.read(tmp_path / "out")["layers"]
     assert found.keys() == layers.keys()
     name, grid = next((name, grid) for name, grid in found.items() if "mlp" in name)
-    stored = state[f"{name}.weight"]
-    assert stored.dtype == getattr(torch, dtype)
+    stored = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"]
     weight = stored.T if layers[name]["transposed"] else stored
+    assert weight.dtype == getattr(torch, dtype) and 0.4 < float((weight != 0).float().mean()) <= 0.5
     assert len(grid.levels) == levels and grid.group == {None: None if bits == "int8" else 64}.get(group, group)
     for row in range(0, len(weight), 17):
         for column in range(weight.shape[1]):
-            scale = grid.scales[row, 0 if grid.group is None else column // grid.group].float()
-            points = (scale * grid.levels.float()).to(weight.dtype)
-            assert weight[row, column] == 0 or weight[row, column] in points
-    assert 0.4 < float((weight != 0).float().mean()) <= 0.5
+            points = torch.tensor([*points_of(grid, row, column), 0.0]).to(weight.dtype)
+            assert weight[row, column] in points
 
 
-def test_manifest_and_card_say_it_and_other_folders_have_none(folder, tiny, tmp_path, progress) -> None:
+def test_manifest_and_card_say_it_and_other_folders_have_none(folder, pruned, tiny, tmp_path, progress) -> None:
     content = manifest.read(folder.folder)
     assert (content["prune"]["quantise"], content["prune"]["group"]) == ("int4", 32)
     assert GRIDS in content["files"]
     card = (folder.folder / "README.md").read_text()
     assert ", int4\n" in card and "| grid of the survivors | int4, a scale for every 32 columns |" in card
-    assert read_grids(tiny("llama")) == {}
-    assert read_grids(pruned(tiny("llama"), tmp_path / "plain", progress)) == {}
-    assert not (tmp_path / "plain" / GRIDS).exists()
+    plain = pruned()
+    assert read_grids(tiny("llama")) == read_grids(plain) == {} and not (plain.folder / GRIDS).exists()
     export(folder, tmp_path / "export", ExportSettings(format="bitmask"), progress=progress)
     assert read_grids(ModelSource("export", tmp_path / "export")) == {}
 
@@ -107,17 +90,12 @@ def swap_zero_and_weight(state) -> None:
         (fill_negative, "holds -0.0"),
         (leave_the_grid, r"row 0, column \d is no point of its grid; the nearest is"),
         (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
-        (
-            lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5].clone()}),
-            r"has the shape \[5, 64\]",
-        ),
+        (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5]}), r"has the shape \[5, 64\]"),
     ],
 )
 def test_damage_is_found_and_named(folder, change, message: str) -> None:
     grids.verify(folder)
-    state = load_file(folder.folder / "model.safetensors")
-    change(state)
-    save_file(state, folder.folder / "model.safetensors", metadata={"format": "pt"})
+    edit_weights(folder.folder, change)
     error = ModelError if "has the shape" in message else VerificationError  # the former before any weight is read
     with pytest.raises(error, match=re.escape(LAYER) + ".*" + message):
         grids.verify(folder)
@@ -127,11 +105,10 @@ def test_shapes_are_those_of_the_manifest(folder) -> None:
     path = folder.folder / manifest.MANIFEST
     content = json.loads(path.read_text())
     content["layers"][LAYER]["shape"] = [1, 1]
-    path.write_text(json.dumps(content))
+    edit_json(path, layers=content["layers"])
     with pytest.raises(ModelError, match=rf"{LAYER}.scales: .* needs .*\[1, 1\]"):
         grids.verify(folder)
-    content |= {"prune": content["prune"] | {"quantise": "none", "group": None}, "grids_sha256": None}
-    path.write_text(json.dumps(content))
+    edit_json(path, prune=content["prune"] | {"quantise": "none", "group": None}, grids_sha256=None)
     with pytest.raises(VerificationError, match=rf"{LAYER}.* shape \[128, 64\], the manifest says \[1, 1\]"):
         grids.verify(folder)
 
@@ -141,9 +118,7 @@ def restated(folder: ModelSource, change, **stated) -> None:
     state = load_file(folder.folder / GRIDS)
     change(state)
     save_file({name: tensor.clone() for name, tensor in state.items()}, folder.folder / GRIDS)
-    path = folder.folder / manifest.MANIFEST
-    content = json.loads(path.read_text()) | {"grids_sha256": sha256_of(folder.folder / GRIDS)} | stated
-    path.write_text(json.dumps(content))
+    edit_json(folder.folder / manifest.MANIFEST, **{"grids_sha256": sha256_of(folder.folder / GRIDS)} | stated)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +149,7 @@ def test_grids_from_anywhere(change, message: str, folder) -> None:
 def test_a_changed_or_missing_file_is_no_grid(folder) -> None:
     path = folder.folder / GRIDS
     content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip_a_bit(path)
     with pytest.raises(ModelError, match="not the file of which the manifest states the hash"):
         read_grids(folder)
     path.write_bytes(content[:-3])

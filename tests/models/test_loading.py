@@ -9,7 +9,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.models import loading
@@ -18,8 +17,7 @@ from gblm_compress.models.loading import choose_device, choose_dtype, load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.settings import PruneSettings, ResourceSettings
-from gblm_compress.tasks.text import vocabulary_of
-from tests.conftest import prune
+from tests.conftest import edit_json, edit_weights, prune
 from tests.families.tiny import tiny_family
 
 
@@ -62,18 +60,14 @@ def test_a_tokenizer_that_is_missing_or_without_its_vocabulary(source) -> None:
         load_processor(source)
 
 
-def test_a_vision_model_without_an_image_processor_is_told_what_it_lacks(tmp_path) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+def test_a_vision_model_without_an_image_processor_is_told_what_it_lacks(source) -> None:
+    edit_json(source.folder / "config.json", model_type="vit", architectures=["ViTForImageClassification"])
     with pytest.raises(ModelError, match="its image processor cannot be loaded"):
-        load_processor(ModelSource("vit", tmp_path))
+        load_processor(source)
 
 
 def test_missing_tensors_are_an_error_not_random_weights(source) -> None:
-    state = load_file(source.folder / "model.safetensors")
-    del state["model.layers.1.mlp.up_proj.weight"]
-    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    edit_weights(source.folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(source)
 
@@ -81,17 +75,11 @@ def test_missing_tensors_are_an_error_not_random_weights(source) -> None:
 BAD = "model.norm.weight"
 
 
-def spoil(source: ModelSource, **config) -> None:
-    path = source.folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-
-
 @pytest.mark.parametrize("name", [BAD, "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_a_weight_that_is_not_finite_is_named_with_its_file(name, source, tmp_path, progress) -> None:
+def test_a_weight_that_is_not_finite_is_named_with_its_file(name, source, tmp_path) -> None:
     """In memory, and on disk where each tensor is read once for each use."""
-    state = load_file(source.folder / "model.safetensors")
-    state[name].view(-1)[1:3] = torch.tensor([float("nan"), float("-inf")])
-    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    bad = torch.tensor([float("nan"), float("-inf")])
+    edit_weights(source.folder, lambda tensors: tensors[name].view(-1)[1:3].copy_(bad))
     message = rf"model\.safetensors': 2 of [\d,]+ values of '{name}' are NaN or infinite; .* fetch the model again"
     with pytest.raises(ModelError, match=message):
         load_model(source)
@@ -101,9 +89,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(name, source, tmp_pa
 
 
 def test_values_beyond_the_range_of_a_dtype_are_no_damage(source) -> None:
-    state = load_file(source.folder / "model.safetensors")
-    state[BAD][0] = 1e6
-    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    edit_weights(source.folder, lambda tensors: tensors[BAD][0].fill_(1e6))
     load_model(source)
     with pytest.raises(ModelError, match=f"{BAD} holds values beyond the range of torch.float16; give --dtype float32"):
         load_model(source, "float16")
@@ -111,9 +97,8 @@ def test_values_beyond_the_range_of_a_dtype_are_no_damage(source) -> None:
 
 def test_masks_with_infinite_values_are_no_weights(tiny, tmp_path) -> None:
     source = ModelSource("m", shutil.copytree(tiny("gpt2").folder, tmp_path / "model"))
-    state = load_file(source.folder / "model.safetensors")
-    state["transformer.h.0.attn.masked_bias"] = torch.tensor(float("-inf"))
-    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    mask = {"transformer.h.0.attn.masked_bias": torch.tensor(float("-inf"))}
+    edit_weights(source.folder, lambda tensors: tensors.update(mask))
     load_model(source)
 
 
@@ -127,7 +112,7 @@ def test_masks_with_infinite_values_are_no_weights(tiny, tmp_path) -> None:
 )
 @pytest.mark.parametrize("load", [load_model, loading.load_skeleton])
 def test_sizes_of_another_model_are_refused_before_memory_is_taken(load, config, message, source) -> None:
-    spoil(source, **config)
+    edit_json(source.folder / "config.json", **config)
     with pytest.raises(ModelError, match=message):
         load(source)
 
@@ -137,26 +122,20 @@ def test_tables_that_are_in_no_file_stay_small(tmp_path) -> None:
     tiny_family("gptj").save_pretrained(tmp_path)
     source = ModelSource("m", tmp_path)
     loading.load_skeleton(source)
-    spoil(source, n_positions=2**31)
+    edit_json(tmp_path / "config.json", n_positions=2**31)
     with pytest.raises(ModelError, match="describes 17,1.* values, and its files hold"):
         loading.load_skeleton(source)
 
 
 @torch.no_grad()
 def test_a_config_does_not_choose_what_a_call_returns(source) -> None:
-    spoil(source, return_dict=False, output_hidden_states=True, output_attentions=True)
+    chosen = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    edit_json(source.folder / "config.json", **chosen)
     model = load_model(source)
     output = model(input_ids=torch.arange(5)[None])
     assert output.logits.shape == (1, 5, 257) and output.hidden_states is output.attentions is None
     model.config.save_pretrained(source.folder)  # as exporters do; no attention but eager gives its weights out
     load_model(source)
-
-
-def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
-    assert vocabulary_of(loading.config_of(tiny("gpt2"))) == 257
-    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert vocabulary_of(loading.config_of(ModelSource("m", tmp_path))) == 99
 
 
 def test_devices_and_dtypes(monkeypatch, tiny) -> None:
@@ -204,11 +183,11 @@ def test_no_more_tokens_than_positions(config, positions, tmp_path) -> None:
 
 @pytest.mark.parametrize("spaced", [False, True])
 def test_a_saved_tokenizer_is_the_same_and_older_clients_read_it(spaced, tmp_path: Path) -> None:
-    texts = ["the hares sat in the grass and the hares ate the clover"] * 9
     learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
     if not spaced:
         learnt.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    learnt.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["?"]))
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["?"])
+    learnt.train_from_iterator(["the hares sat in the grass and the hares ate the clover"] * 9, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=learnt, unk_token="?")
     loading.save_processor(tokenizer, tmp_path)
     stored = (tmp_path / "tokenizer.json").read_text()

@@ -16,19 +16,16 @@ from gblm_compress.models import manifest
 from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
-from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
-from tests.conftest import prune
+from gblm_compress.settings import EvaluateSettings, ExportSettings, PruneSettings
+from tests.conftest import edit_json, prune
 
 LAYER = "model.layers.0.mlp.up_proj"
 SETTINGS = PruneSettings(method="magnitude", pattern="2:4", fit="none")
 
 
 @pytest.fixture(scope="module")
-def written(tiny, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("manifest") / "out"
-    prune(tiny("llama"), output, SETTINGS, CalibrationSettings(), progress=Progress(quiet=True))
-    return output
+def written(pruned) -> Path:
+    return pruned(pattern="2:4").folder
 
 
 @pytest.fixture
@@ -39,10 +36,7 @@ def folder(written, tmp_path) -> Path:
 
 def restated(folder: Path, **changes: Any) -> dict[str, Any]:
     """Change keys of the manifest."""
-    path = folder / manifest.MANIFEST
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(content))
-    return content
+    return edit_json(folder / manifest.MANIFEST, **changes)
 
 
 def test_the_manifest_holds_every_setting(written) -> None:
@@ -65,9 +59,9 @@ def test_an_export_says_where_it_comes_from_and_how_it_is_loaded(written, tiny, 
     assert loaded["model"].config.num_hidden_layers == 2 and loaded["tokenizer"]("a")["input_ids"]
 
 
-def test_what_is_pruned_already_is_said(written, tiny, tmp_path, progress) -> None:
+def test_what_is_pruned_already_is_said(written, tiny, tmp_path) -> None:
     settings = PruneSettings(method="magnitude", sparsity=0.3, fit="none")
-    again = prune(ModelSource("out", written), tmp_path / "again", settings, CalibrationSettings(), progress=progress)
+    again = prune(ModelSource("out", written), tmp_path / "again", settings)
     assert "out is pruned already (2:4, 50.0 % zeros); zeros stay zeros" in again.warnings[0]
     assert manifest.read(tmp_path / "again")["base_model"]["sha256"] == tiny("llama").fingerprint
 
@@ -115,12 +109,12 @@ def test_folders_that_were_not_pruned_are_told(folder, tmp_path, progress) -> No
     assert not manifest.is_pruned(folder)
 
 
-def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_path, progress) -> None:
+def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_path) -> None:
     """Names come from outside: none may add a line of YAML or Markdown."""
     place = tmp_path / "evil\nlicense: mine\n# [red]"
     shutil.copytree(tiny("llama").folder, place)
     settings = PruneSettings(method="magnitude", pattern="2:4", ignore=("*.0.self_attn.q_proj",), fit="none")
-    result = prune(ModelSource(str(place), place), tmp_path / "out", settings, CalibrationSettings(), progress=progress)
+    result = prune(ModelSource(str(place), place), tmp_path / "out", settings)
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "license" not in front and "\n" not in front["base_model"]
@@ -132,13 +126,13 @@ def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_
     assert f"ignored by pattern '*.0.self_attn.q_proj': 1 layer, {ignored:,} weights" in card
 
 
-def test_the_card_of_the_demo_names_the_model_on_the_hub(tiny, tmp_path, progress, monkeypatch) -> None:
+def test_the_card_of_the_demo_names_the_model_on_the_hub(tiny, tmp_path, monkeypatch) -> None:
     """A folder of the user's that is called demo is another model."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny("llama").folder, "demo")
     settings = PruneSettings(method="magnitude", fit="none")
     for folder, named in ((tiny("llama").folder, "HuggingFaceTB/SmolLM2-135M-Instruct"), (Path("demo"), "./demo")):
-        prune(ModelSource("demo", folder), tmp_path / "out", settings, progress=progress, force=True)
+        prune(ModelSource("demo", folder), tmp_path / "out", settings, force=True)
         card = (tmp_path / "out" / "README.md").read_text()
         assert yaml.safe_load(card.split("---")[1])["base_model"] == named
 
@@ -158,9 +152,7 @@ def test_what_a_manifest_says_is_text_on_the_card(folder, tmp_path, progress) ->
 
 def changed(source: ModelSource, folder: Path, **config: Any) -> ModelSource:
     """A copy of a model with another config.json."""
-    shutil.copytree(source.folder, folder)
-    content = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(content))
+    edit_json(shutil.copytree(source.folder, folder) / "config.json", **config)
     return ModelSource(folder.name, folder)
 
 

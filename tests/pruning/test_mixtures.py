@@ -10,10 +10,10 @@ from gblm_compress.models.experts import fused_weights, run_all_, unfused
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.pruning.block_pruning import FEW_TOKENS
-from gblm_compress.pruning.stage import PruneResult, prune_
+from gblm_compress.pruning.stage import PruneResult
 from gblm_compress.pruning.walk import UNSEEN
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from tests.conftest import prune, samples
+from tests.conftest import prune, prune_, samples
 from tests.families.tiny import tiny_family
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -52,13 +52,13 @@ def slow_gradients(model, ids) -> torch.Tensor:
     return total
 
 
-def test_masks_are_those_of_a_loop_over_tokens_and_experts(progress) -> None:
+def test_masks_are_those_of_a_loop_over_tokens_and_experts() -> None:
     model, ids = tiny_family("mixtral"), samples(3, 64)
     model.set_experts_implementation("eager")
     dense = model.get_parameter(f"{EXPERTS}.gate_up_proj").detach().clone()
     norms = [slow_norms(model, ids, expert) for expert in range(4)]
     gradients = slow_gradients(model, ids)
-    results = prune_(model, ids, PruneSettings(method="gblm", allocation="uniform", fit="none"), progress)
+    results = prune_(model, ids, method="gblm", allocation="uniform")
     pruned = model.get_parameter(f"{EXPERTS}.gate_up_proj")
     for expert in range(4):
         assert not results[f"{EXPERTS}.{expert}.gate_up_proj"].by_magnitude
@@ -68,12 +68,12 @@ def test_masks_are_those_of_a_loop_over_tokens_and_experts(progress) -> None:
             assert set(pruned[expert, row].nonzero().flatten().tolist()) == kept
 
 
-def test_an_expert_with_few_tokens_goes_by_magnitude(progress) -> None:
+def test_an_expert_with_few_tokens_goes_by_magnitude() -> None:
     model, ids = tiny_family("mixtral"), samples(2, 32)
     dense = model.get_parameter(f"{EXPERTS}.gate_up_proj").detach().clone()
     got = [sum(int((index == expert).sum()) for _, index in routed(model, ids)) for expert in range(4)]
     assert min(got) < FEW_TOKENS <= max(got), "the seed gives both kinds"
-    results = prune_(model, ids, PruneSettings(method="wanda", fit="none"), progress)
+    results = prune_(model, ids, method="wanda")
     pruned = model.get_parameter(f"{EXPERTS}.gate_up_proj")
     for expert, tokens in enumerate(got):
         assert results[f"{EXPERTS}.{expert}.gate_up_proj"].by_magnitude == (tokens < FEW_TOKENS)
@@ -88,20 +88,18 @@ def on_disk(family: str, folder: Path) -> Callable[..., PruneResult]:
     byte_tokenizer().save_pretrained(folder / "dense")
     (folder / "text.txt").write_text("some text of letters " * 40)
 
-    def run(name: str, settings: PruneSettings, count: int, length: int, offload=None, **text) -> PruneResult:
-        calibration = CalibrationSettings(
-            dataset=str(folder / "text.txt"), samples=count, sequence_length=length, **text
-        )
-        resources = ResourceSettings(offload=offload)
-        return prune(ModelSource("m", folder / "dense"), folder / name, settings, calibration, resources=resources)
+    def run(name: str, count: int, length: int, offload=None, experts="routed", **settings) -> PruneResult:
+        dataset, source = str(folder / "text.txt"), ModelSource("m", folder / "dense")
+        text = CalibrationSettings(dataset=dataset, samples=count, sequence_length=length, experts=experts)
+        chosen = PruneSettings(**{"method": "wanda", "fit": "none"} | settings)
+        return prune(source, folder / name, chosen, text, resources=ResourceSettings(offload=offload))
 
     return run
 
 
 def test_experts_with_few_tokens_are_named_unless_every_token_goes_to_all(tmp_path) -> None:
     run = on_disk("mixtral", tmp_path)
-    wanda = PruneSettings(method="wanda", fit="none")
-    results = {experts: run(experts, wanda, 2, 16, experts=experts) for experts in ("routed", "all")}
+    results = {experts: run(experts, 2, 16, experts=experts) for experts in ("routed", "all")}
     few = [name for name, layer in results["routed"].layers.items() if layer.by_magnitude]
     note = f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by magnitude"
     assert few and any(note in warning for warning in results["routed"].warnings)
@@ -112,7 +110,7 @@ def test_experts_with_few_tokens_are_named_unless_every_token_goes_to_all(tmp_pa
 def test_offload_prunes_experts_to_the_same_bits(tmp_path) -> None:
     run = on_disk("qwen3_moe", tmp_path)
     for offload in (False, True):
-        run(str(offload), PruneSettings(method="gblm", fit="fast"), 3, 64, offload=offload)
+        run(str(offload), 3, 64, offload=offload, method="gblm", fit="fast")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("False", "True")]
     assert files[0] == files[1]
 
@@ -130,7 +128,6 @@ def test_every_expert_sees_every_token_where_that_is_asked_for() -> None:
 
 def test_a_layer_that_never_runs_stays_dense_and_is_said(tmp_path) -> None:
     """Falcon-Mamba's fast path would use a projection that its slow one takes apart."""
-    run = on_disk("falcon_mamba", tmp_path)
-    result = run("out", PruneSettings(method="wanda", fit="none"), 2, 48)
+    result = on_disk("falcon_mamba", tmp_path)("out", 2, 48)
     unseen = [name for name, dense in result.left_dense.items() if dense.reason == UNSEEN]
     assert unseen == [f"backbone.layers.{block}.mixer.dt_proj" for block in (0, 1)]

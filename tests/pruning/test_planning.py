@@ -36,7 +36,7 @@ def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(
     one, two = (working(fit="balanced", rounds=rounds) for rounds in (1, 2))
     assert two - one == planning.ROUND_BYTES * block // 4
     assert working(fit="balanced", quantise="int4") - one == planning.GRID_BYTES * block // 4
-    # At the end, where distillation needs the most, the rounds need nothing any more.
+    # At the end, where distillation needs the most, the rounds need nothing.
     assert working(fit="best", rounds=1) == working(fit="best", rounds=2)
     whole, logits = size(512, fit="best"), planning.LOGIT_BYTES * 512 * tiny("llama").config["vocab_size"]
     fit = planning.FIT_BYTES * whole.weights // 4
@@ -62,20 +62,23 @@ def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
     assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
 
 
+@pytest.fixture
+def size(tiny) -> planning.Size:
+    return planning.Size(tiny("llama"), "float32", SETTINGS, TEXT)
+
+
 def placed(size: planning.Size, **resources) -> planning.Placement:
     return planning.choose_placement(size, ResourceSettings(**resources), SETTINGS, "cpu", Ranks())
 
 
-def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
-    size = planning.Size(tiny("llama"), "float32", SETTINGS, TEXT)
+def test_gradients_go_sample_by_sample_only_where_there_is_room(size) -> None:
     enough = size.held(offload=False) + size.gradients + size.activations
     chosen, less = placed(size, memory=enough), placed(size, memory=enough - 1)
     assert chosen.by_sample and not less.by_sample and not (chosen.offload or less.offload)
     assert not placed(size, memory=enough, offload=True).by_sample
 
 
-def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
-    size = planning.Size(tiny("llama"), "float32", SETTINGS, TEXT)
+def test_processes_on_one_machine_plan_with_their_part_of_its_memory(size, monkeypatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert placed(size).states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
@@ -108,10 +111,9 @@ def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, takes, 
     assert ("--samples 16 --sequence-length 512 take about" in line) == offers
 
 
-def test_bfloat16_checkpoints_are_computed_in_what_the_cpus_of_all_ranks_have(tiny, monkeypatch) -> None:
+def test_bfloat16_checkpoints_are_computed_in_what_the_cpus_of_all_ranks_have(size, tiny, monkeypatch) -> None:
     monkeypatch.setattr(ranks, "has_bfloat16", lambda device: True)
     settings = PruneSettings()
-    size = planning.Size(tiny("llama"), "float32", settings, TEXT)
     for others, fast in ((True, "bfloat16"), (False, "float32")):
         group = Ranks(0, 2)
         monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])

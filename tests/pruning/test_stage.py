@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress.calibration import generation, ranks
+from gblm_compress.calibration import generation
 from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.methods.choices import Need
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
@@ -20,53 +21,25 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.stage import PruneResult, prune_
-from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.pruning.stage import PruneResult
+from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings
 from gblm_compress.settings.prune import PRESETS
 from gblm_compress.tasks.metrics import mean_kl
-from tests.calibration.test_blocks import slow_activation_norms
-from tests.conftest import ARCHITECTURES, prune, samples
+from tests.conftest import ARCHITECTURES, edit_weights, prune, prune_, samples
+from tests.tasks.families import inputs_of, slow_masks
 
 
-def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, torch.Tensor]:
-    """Masks at 50 % per row by the papers' procedure, with whole forward passes and sorted lists only."""
-    layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
-    total = dict.fromkeys(layers, 0.0)
-    for sample in ids:
-        loss = model(**sample, labels=sample["input_ids"]).loss
-        gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
-        for name, gradient in zip(layers, gradients, strict=True):
-            total[name] = total[name] + (gradient.abs() if norm == "l1" else gradient.double() ** 2)
-    masks = {}
-    for block in prunable_layers(model):
-        activations = slow_activation_norms(model, block, ids)
-        for name, layer in block.items():
-            g = total[name] if norm == "l1" else total[name].sqrt()
-            g = g.T if type(layer).__name__ == "Conv1D" else g
-            a = activations[name]
-            w = weight_matrix(layer).detach().abs()
-            score = {"gblm": w * (a + alpha * g), "wanda": w * a, "gradient": w * g, "magnitude": w}[method]
-            mask = torch.zeros_like(w, dtype=torch.bool)
-            for row, (values, weights) in enumerate(zip(score.tolist(), w.tolist(), strict=True)):
-                order = sorted(range(len(values)), key=lambda j: (-values[j], -weights[j], j))
-                best = order[: len(values) - len(values) // 2]
-                mask[row, best] = True
-            masks[name] = mask
-        with torch.no_grad():
-            for name, layer in block.items():
-                weight_matrix(layer).mul_(masks[name])
-    return masks
+def slow_prune(kind: str, method: str, norm: str) -> dict[str, torch.Tensor]:
+    """Masks by the papers' procedure, with whole forward passes only."""
+    losses = [lambda model, ids=ids: model(**ids, labels=ids["input_ids"]).loss for ids in samples()]
+    return slow_masks(tiny_model(kind), samples(), losses, 100.0, method, power=1 if norm == "l1" else 2)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize(("method", "norm"), [("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1"), ("gradient", "l2")])
-def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str, progress: Progress) -> None:
-    ids = samples()
-    expected = slow_prune(tiny_model(kind), ids, method, norm, 100.0)
-    model = tiny_model(kind)
-    results = prune_(
-        model, ids, PruneSettings(method=method, gradient_norm=norm, allocation="uniform", fit="none"), progress
-    )
+def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str) -> None:
+    expected, model = slow_prune(kind, method, norm), tiny_model(kind)
+    results = prune_(model, samples(), method=method, gradient_norm=norm, allocation="uniform")
     assert list(results) == list(expected)
     different = total = 0
     for name, mask in expected.items():
@@ -78,57 +51,49 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
 
 
 def test_the_slow_procedure_can_tell_methods_apart() -> None:
-    choices = (("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1"))
-    masks = [slow_prune(tiny_model("llama"), samples(), *choice, alpha=100.0) for choice in choices]
+    masks = [slow_prune("llama", *choice) for choice in (("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1"))]
     for one, other in combinations(masks, 2):
         assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("fit", ["fast", "balanced"])
-def test_the_error_of_an_output_is_what_both_layers_give_on_the_text(kind: str, fit: str, progress: Progress) -> None:
+def test_the_error_of_an_output_is_what_both_layers_give_on_the_text(kind: str, fit: str) -> None:
     ids, dense, model = samples(), tiny_model(kind), tiny_model(kind)
-    results = prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", fit=fit), progress)
+    results = prune_(model, ids, method="wanda", pattern="2:4", fit=fit)
     name = next(iter(results))  # its inputs are those of the dense model
-    inputs: list[torch.Tensor] = []
-    dense.get_submodule(name).register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().double()))
-    for sample in ids:
-        dense(**sample)
-    x = torch.cat([one.flatten(0, -2) for one in inputs])
+    x = torch.cat([inputs_of(dense, {name: dense.get_submodule(name)}, one)[name] for one in ids]).double()
     before, after = (weight_matrix(m.get_submodule(name)).detach().double() for m in (dense, model))
     expected = torch.linalg.norm(x @ (before - after).T) / torch.linalg.norm(x @ before.T)
     assert results[name].output_error == pytest.approx(float(expected), rel=1e-3)
     assert expected > 0.01
 
 
-@pytest.mark.parametrize("fit", ["none", "best"])
-def test_no_error_is_claimed_where_none_was_measured_or_all_was_fitted_since(fit: str, progress: Progress) -> None:
-    results = prune_(tiny_model("llama"), samples(), PruneSettings(method="wanda", fit=fit), progress)
-    assert {result.output_error for result in results.values()} == {None}
-
-
 @pytest.mark.parametrize("method", REGISTRIES["method"])
-def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, progress: Progress) -> None:
+def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str) -> None:
     """All methods and fits; patterns, allocations, grids and models take turns beside them."""
     ids = samples(2, 16)
     for number, fit in enumerate(REGISTRIES["fit"]):
-        settings = PruneSettings(
-            method=method,
-            fit=fit,
-            pattern=("2:4", "unstructured", "unstructured-per-matrix")[number % 3],
-            allocation=list(REGISTRIES["allocation"])[number % 2],
-            quantise=list(REGISTRIES["quantise"])[(number + 1) % 3],
-            **({"rounds": 2} if fit == "balanced" else {}),
-        )
+        chosen = {
+            "method": method,
+            "fit": fit,
+            "pattern": ("2:4", "unstructured", "unstructured-per-matrix")[number % 3],
+            "allocation": list(REGISTRIES["allocation"])[number % 2],
+            "quantise": list(REGISTRIES["quantise"])[(number + 1) % 3],
+            "rounds": 2 if fit == "balanced" else 1,
+        }
+        settings = PruneSettings(**chosen)
         model = tiny_model(("llama", "gpt2", "opt")[number % 3])
         dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        results = prune_(model, ids, settings, progress)
+        results = prune_(model, ids, **chosen)
         moved = 0
         for name, result in results.items():
             weight = weight_matrix(model.get_submodule(name))
             assert Pattern(result.pattern).first_violation(weight) is None
             assert torch.isfinite(weight).all() and not torch.signbit(weight[weight == 0]).any()
             assert result.nonzeros == int(torch.count_nonzero(weight))
+            # No error is claimed where none was measured, or where all was fitted since.
+            assert (result.output_error is None) == (fit == "best" or Need.GRAM not in settings.block_needs)
             stored = model.get_parameter(f"{name}.weight")
             moved += int(((stored != 0) & (stored != dense[f"{name}.weight"])).sum())
         weights = sum(result.shape[0] * result.shape[1] for result in results.values())
@@ -137,11 +102,11 @@ def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, pr
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-def test_obs_has_the_mask_of_sparsegpt_whatever_becomes_of_the_survivors(pattern: str, progress: Progress) -> None:
+def test_obs_has_the_mask_of_sparsegpt_whatever_becomes_of_the_survivors(pattern: str) -> None:
     dense, weights = tiny_model("llama"), {}
     for fit in ("obs", "none", "fast"):
         model = tiny_model("llama")
-        prune_(model, samples(4, 48), PruneSettings(method="obs", fit=fit, pattern=pattern), progress)
+        prune_(model, samples(4, 48), method="obs", fit=fit, pattern=pattern)
         weights[fit] = {name: weight_matrix(layer) for name, layer in prunable_layers(model)[0].items()}
     for name, layer in prunable_layers(dense)[0].items():
         kept = weights["obs"][name] != 0
@@ -152,9 +117,8 @@ def test_obs_has_the_mask_of_sparsegpt_whatever_becomes_of_the_survivors(pattern
 
 def test_a_preset_is_its_settings_written_out() -> None:
     for name, keys in PRESETS.items():
-        assert PruneSettings(preset=name).model_dump(exclude={"preset"}) == PruneSettings(**keys).model_dump(
-            exclude={"preset"}
-        )
+        both = (PruneSettings(**given).model_dump(exclude={"preset"}) for given in ({"preset": name}, keys))
+        assert next(both) == next(both)
     chosen = PruneSettings(preset="paper", fit="fast", gradient_norm="l2")
     assert (chosen.method, chosen.fit, chosen.gradient_norm) == ("gblm", "fast", "l2")
     assert PruneSettings(preset="sparsegpt", fit="best") == PruneSettings(preset="sparsegpt", method="obs", fit="best")
@@ -165,10 +129,8 @@ def test_a_preset_is_its_settings_written_out() -> None:
 @pytest.mark.parametrize(
     ("given", "message", "instead"),
     [
-        ({"fit": "bets"}, "'balanced' or 'best'", {"fit": "best"}),
         ({"fit": ["best"]}, "'balanced' or 'best'", {"fit": "best"}),
         ({"quantise": "int4", "group": 65}, "'row', 32, 64 or 128", {"group": 64}),
-        ({"quantise": "int5"}, "'int8' or 'int4'", {"quantise": "int8"}),
         ({"preset": "bets"}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
         ({"preset": ["best"]}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
         ({"preset": 1}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
@@ -187,14 +149,14 @@ def test_an_unknown_choice_and_a_key_that_nothing_reads_are_refused(given, messa
         assert getattr(PruneSettings(**given | instead), key) == value
 
 
-def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progress) -> None:
+def test_updates_lower_the_divergence_of_a_model_in_their_order() -> None:
     """On unseen text: least squares beats the mask alone, distillation beats that."""
     ids, unseen, dense = samples(16, 48), samples(4, 48, seed=5), tiny_model("llama")
 
     @torch.no_grad()
     def divergence(fit: str) -> float:
         model = tiny_model("llama")
-        prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", fit=fit), progress)
+        prune_(model, ids, method="wanda", pattern="2:4", fit=fit)
         return sum(mean_kl(dense(**i).logits[0], model(**i).logits[0]) for i in unseen)
 
     assert divergence(fit="best") < divergence(fit="fast") < divergence(fit="none")
@@ -224,13 +186,12 @@ def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
     assert alpha("l1", "normalised", 32, 512) == alpha("l2", "normalised", 32, 2048) == 200
 
 
-def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Progress) -> None:
+def test_normalised_alpha_gives_the_same_mask_for_repeated_samples() -> None:
     """The same text twice changes neither norm's direction, and with a normalised alpha no score's order either."""
-    ids = samples(2)
-    settings, masks = PruneSettings(alpha_scale="normalised", alpha=1.0, allocation="uniform", fit="none"), []
+    masks = []
     for repeats in (1, 3):
         model = tiny_model("llama")
-        prune_(model, ids * repeats, settings, progress)
+        prune_(model, samples(2) * repeats, alpha_scale="normalised", alpha=1.0, allocation="uniform")
         masks.append([p != 0 for p in model.parameters()])
     different = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
     assert different <= 10  # a rounding difference may swap weights of all but equal score
@@ -279,35 +240,17 @@ def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(kind, pattern, 
         assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
 
 
-def test_same_seed_same_bytes(pruned) -> None:
-    one, other = (Path(pruned(name=name).folder) for name in ("one", "other"))
-    assert {path.name: path.read_bytes() for path in one.iterdir()} == {
-        path.name: path.read_bytes() for path in other.iterdir()
-    }
-
-
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_survivors_keep_dtype_and_bits_whatever_is_computed_in(compute, stored, changed, pruned) -> None:
     """And zeros are positive even where the source has -0.0."""
     source = changed("m", stored)
-    file = source.folder / "model.safetensors"
-    before = load_file(file)
-    before["model.layers.0.mlp.up_proj.weight"][0] = -0.0
-    save_file(before, file, metadata={"format": "pt"})
-    pruned(source, compute=compute, pattern="2:4")
-    for name, tensor in load_file(file.parents[1] / "out" / "model.safetensors").items():
+    edit_weights(source.folder, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][0].fill_(-0.0))
+    before = load_file(source.folder / "model.safetensors")
+    for name, tensor in load_file(Path(pruned(source, compute=compute).folder) / "model.safetensors").items():
         assert str(tensor.dtype) == f"torch.{stored}"
         assert torch.equal(tensor[tensor != 0], before[name][tensor != 0])
         assert "proj" not in name or not torch.signbit(tensor[tensor == 0]).any()
-
-
-def test_overrides_give_a_layer_another_pattern(pruned) -> None:
-    overrides = ({"layers": "*.down_proj", "pattern": "unstructured", "sparsity": 0.25},)
-    layers = pruned(pattern="2:4", overrides=overrides).layers
-    down = layers["model.layers.0.mlp.down_proj"]
-    assert down.pattern == "unstructured" and down.nonzeros == 64 * 96
-    assert layers["model.layers.0.mlp.up_proj"].pattern == "2:4"
 
 
 BETTER, OTHERS = (
@@ -324,10 +267,7 @@ BETTER, OTHERS = (
         ({"method": "wanda", "pattern": "2:4", "allocation": "sensitivity"}, [OTHERS, BETTER]),
         ({"method": "wanda", "pattern": "1:4", "allocation": "sensitivity"}, [BETTER]),
         ({"method": "wanda", "allocation": "sensitivity"}, [BETTER]),
-        (
-            {"method": "wanda", "sparsity": 0.99},
-            ["a row keeps at least one weight, which is more than sparsity 0.99", BETTER],
-        ),
+        ({"method": "wanda", "sparsity": 0.99}, ["a row keeps at least one weight, which is more than", BETTER]),
     ],
 )
 def test_a_better_fit_and_other_patterns_by_an_allocation_are_told(settings, notes, pruned) -> None:
@@ -344,22 +284,21 @@ def test_what_dense_exceptions_cost_is_told(pruned) -> None:
     assert reasons == {"left dense by an exception or the allocation": 7, "embedding tied": 1}
     head = result.left_dense["lm_head"].weights
     assert result.linear_weights == 2 * result.weights + head
-    extra = result.weights // 2
-    assert result.warnings[0] == (
-        f"the exceptions keep {extra:,} weights more than unstructured everywhere would (50.0 %)"
-    )
+    extra = f"the exceptions keep {result.weights // 2:,} weights more than unstructured everywhere would (50.0 %)"
+    assert result.warnings[0] == extra
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
-def test_exceptions_for_all_layers_and_for_some_of_them(allocation, progress) -> None:
+def test_exceptions_for_all_layers_and_for_some_of_them(allocation) -> None:
     def run(**patterns: str) -> dict[str, LayerResult]:
-        overrides = tuple({"layers": f"*{part}*", "pattern": pattern} for part, pattern in patterns.items())
-        settings = PruneSettings(method="wanda", allocation=allocation, fit="none", overrides=overrides)
-        return prune_(tiny_model("llama"), samples(), settings, progress)
+        overrides = tuple(f"*{part}*={pattern}" for part, pattern in patterns.items())
+        return prune_(tiny_model("llama"), samples(), method="wanda", allocation=allocation, overrides=overrides)
 
     assert {result.pattern for result in run(layers="2:4").values()} == {"2:4"}
-    some = run(layers="dense", mlp="2:4")
+    some = run(layers="dense", mlp="2:4", down_proj="unstructured@0.25")
     assert len(some) == 6 and all(".mlp." in name for name in some)
+    down = some["model.layers.0.mlp.down_proj"]
+    assert (down.pattern, down.nonzeros) == ("unstructured", 64 * 96)
     with pytest.raises(UsageError, match="nothing to prune"):
         run(layers="dense")
 
@@ -371,29 +310,26 @@ def test_a_width_that_m_does_not_divide_is_refused_before_work(tmp_path, prose, 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(value, progress) -> None:
+def test_weights_that_are_not_finite_are_named(value) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of 8192 weights are NaN or infinite"):
-        prune_(model, samples(), PruneSettings(fit="none"), progress)
+        prune_(model, samples())
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("factor", [1e-8, 1e30])
-def test_a_layer_whose_scales_float16_cannot_hold_is_refused_before_the_work(kind, factor, progress) -> None:
+def test_a_layer_whose_scales_float16_cannot_hold_is_refused_before_the_work(kind, factor) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data *= factor
     model.forward = None
-    settings = PruneSettings(method="wanda", quantise=kind)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj: its weights need scales from .* to .*--ignore"):
-        prune_(model, samples(), settings, progress)
+        prune_(model, samples(), method="wanda", quantise=kind)
 
 
 def test_survivors_that_rounding_makes_zero_are_told_with_their_layer(changed, pruned) -> None:
     source = changed("m", "float32")
-    state = load_file(source.folder / "model.safetensors")
-    state["model.layers.1.mlp.up_proj.weight"][:4] *= 1e-8
-    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    edit_weights(source.folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][:4].mul_(1e-8))
     result = pruned(source, method="magnitude", quantise="int8")
     lost = 4 * 32 / result.layers["model.layers.1.mlp.up_proj"].survivors
     note = f"most in model.layers.1.mlp.up_proj ({lost:.1%} of its own)"
@@ -408,24 +344,11 @@ def test_survivors_that_rounding_makes_zero_are_told_with_their_layer(changed, p
         ("gpt2", "fast", "transformer.h.0.mlp.c_proj.bias", r"transformer\.h\.1\.\S*: .*activations are NaN"),
     ],
 )
-def test_a_fit_whose_loss_is_not_finite_is_an_error_that_says_where(kind, fit, place, message, progress) -> None:
+def test_a_fit_whose_loss_is_not_finite_is_an_error_that_says_where(kind, fit, place, message) -> None:
     model = tiny_model(kind)
     model.get_parameter(place).data[0] = float("nan")
     with pytest.raises(ModelError, match=message):
-        prune_(model, samples(), PruneSettings(method="wanda", fit=fit), progress)
-
-
-def test_an_existing_output_needs_force(pruned) -> None:
-    pruned(method="magnitude")
-    with pytest.raises(UsageError, match="exists; give another folder, or --force"):
-        pruned(method="magnitude")
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_has(has, changed, tmp_path, pruned, monkeypatch) -> None:
-    monkeypatch.setattr(ranks, "has_bfloat16", lambda device: has)
-    pruned(changed("model", "bfloat16"), method="wanda")
-    assert manifest.read(tmp_path / "out")["compute"]["dtype"] == ("bfloat16" if has else "float32")
+        prune_(model, samples(), method="wanda", fit=fit)
 
 
 @pytest.mark.parametrize(
@@ -447,21 +370,10 @@ def test_layers_share_by_their_gradients_where_these_are_measured_anyway(given, 
     assert PruneSettings.model_validate(settings.model_dump()) == settings
 
 
-def test_a_model_that_must_stay_on_disk_asks_for_a_text_before_the_work(tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "bytes_of_piece", lambda *given: 10**9)
-    text, little = CalibrationSettings(dataset="self", samples=2), ResourceSettings(memory=1_000_000)
-    with pytest.raises(UsageError, match=r"to write its own text, the model must be in memory as a whole, and 1\.0 GB"):
-        short = text.model_copy(update={"sequence_length": 32})
-        prune(tiny("llama"), tmp_path / "out", PruneSettings(fit="none"), short, resources=little)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_estimate_counts_the_writing_of_the_text_once(tiny, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(generation, "cost_of", lambda *given: (7200.0, 0))
     text = CalibrationSettings(dataset="self", samples=2, sequence_length=33)
     for again in (False, True):
         prune(tiny("llama"), tmp_path / "out", PruneSettings(fit="none"), text, progress=Progress(), force=again)
         said = capsys.readouterr().err
-        assert ("this takes about 2.0 h" in said) is not again and (
-            "writes 2 samples of 33 tokens" in said
-        ) is not again
+        assert again not in ("this takes about 2.0 h" in said, "writes 2 samples of 33 tokens" in said)

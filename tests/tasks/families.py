@@ -9,7 +9,7 @@ import torch
 import transformers
 from pyarrow import parquet
 
-from gblm_compress.models.architecture import prunable_layers
+from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 
@@ -92,15 +92,24 @@ def inputs_of(model: Any, layers: dict[str, Any], sample: dict[str, torch.Tensor
     return {name: x.flatten(0, -2) for name, x in found.items()}
 
 
-def slow_masks(model: Any, samples: list, losses: list, alpha: float = 1.0) -> dict[str, Any]:
-    """Masks of gblm at 50 % per row by whole forward passes, with a loss of the model for each sample."""
+SCORES = {
+    "gblm": lambda weight, activations, gradients, alpha: weight * (activations + alpha * gradients),
+    "wanda": lambda weight, activations, gradients, alpha: weight * activations,
+    "gradient": lambda weight, activations, gradients, alpha: weight * gradients,
+}
+
+
+def slow_masks(
+    model: Any, samples: list, losses: list, alpha: float = 1.0, method: str = "gblm", power: int = 1
+) -> dict[str, Any]:
+    """Masks at 50 % per row by whole forward passes, with a loss of the model for each sample."""
     per_block = prunable_layers(model)
     layers = {name: layer for block in per_block for name, layer in block.items()}
     gradients = dict.fromkeys(layers, 0.0)
     for loss in losses:
         found = torch.autograd.grad(loss(model), [layer.weight for layer in layers.values()])
         for name, gradient in zip(layers, found, strict=True):
-            gradients[name] = gradients[name] + gradient.abs()
+            gradients[name] = gradients[name] + gradient.abs() ** power
     masks = {}
     for block in per_block:
         squares = dict.fromkeys(block, 0.0)
@@ -108,9 +117,14 @@ def slow_masks(model: Any, samples: list, losses: list, alpha: float = 1.0) -> d
             for name, x in inputs_of(model, block, sample).items():
                 squares[name] = squares[name] + x.square().sum(0)
         for name, layer in block.items():
-            score = layer.weight.detach().abs() * ((squares[name] / len(samples)).sqrt() + alpha * gradients[name])
-            masks[name] = score > score.sort(1).values[:, score.shape[1] // 2 - 1 : score.shape[1] // 2]
+            weight, norm = weight_matrix(layer).detach().abs(), (squares[name] / len(samples)).sqrt()
+            score = SCORES[method](weight, norm, as_matrix(layer, gradients[name]) ** (1 / power), alpha)
+            masks[name] = torch.zeros_like(score, dtype=torch.bool)
+            for mask, values, sizes in zip(masks[name], score.tolist(), weight.tolist(), strict=True):
+                places = range(len(values))
+                best = sorted(places, key=lambda j, values=values, sizes=sizes: (-values[j], -sizes[j], j))
+                mask[best[: len(values) - len(values) // 2]] = True
         with torch.no_grad():
             for name, layer in block.items():
-                layer.weight *= masks[name]
+                weight_matrix(layer).mul_(masks[name])
     return masks

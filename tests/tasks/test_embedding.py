@@ -11,7 +11,6 @@ from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
-from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.embedding import POOLINGS, Embedding, top_agreement
@@ -19,7 +18,7 @@ from gblm_compress.tasks.metrics import spearman
 from gblm_compress.tasks.passages import Row, encode
 from gblm_compress.tasks.task import with_draws
 from gblm_compress.tasks.text import load_text
-from tests.conftest import prune
+from tests.conftest import prune, prune_
 from tests.tasks import families
 
 TASK = TASKS["embedding"]
@@ -34,11 +33,11 @@ def drawn(model, samples: int = 6):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_families_are_pruned_with_gradients_and_fits(family: str, progress) -> None:
+def test_families_are_pruned_with_gradients_and_fits(family: str) -> None:
     task = "classification" if family in ("bert", "modernbert", "albert") else "embedding"
     model = families.encoder(family, TASKS[task].auto_class)
     samples = TASKS[task].calibration(families.tokenizer(), model.config, "demo", 4, 40, 0)
-    layers = prune_(model, samples, PruneSettings(method="gblm", pattern="2:4", fit="best"), progress)
+    layers = prune_(model, samples, method="gblm", pattern="2:4", fit="best")
     assert len(layers) == sum(map(len, prunable_layers(model))) >= 6
     assert all(layer.nonzeros == layer.shape[0] * layer.shape[1] // 2 for layer in layers.values())
 

@@ -11,19 +11,20 @@ import transformers
 from torch.nn.functional import cross_entropy, pad
 from transformers import BertForMaskedLM, BertModel, GPT2DoubleHeadsModel, LlamaForCausalLM
 
-from gblm_compress.calibration.blocks import activation_norms, gram_matrices, regional_norms
+from gblm_compress.calibration.blocks import layer_statistics
 from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.methods.choices import Need
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS, same_text, task_of
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.task import Sample, Task, fingerprint, random_numbers
 from gblm_compress.tasks.text import load_text
-from tests.conftest import CAUSAL_LM, prune, replay, samples
+from tests.calibration.test_blocks import activation_norms
+from tests.conftest import CAUSAL_LM, prune, prune_, replay, samples
 from tests.tasks import families
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"
@@ -63,11 +64,11 @@ def without_padding(found) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("offload", "memory"), [(False, None), (True, 1)])
-def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text, progress, offload, memory) -> None:
+def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text, offload, memory) -> None:
     """gblm of the task as it ships: the gradient of the embedding's product with each sample's direction."""
     resources = ResourceSettings.model_construct(offload=offload, memory=memory)
-    settings = PruneSettings(method="gblm", alpha=100.0, allocation="uniform", fit="none")
-    prune(encoder, tmp_path / "out", settings, text, resources=resources, device="cpu", progress=progress)
+    settings = {"method": "gblm", "alpha": 100.0, "allocation": "uniform", "fit": "none"}
+    prune(encoder, tmp_path / "out", PruneSettings(**settings), text, resources=resources, device="cpu")
     pruned = load_model(ModelSource("out", tmp_path / "out"))
     assert type(pruned) is BertModel
     found = drawn(encoder, text)
@@ -95,7 +96,7 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text,
     assert different(families.slow_masks(load_model(encoder), samples, losses, 0.0)) > 1e-2 * total
     model = load_model(encoder)
     full = [{**sample, "attention_mask": torch.ones_like(sample["attention_mask"])} for sample in found]
-    prune_(model, full, settings, progress)
+    prune_(model, full, **settings)
     assert different(mask_of(model)) > 1e-2 * total
 
 
@@ -113,12 +114,11 @@ def test_statistics_of_a_block_leave_padding_out(encoder, text) -> None:
         gradients = torch.autograd.grad(output.norm(), [layer.weight for layer in layers.values()])
         for name, gradient in zip(layers, gradients, strict=True):
             squares[name] = squares[name] + gradient.square()
-    measured = gram_matrices(block, layers), activation_norms(block, layers), regional_norms(block, layers)
-    for name in layers:
-        gram, norm, regional = (of_all[name] for of_all in measured)
-        torch.testing.assert_close(gram, grams[name], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(norm, (grams[name].diagonal() / SAMPLES).sqrt(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(regional, (squares[name] / SAMPLES).sqrt(), rtol=1e-3, atol=1e-4)
+    norms = activation_norms(block, layers)
+    for name, found in layer_statistics(block, layers, {}, Need.GRAM | Need.REGIONAL).items():
+        torch.testing.assert_close(found.gram, grams[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(norms[name], (grams[name].diagonal() / SAMPLES).sqrt(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.regional_norm, (squares[name] / SAMPLES).sqrt(), rtol=1e-3, atol=1e-4)
     assert block.tokens == sum(ids.shape[1] for ids in texts) / SAMPLES
 
 
@@ -148,7 +148,7 @@ def padded_samples(count: int, length: int) -> list[Sample]:
     [{"alpha_scale": "normalised"}, {"method": "obs"}, {"fit": "balanced"}, {"fit": "best"}],
     ids=lambda settings: "-".join(map(str, settings)),
 )
-def test_padded_or_not_a_decoder_becomes_the_same(settings, progress, monkeypatch) -> None:
+def test_padded_or_not_a_decoder_becomes_the_same(settings, monkeypatch) -> None:
     cut, padded = samples(8, 16), padded_samples(8, 16)
     unmasked = [{**sample, "attention_mask": torch.ones(1, 24, dtype=torch.int64)} for sample in padded]
     models = []
@@ -157,7 +157,7 @@ def test_padded_or_not_a_decoder_becomes_the_same(settings, progress, monkeypatc
         with monkeypatch.context() as patch:
             if given is not cut:
                 patch.setitem(TASKS, "causal-lm", PaddedLM())
-            prune_(models[-1], given, PruneSettings(pattern="2:4", **{"fit": "none"} | settings), progress)
+            prune_(models[-1], given, **{"pattern": "2:4"} | settings)
 
     def distance(model) -> float:
         pairs = zip(models[0].parameters(), model.parameters(), strict=True)
@@ -199,14 +199,14 @@ def test_a_task_says_what_it_has_not(encoder) -> None:
     assert task.metrics([task.measure(torch.ones(4), {})])["loss"].value == 2.0 and task.agreement([], []) == {}
 
 
-def test_the_task_of_the_page_prunes(monkeypatch, prose, progress) -> None:
+def test_the_task_of_the_page_prunes(monkeypatch, prose) -> None:
     monkeypatch.setitem(TASKS, "token-classification", None)  # so that the page's line is undone at the end
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     exec(code, {})
     model = families.encoder("bert", "AutoModelForTokenClassification")
     task = task_of(type(model))
     found = task.calibration(families.tokenizer(), model.config, str(prose), 4, LENGTH, 0)
-    layers = prune_(model, found, PruneSettings(fit="best"), progress)
+    layers = prune_(model, found, fit="best")
     assert len(layers) == 12 and task is TASKS["token-classification"]
 
 

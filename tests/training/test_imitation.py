@@ -11,15 +11,9 @@ from tests.conftest import CAUSAL_LM, samples
 from tests.tasks.test_tasks import PaddedLM, padded_samples
 
 TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.15,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.15,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])

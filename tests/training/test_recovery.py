@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
 from gblm_compress.api import export
@@ -20,7 +20,7 @@ from gblm_compress.models import manifest
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
+from gblm_compress.settings import RecoverSettings
 from gblm_compress.tasks.task import fingerprint
 from gblm_compress.tasks.text import load_text
 from gblm_compress.training import recovery, texts, trainer
@@ -29,13 +29,9 @@ from gblm_compress.training.imitation import Teacher
 from gblm_compress.training.recovery import Recovery, recover
 from gblm_compress.training.texts import grams, windows_of
 from gblm_compress.training.trainer import BETAS, Trainer, schedule_of
-from tests.conftest import CAUSAL_LM, prune
+from tests.conftest import CAUSAL_LM, Killed, edit_json, edit_weights, flip_a_bit
 
 SMALL = {"sequence_length": 32, "batch": 2, "tokens": 640, "rate": 0.01}
-
-
-class Killed(BaseException):
-    """Ends a run here and now; nothing in the program catches it."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,40 +40,33 @@ def _float32(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def pruned(tiny, tmp_path_factory):
-    """pruned(pattern): a tiny Llama, half of its weights zero."""
-
-    def make(pattern: str, **settings) -> ModelSource:
-        name = f"pruned-{pattern.replace(':', '-')}-{len(settings)}"
-        folder = tmp_path_factory.getbasetemp() / name
-        if not folder.exists():
-            chosen = PruneSettings(method="magnitude", fit="none", pattern=pattern, **settings)
-            prune(tiny("llama"), folder, chosen, CalibrationSettings(), progress=Progress(quiet=True))
-        return ModelSource(name, folder)
-
-    return make
-
-
-def run(source, teacher, output: Path, prose: Path, *, resume=False, **settings):
-    chosen = RecoverSettings(**(SMALL | {"data": (str(prose),)} | settings))
-    return recover(Recovery(source, teacher, output, chosen), Progress(quiet=True), resume)
+def sparse(pruned) -> ModelSource:
+    """The tiny Llama at 2:4."""
+    return pruned(pattern="2:4")
 
 
 @pytest.fixture
-def train(pruned, tiny, tmp_path, prose):
+def train(sparse, tiny, tmp_path, prose):
     """train("out", rate=0.1): the tiny Llama at 2:4, recovered to that folder of the test's own."""
-    return lambda name="out", data=prose, **settings: run(
-        pruned("2:4"), tiny("llama"), tmp_path / name, data, **settings
-    )
 
+    def run(name: str = "out", data=prose, source=sparse, teacher=None, resume: bool | None = False, **settings):
+        chosen = RecoverSettings(**(SMALL | {"data": (str(data),)} | settings))
+        what = Recovery(source, teacher or tiny("llama"), tmp_path / name, chosen)
+        return recover(what, Progress(quiet=True), resume)
 
-def author_of(source) -> Author:
-    return Author(source, "cpu", 1 << 30, Ranks(), Progress(quiet=True))
+    return run
 
 
 def windows_for(source, *data: Path | str, **settings) -> tuple[RecoverSettings, texts.Windows]:
     chosen = RecoverSettings(**(SMALL | {"data": tuple(map(str, data))} | settings))
-    return chosen, windows_of(author_of(source), load_processor(source), chosen)
+    author = Author(source, "cpu", 1 << 30, Ranks(), Progress(quiet=True))
+    return chosen, windows_of(author, load_processor(source), chosen)
+
+
+def command(source, teacher, output: Path, prose: Path) -> list[str]:
+    options = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    models = [str(source.folder), "--teacher", str(teacher.folder)]
+    return ["recover", *models, "-o", str(output), "--data", str(prose), *options]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,16 +76,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def by_hand(source, teacher, windows, settings) -> dict[str, torch.Tensor]:
     """The weights after all steps, by a loop that knows nothing of the program's: every window through both models."""
     student, dense = load_model(source, "float32"), load_model(teacher, "float32")
-    masks = {name: parameter.detach() != 0 for name, parameter in student.named_parameters() if parameter.dim() == 2}
-    trained = {
-        name: parameter
-        for name, parameter in student.named_parameters()
-        if "embed_tokens" not in name and "lm_head" not in name
-    }
-    groups = [
-        {"params": [p], "lr": settings.rate * float(p.detach()[p.detach() != 0].square().mean().sqrt())}
-        for p in trained.values()
-    ]
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    trained = {name: parameter for name, parameter in student.named_parameters() if name not in tables}
+    masks = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.dim() == 2}
+    sizes = {name: parameter.detach()[parameter.detach() != 0].square().mean() for name, parameter in trained.items()}
+    groups = [{"params": [p], "lr": settings.rate * float(sizes[name].sqrt())} for name, p in trained.items()]
     adam = torch.optim.Adam(groups, betas=BETAS)
     rates = [group["lr"] for group in groups]
     for step, batch in enumerate(windows.steps):
@@ -107,9 +91,8 @@ def by_hand(source, teacher, windows, settings) -> dict[str, torch.Tensor]:
                 target = dense(ids).logits[0, :-1].log_softmax(-1)
             own = student(ids).logits[0, :-1].log_softmax(-1)
             (kl_div(own, target, reduction="batchmean", log_target=True) / len(batch)).backward()
-        for name, parameter in trained.items():
-            if name in masks:
-                parameter.grad *= masks[name]
+        for name, mask in masks.items():
+            trained[name].grad *= mask
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * schedule_of(step, len(windows.steps))
@@ -117,13 +100,12 @@ def by_hand(source, teacher, windows, settings) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in student.named_parameters()}
 
 
-def test_it_is_adam_on_the_divergence_from_dense_with_the_zeros_kept(pruned, tiny, tmp_path, prose) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
-    result = run(source, teacher, tmp_path / "out", prose)
+def test_it_is_adam_on_the_divergence_from_dense_with_the_zeros_kept(train, sparse, tiny, tmp_path, prose) -> None:
+    result = train()
     assert result.best == len(result.curve) - 1 and result.after < result.before  # so that the last weights are kept
-    settings, windows = windows_for(source, prose)
-    expected = by_hand(source, teacher, windows, settings)
-    got, before = weights(tmp_path / "out"), weights(source.folder)
+    settings, windows = windows_for(sparse, prose)
+    expected = by_hand(sparse, tiny("llama"), windows, settings)
+    got, before = weights(tmp_path / "out"), weights(sparse.folder)
     for name, tensor in got.items():
         assert torch.allclose(tensor.float(), expected[name], rtol=2e-2, atol=1e-3), name  # stored in bfloat16
         assert not torch.signbit(tensor[tensor == 0]).any()
@@ -148,45 +130,31 @@ def dying(monkeypatch, at: int) -> pytest.MonkeyPatch:
     monkeypatch.setattr(Checkpoints, "save", dies)
 
 
-def test_it_goes_on_to_the_same_bits_after_an_end_anywhere(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
-    source, teacher = pruned("unstructured", quantise="int8"), tiny("llama")
-    run(source, teacher, tmp_path / "whole", prose)
+def test_it_goes_on_to_the_same_bits_after_an_end_anywhere(train, pruned, tmp_path, monkeypatch) -> None:
+    source = pruned(quantise="int8")
+    train("whole", source=source)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         dying(patch, 5)
-        run(source, teacher, tmp_path / "out", prose)
+        train(source=source)
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.recovery").exists()
     with pytest.raises(UsageError, match="other settings"):
-        run(source, teacher, tmp_path / "out", prose, resume=True, rate=0.02)
-    resumed = run(source, teacher, tmp_path / "out", prose, resume=True)
+        train(source=source, resume=True, rate=0.02)
+    resumed = train(source=source, resume=True)
     assert resumed.curve[0].tokens == 0 and len(resumed.curve) == 11 and resumed.after < resumed.before
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
     assert not (tmp_path / ".out.recovery").exists()
 
 
-@pytest.mark.parametrize("how", ["damaged", "of another run"])
-def test_a_checkpoint_that_was_not_written_is_refused_or_done_again(how, train, tmp_path, monkeypatch) -> None:
-    for name, rate in (("out", 0.01), ("other", 0.02)):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            dying(patch, 1)
-            train(name, rate=rate)
-    state, other = (next((tmp_path / f".{name}.recovery").glob("state-*")) for name in ("out", "other"))
-    content = bytearray(state.read_bytes())
-    content[-1] ^= 1
-    state.write_bytes(content if how == "damaged" else other.read_bytes())
+def test_a_checkpoint_that_was_not_written_is_refused_or_done_again(train, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying(patch, 1)
+        train()
+    (state,) = (tmp_path / ".out.recovery").glob("state-*")
+    flip_a_bit(state)
     with pytest.raises(UsageError, match=rf"{state.name}' is missing or not what was written.*leave out --resume"):
         train(resume=True)
     train(resume=None)
-
-
-def test_a_strangers_file_among_the_checkpoints_is_not_removed(train, tmp_path) -> None:
-    folder = tmp_path / ".out.recovery"
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("years")
-    for resume in (False, None, True):
-        with pytest.raises(UsageError, match=r"holds 'thesis\.tex'"):
-            train(resume=resume)
-    assert (folder / "thesis.tex").read_text() == "years"
 
 
 def test_what_ends_before_the_first_checkpoint_leaves_nothing(train, tmp_path, prose, monkeypatch) -> None:
@@ -199,11 +167,9 @@ def test_what_ends_before_the_first_checkpoint_leaves_nothing(train, tmp_path, p
         assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
-def test_too_little_memory_is_told_before_the_work(train, pruned, tiny, tmp_path, prose, monkeypatch) -> None:
-    needed, less = (
-        recovery.memory_needed(pruned("2:4"), tiny("llama"), RecoverSettings(**SMALL, data=(str(prose),)), dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    )
+def test_too_little_memory_is_told_before_the_work(train, sparse, tiny, tmp_path, prose, monkeypatch) -> None:
+    given = sparse, tiny("llama"), RecoverSettings(**SMALL, data=(str(prose),))
+    needed, less = (recovery.memory_needed(*given, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert needed > less
     monkeypatch.setattr(recovery.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
     with pytest.raises(UsageError, match="GB of memory, and .* are free"):
@@ -236,51 +202,38 @@ def test_the_rate_follows_from_the_fit_unless_it_is_given(pruning, rate, monkeyp
     assert recovery.rate_of(RecoverSettings(rate=0.1), source) == 0.1
 
 
-def test_a_folder_of_version_0_1_0_is_read_exported_and_recovered(pruned, tiny, tmp_path, prose) -> None:
+def test_a_folder_of_version_0_1_0_is_read_exported_and_recovered(train, sparse, tmp_path) -> None:
     """Its manifest has settings of `prune` that are gone."""
-    old = tmp_path / "old"
-    shutil.copytree(pruned("2:4").folder, old)
-    content = json.loads((old / manifest.MANIFEST).read_text())
-    content["gblm_compress"] = "0.1.0"
-    content["prune"] |= {
-        "refine": "swap", "guidance": 0.5, "update": "reconstruct", "distillation_epochs": 2,
-        "distillation_rate": 0.0005, "reconstruction_epochs": 3, "reconstruction_rate": 0.007,
-        "reconstruction_rounds": 1, "fit_dtype": "auto",
-    }  # fmt: skip
-    (old / manifest.MANIFEST).write_text(json.dumps(content))
-    source = ModelSource("old", old)
-    result = run(source, tiny("llama"), tmp_path / "recovered", prose, rate=None)
+    old = shutil.copytree(sparse.folder, tmp_path / "old")
+    gone = {"refine": "swap", "guidance": 0.5, "update": "reconstruct", "distillation_epochs": 2, "fit_dtype": "auto"}
+    edit_json(old / manifest.MANIFEST, gblm_compress="0.1.0", prune=manifest.read(old)["prune"] | gone)
+    result = train("recovered", source=ModelSource("old", old), rate=None)
     assert result.rate == 0.0007 and result.after < result.before
     for name in (old, tmp_path / "recovered"):
         export(str(name), str(tmp_path / f"{name.name}-exported"), format="bitmask", quiet=True)
     assert manifest.read(tmp_path / "recovered-exported")["prune"]["guidance"] == 0.5
 
 
-def test_the_disk_must_hold_what_finds_no_room_in_memory(train, pruned, tmp_path, prose, monkeypatch) -> None:
+def test_the_disk_must_hold_what_finds_no_room_in_memory(train, sparse, tmp_path, prose, monkeypatch) -> None:
     (short := tmp_path / "short.txt").write_text(prose.read_text()[:400])
-    source, (_, windows) = pruned("2:4"), windows_for(pruned("2:4"), short)
-    usage, free = shutil.disk_usage(tmp_path), source.bytes_on_disk + recovery.checkpoint_bytes(source)
+    _, windows = windows_for(sparse, short)
+    usage, free = shutil.disk_usage(tmp_path), sparse.bytes_on_disk + recovery.checkpoint_bytes(sparse)
     assert windows.passes() > 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     train("in-memory", short)
     monkeypatch.setattr(recovery, "SHARE_FOR_STATES", 0)
     with pytest.raises(OutputError, match="may be needed for .* the dense model's predictions"):
         train("in-files", short)
-    free += len(windows.used) * 32 * config_of(source).hidden_size * 4
+    free += len(windows.used) * 32 * config_of(sparse).hidden_size * 4
     train("in-files", short)
 
 
-@pytest.mark.parametrize(("pattern", "options"), [("2:4", {}), ("unstructured", {"quantise": "int8"})])
-def test_two_processes_agree_with_one(pair, pattern, options, pruned, tiny, tmp_path, prose) -> None:
-    source, teacher = pruned(pattern, **options), tiny("llama")
-    result = run(source, teacher, tmp_path / "one", prose)
-    given = [
-        "recover", str(source.folder), "--teacher", str(teacher.folder),
-        "-o", str(tmp_path / "two"), "--data", str(prose), "--json",
-        *(part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))),
-    ]  # fmt: skip
+@pytest.mark.parametrize("settings", [{"pattern": "2:4"}, {"quantise": "int8"}])
+def test_two_processes_agree_with_one(pair, settings, train, pruned, tiny, tmp_path, prose) -> None:
+    source = pruned(**settings)
+    result = train("one", source=source)
     change = "from gblm_compress.training import recovery; recovery.faster_dtype = lambda device, group: 'float32'"
-    done = pair(*given, change=change)
+    done = pair(*command(source, tiny("llama"), tmp_path / "two", prose), "--json", change=change)
     assert done.code == 0, done.stderr
     other = json.loads(done.stdout)
     assert other["tokens"] == result.tokens and other["trained"] == result.trained
@@ -290,10 +243,8 @@ def test_two_processes_agree_with_one(pair, pattern, options, pruned, tiny, tmp_
         assert torch.allclose(tensor.float(), two[name].float(), rtol=1e-2, atol=1e-3), name
 
 
-def test_windows_that_are_never_read_need_no_room(tiny, tmp_path) -> None:
-    (long := tmp_path / "long.txt").write_text(load_text("demo", "calibration")[:60_000])
-    (short := tmp_path / "short.txt").write_text(load_text("demo", "evaluation")[:400])
-    _, windows = windows_for(tiny("llama"), long, short, tokens=32 * 100)
+def test_windows_that_are_never_read_need_no_room(tiny, two_texts, tmp_path) -> None:
+    _, windows = windows_for(tiny("llama"), *two_texts(60_000, 400), tokens=32 * 100)
     assert windows.passes() > 1 and len(windows.used) < 150 < len(windows.samples) / 5
     teacher = Teacher(None, CAUSAL_LM, windows.samples, windows.used, "float32", StatePool(tmp_path, 0, "cpu"))
     assert len(teacher._kept) == len(windows.used)
@@ -307,11 +258,10 @@ def test_windows_are_read_again_until_looks_bring_nothing(train, monkeypatch) ->
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_looks_measure_what_is_minimised(weight, pruned, tiny, tmp_path, prose) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
-    result = run(source, teacher, tmp_path / "out", prose, text_weight=weight)
-    _, windows = windows_for(source, prose)
-    student, dense = load_model(source, "float32"), load_model(teacher, "float32")
+def test_looks_measure_what_is_minimised(weight, train, sparse, tiny, prose) -> None:
+    result = train(text_weight=weight)
+    _, windows = windows_for(sparse, prose)
+    student, dense = load_model(sparse, "float32"), load_model(tiny("llama"), "float32")
     losses = []
     with torch.no_grad():
         for index in windows.held_out:
@@ -323,13 +273,26 @@ def test_looks_measure_what_is_minimised(weight, pruned, tiny, tmp_path, prose) 
     assert result.best == min(range(len(result.curve)), key=lambda look: result.curve[look].held_out) > 0
 
 
-def test_a_second_training_reads_nothing_that_the_first_has_held_out(tiny, tmp_path) -> None:
-    prose, paths = load_text("demo", "calibration"), [tmp_path / "long.txt", tmp_path / "short.txt"]
-    paths[0].write_text(prose[:60_000])
-    paths[1].write_text(prose[60_000:70_000])
+@pytest.fixture
+def two_texts(tmp_path):
+    """two_texts(200, 20): the names of two files of that many letters."""
+
+    def write(*lengths: int) -> list[Path]:
+        prose, paths, begin = load_text("demo", "calibration"), [], 0
+        for length in lengths:
+            paths.append(tmp_path / f"{length}.txt")
+            paths[-1].write_text(prose[begin : begin + length])
+            begin += length
+        return paths
+
+    return write
+
+
+def test_a_second_training_reads_nothing_that_the_first_has_held_out(tiny, two_texts) -> None:
+    one, other = two_texts(60_000, 10_000)
 
     def pieces(first: int, second: int, tokens: int) -> tuple[set[bytes], set[bytes]]:
-        _, windows = windows_for(tiny("llama"), f"{paths[0]}={first}", f"{paths[1]}={second}", tokens=tokens)
+        _, windows = windows_for(tiny("llama"), f"{one}={first}", f"{other}={second}", tokens=tokens)
         bits = [each["input_ids"].numpy().tobytes() for each in windows.samples]
         read = {index for step in windows.steps for index in step}
         return {bits[index] for index in read}, {bits[index] for index in windows.held_out}
@@ -341,11 +304,9 @@ def test_a_second_training_reads_nothing_that_the_first_has_held_out(tiny, tmp_p
             assert not read & held_out
 
 
-def test_texts_give_their_shares_in_an_order_that_the_seed_decides(tiny, tmp_path) -> None:
-    prose, paths = load_text("demo", "calibration"), [tmp_path / "long.txt", tmp_path / "short.txt"]
-    paths[0].write_text(prose[:20_000])
-    paths[1].write_text(prose[20_000:22_000])
-    given = tiny("llama"), f"{paths[0]}=3", f"{paths[1]}=1"
+def test_texts_give_their_shares_in_an_order_that_the_seed_decides(tiny, two_texts) -> None:
+    one, other = two_texts(20_000, 2_000)
+    given = tiny("llama"), f"{one}=3", f"{other}=1"
     size = {"batch": 4, "tokens": 32 * 400}
     windows, again, other = (windows_for(*given, **size, seed=seed)[1] for seed in (0, 0, 1))
     first = len(windows_for(*given[:2], **size)[1].samples)
@@ -381,27 +342,25 @@ def test_data_that_holds_the_evaluation_is_refused(length, train, tmp_path, pros
     assert result.overlap == {str(tmp_path / "other.txt"): 0.0}
 
 
-def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
+def test_bad_input_is_told_at_once(train, sparse, tiny, tmp_path) -> None:
     (tmp_path / "short.txt").write_text("a few words")
-    for one, other, settings, error, message in (
-        (teacher, teacher, {}, ModelError, "nothing says which zeros must stay"),
-        (source, source, {}, UsageError, "is pruned itself"),
-        (source, tiny("mistral"), {}, UsageError, "its (head|embedding) is not that of the pruned model"),
-        (source, source, {"data": (str(tmp_path / "gone.txt"),)}, GblmError, r"^2 faults[\s\S]*gone\.txt"),
-        (source, teacher, {"data": (str(tmp_path / "short.txt"),)}, DataError, "gives 11 tokens, .* needs 32"),
-        (source, teacher, {"rate": 1e30}, ModelError, "give a smaller --rate"),
+    for given, error, message in (
+        ({"source": tiny("llama")}, ModelError, "nothing says which zeros must stay"),
+        ({"teacher": sparse}, UsageError, "is pruned itself"),
+        ({"teacher": tiny("mistral")}, UsageError, "its (head|embedding) is not that of the pruned model"),
+        ({"teacher": sparse, "data": tmp_path / "gone.txt"}, GblmError, r"^2 faults[\s\S]*gone\.txt"),
+        ({"data": tmp_path / "short.txt"}, DataError, "gives 11 tokens, .* needs 32"),
+        ({"rate": 1e30}, ModelError, "give a smaller --rate"),
     ):
         with pytest.raises(error, match=message):
-            run(one, other, tmp_path / "out", prose, **settings)
+            train(**given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prose.txt", "short.txt"]
 
 
 def test_tokens_and_weights_of_texts_are_read_and_checked() -> None:
-    weights = [({"data": (f"a.txt={weight}",)}, "weight") for weight in ("0", "-1", "nan", "inf")]
-    for given, message in (
-        (SMALL | {"tokens": 63}, "one step takes 64"), ({"tokens": "2 million"}, "is no number of tokens"), *weights
-    ):  # fmt: skip
+    faults = [(SMALL | {"tokens": 63}, "one step takes 64"), ({"tokens": "2 million"}, "is no number of tokens")]
+    faults += [({"data": (f"a.txt={weight}",)}, "weight") for weight in ("0", "-1", "nan", "inf")]
+    for given, message in faults:
         with pytest.raises(ValueError, match=message):
             RecoverSettings(**given)
     assert RecoverSettings(tokens="1.5M").tokens == 1_500_000
@@ -410,25 +369,18 @@ def test_tokens_and_weights_of_texts_are_read_and_checked() -> None:
 
 
 def test_a_folder_that_is_not_what_its_pattern_says_is_refused_before_the_training(
-    pruned, tiny, tmp_path, prose, monkeypatch
+    train, sparse, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(Trainer, "run", lambda *args: pytest.fail("trained"))
-    changed = tmp_path / "changed"
-    shutil.copytree(pruned("2:4").folder, changed)
-    name = "model.layers.0.self_attn.q_proj.weight"
-    tensors = weights(changed)
-    tensors[name][0, :4] = 1
-    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    changed, name = shutil.copytree(sparse.folder, tmp_path / "changed"), "model.layers.0.self_attn.q_proj.weight"
+    edit_weights(changed, lambda tensors: tensors[name][0, :4].fill_(1))
     reason = rf"'changed' is not what `prune` wrote: {name}: breaks pattern 2:4 at row 0, .*; prune again"
     with pytest.raises(ModelError, match=reason):
-        run(ModelSource("changed", changed), tiny("llama"), tmp_path / "out", prose)
+        train(source=ModelSource("changed", changed))
 
 
-def test_the_command_says_what_it_brought(program, pruned, tiny, prose) -> None:
-    done = program(
-        "recover", str(pruned("2:4").folder), "--teacher", str(tiny("llama").folder), "-o", "out",
-        "--data", str(prose), "--tokens", "640", "--sequence-length", "32", "--batch", "2", "--rate", "0.01",
-    )  # fmt: skip
+def test_the_command_says_what_it_brought(program, sparse, tiny, tmp_path, prose) -> None:
+    done = program(*command(sparse, tiny("llama"), tmp_path / "out", prose))
     assert done.code == 0, done.stderr
     assert "validation loss" in done.stdout and "the weights after" in done.stdout
 
