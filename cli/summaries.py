@@ -125,6 +125,19 @@ def prune(c: dict[str, Any]) -> list[Any]:
     return [_facts(facts, c), NOT_YET, *notes]
 
 
+def plan(c: dict[str, Any]) -> list[Any]:
+    place = "read from disk, a block at a time" if c["from_disk"] else "in memory"
+    facts = {
+        "weights": f"{c['weights'] / 1e6:,.1f} million, {place}",
+        "computed in": f"{c['dtype']} on {c['device']}",
+        "passes over the text": f"about {c['passes']:.0f}",
+        "time": f"about {_duration(c['seconds'])} on this machine",
+        "peak memory": f"at most {decimal(c['memory_bytes'])}, and that of the program",
+        "disk": f"at most {decimal(c['disk_bytes'])}, until the output is whole",
+    }
+    return [_facts(facts)]
+
+
 def advise(c: dict[str, Any]) -> list[Any]:
     columns = "way = {name} | >weights = {bytes:bytes} | >ms per token = {ms_per_token:.1f} ({low:.1f}–{high:.1f})"
     notes = [f"note: {way} cannot be had: {reason}" for way, reason in c["left_out"].items()]
@@ -320,8 +333,8 @@ def doctor(c: dict[str, Any]) -> list[Any]:
 SUMMARIES: dict[str, Callable[..., list[Any]]] = {
     summary.__name__: summary
     for summary in (
-        advise, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push, validate,
-        doctor,
+        advise, plan, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push,
+        validate, doctor,
     )
 }  # fmt: skip
 
@@ -349,6 +362,12 @@ def _prune(model: str, **options: Any) -> tuple[str, ...]:
     trial = {"samples": 16, "sequence_length": 512} if model in TRIALS else {}
     given = {name: value for name, value in options.items() if value}
     return ("prune", model, "-o", "pruned", *_flags(**trial | given))
+
+
+def _planned(_: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
+    several = {name: ",".join(map(str, value)) for name, value in given.items() if isinstance(value, list | tuple)}
+    options = {name.replace("overrides", "override"): value for name, value in (dict(given) | several).items()}
+    return ("prune", options.pop("model"), "-o", "pruned", *_flags(**options))
 
 
 def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -406,6 +425,7 @@ def _timed(models: Sequence[str], baseline: str) -> tuple[str, ...]:
 
 FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "advise": _advised,
+    "plan": _planned,
     "prune": lambda c, given: _evaluate(c["folder"], given["model"], given),
     "generate": lambda c, given: ("prune", given["model"], "-o", "pruned", "--calibration", c["file"]),
     "recover": lambda c, given: _evaluate(c["folder"], given["teacher"], {}),

@@ -19,7 +19,7 @@ __version__ = "0.2.0"
 
 __all__ = [  # noqa: F405
     "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect", "load",
-    "onnxruntime_library", "prune", "push", "recover", "report", "run",
+    "onnxruntime_library", "plan", "prune", "push", "recover", "report", "run",
 ]  # fmt: skip
 if not (Path(__file__).parent / "cli").is_dir():  # a checkout on Windows, where git makes no links
     __path__.append(str(Path(__file__).parents[1]))  # noqa: F405

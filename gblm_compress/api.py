@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gblm_compress.measure.benchmarking import BenchmarkResult
     from gblm_compress.measure.evaluation import EvaluateResult
     from gblm_compress.measure.inspection import InspectResult
-    from gblm_compress.pruning.stage import PruneResult
+    from gblm_compress.pruning.stage import PlanResult, PruneResult
     from gblm_compress.runs.advice import Advice
     from gblm_compress.runs.comparison import CompareResult
     from gblm_compress.runs.pushing import PushResult
@@ -125,6 +125,29 @@ def prune(
 
         job = stage.PruneJob(source, settings, text, compute, resources)
         return stage.prune(job, path, progress, resume=resume, force=force)
+
+
+@command
+def plan(
+    model: Annotated[FileName, MODEL],
+    *,
+    settings: PruneSettings,
+    text: Calibration,
+    compute: ComputeSettings,
+    resources: ResourceSettings,
+    quiet: Quiet = False,
+) -> "PlanResult":
+    """Say what a pruning would take: time, memory, disk. No weights are downloaded.
+
+    Example: gblm-compress plan demo --pattern 2:4 --samples 16 --sequence-length 512
+    """
+    from gblm_compress.models.finding import outlined
+
+    progress = _progress(quiet)
+    with outlined(os.fspath(model), progress) as source:
+        from gblm_compress.pruning import stage
+
+        return stage.plan(stage.PruneJob(source, settings, text, compute, resources), source, progress)
 
 
 @command
@@ -433,7 +456,7 @@ def load(
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "Make": (prune, recover, export, run),
-    "Measure": (evaluate, benchmark, compare, inspect, advise),
+    "Measure": (evaluate, benchmark, compare, inspect, advise, plan),
     "Other": (generate, report, push, validate, schema, doctor),
 }
 GROUPS: dict[str, tuple[Command, ...]] = {

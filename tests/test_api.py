@@ -39,7 +39,7 @@ TEXT = {"samples": 3, "sequence_length": 32}
 def test_the_public_names() -> None:
     assert gblm_compress.__all__ == [
         "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect",
-        "load", "onnxruntime_library", "prune", "push", "recover", "report", "run",
+        "load", "onnxruntime_library", "plan", "prune", "push", "recover", "report", "run",
     ]  # fmt: skip
     assert all(getattr(gblm_compress, name).__doc__ for name in gblm_compress.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
@@ -199,6 +199,7 @@ TRAINING = {"teacher": "tiny", "data": ("prose.txt",), "tokens": 256, "sequence_
 WRITING = {"output": "new.txt", "tokens": 100, "sequence_length": 20, "batch": 4, "device": "cpu"}
 BOTH_WAYS = {
     "prune": (("tiny",), {"output": "new", "ignore": ("*.o_proj",), **WANDA, **TEXT_OF}),
+    "plan": (("tiny",), {**WANDA, **TEXT_OF}),
     "recover": (("pruned",), {"output": "new", **TRAINING}),
     "generate": (("tiny",), WRITING),
     "export": (("pruned",), {"output": "new", "format": "semi-structured"}),

@@ -72,7 +72,14 @@ def stop_before_work(monkeypatch, tmp_path) -> None:
     def begin(*arguments: Any, **settings: Any) -> None:
         raise WorkBegins
 
-    for module, name in ((finding, "resolve_model"), (pipeline, "check"), (pipeline, "run"), (run_report, "read")):
+    work = (
+        (finding, "resolve_model"),
+        (finding, "outlined"),
+        (pipeline, "check"),
+        (pipeline, "run"),
+        (run_report, "read"),
+    )
+    for module, name in work:
         monkeypatch.setattr(module, name, begin)
     for module, name in ((tasks, "data_files"), (zero_shot, "check_folder")):
         monkeypatch.setattr(module, name, lambda name: None)

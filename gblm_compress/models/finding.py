@@ -2,20 +2,24 @@
 
 import hashlib
 import io
+import json
 import os
 import zipfile
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.request import urlopen
 
 from gblm_compress.errors import ModelError, first_line, translated
 from gblm_compress.machine import cache_folder, made_once
 from gblm_compress.models import files
 from gblm_compress.models.loading import save_processor
-from gblm_compress.models.source import ModelSource
+from gblm_compress.models.source import ModelSource, Outline
 from gblm_compress.progress import Progress
 
 DEMO, TINY = "demo", "tiny"
@@ -28,6 +32,7 @@ DEMO_URL = (
 )
 DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_MB = 93
+_BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt"]
 SLOWEST_S = 60.0  # that a server may take for its next bytes
 
 
@@ -47,6 +52,34 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
     folder = _demo_folder(progress) if _is_demo(name) else _downloaded(name)
     files.check_folder(folder)
     return ModelSource(name, folder)
+
+
+@contextmanager
+def outlined(name: str, progress: Progress) -> Iterator[ModelSource]:
+    """As `resolve_model`, but of a model on the hub no weights are fetched: holes in files stand in their place."""
+    if _is_demo(name) or find_here(name):
+        yield resolve_model(name, progress)
+        return
+    from huggingface_hub import HfApi, snapshot_download
+
+    with TemporaryDirectory(prefix="gblm-") as folder:
+        progress.say(f"reading the config and the headers of {name} …")
+        with _from_hub(name):
+            snapshot_download(name, local_dir=folder, allow_patterns=_BESIDE_WEIGHTS)
+            headers = HfApi().get_safetensors_metadata(name).files_metadata
+        for file, header in headers.items():
+            _write_outline(Path(folder) / file, header.tensors)
+        files.check_folder(Path(folder))
+        yield Outline(name, Path(folder))
+
+
+def _write_outline(path: Path, tensors: Mapping[str, Any]) -> None:
+    """A safetensors file of the right size, with a hole for its data, which takes no room on the disk."""
+    names = ("dtype", "shape", "data_offsets")
+    header = json.dumps({tensor: {name: getattr(info, name) for name in names} for tensor, info in tensors.items()})
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + max(info.data_offsets[1] for info in tensors.values()))
 
 
 def find_here(name: str) -> ModelSource | None:
@@ -136,19 +169,26 @@ def _fetch_demo(progress: Progress, folder: Path) -> None:
 
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()
-    try:
+    with _from_hub(name):
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+                allow_patterns=["*.safetensors", *_BESIDE_WEIGHTS],
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights again, in another layout
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+
+
+@contextmanager
+def _from_hub(name: str) -> Iterator[None]:
+    from huggingface_hub import errors, logging
+
+    logging.set_verbosity_error()
+    unreadable = errors.NotASafetensorsRepoError, errors.SafetensorsParsingError
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, *unreadable, OSError, ValueError) as error:
         raise ModelError(
             f"model {name!r}: there is no such folder here, and the Hugging Face hub did not provide it "
             f"({first_line(error)}); check the spelling, your network, and for gated models `hf auth login`"

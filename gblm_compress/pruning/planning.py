@@ -200,20 +200,31 @@ def better_fit(settings: PruneSettings, offload: bool = False) -> str | None:
     return "balanced"
 
 
-def estimate(
-    source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings, writing: tuple[float, float] = (0, 0)
-) -> str:
-    """Time and memory of a run in one line, with a smaller text where it takes long.
+@dataclass(frozen=True)
+class Cost:
+    """Of a pruning on this machine. `memory` is beside that of the program itself."""
 
-    `writing`: seconds and bytes that the text takes before, if the model writes it.
-    """
+    passes: float  # over the text
+    seconds: float
+    memory: int
+    less_seconds: float  # with the text of `SMALL`
+
+    @property
+    def sentence(self) -> str:
+        less = "--samples 16 --sequence-length 512"
+        return cost.sentence(self.seconds, self.memory, less, self.less_seconds)
+
+
+def cost_of(
+    source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings, writing: tuple[float, float] = (0, 0)
+) -> Cost:
+    """`writing`: seconds and bytes that the text takes before, if the model writes it."""
     settings, rate = plan.settings, cost.operations_per_second(plan.device, getattr(torch, dtype))
-    weights = loading.count_weights(source)
+    weights, times = loading.count_weights(source), passes(plan.settings)
 
     def seconds(text: CalibrationSettings) -> float:
-        tokens = text.samples * text.sequence_length / plan.ranks.size
-        return 2 * weights * tokens * passes(settings) / rate
+        return 2 * weights * text.samples * text.sequence_length / plan.ranks.size * times / rate
 
+    held = max(int(writing[1]), Size(source, dtype, settings, calibration).peak(plan.placement))
     small = calibration.model_copy(update=SMALL)
-    held = max(writing[1], Size(source, dtype, settings, calibration).peak(plan.placement))
-    return cost.sentence(seconds(calibration) + writing[0], held, "--samples 16 --sequence-length 512", seconds(small))
+    return Cost(times, seconds(calibration) + writing[0], held, seconds(small))

@@ -40,7 +40,7 @@ from gblm_compress.settings import (
     PruneSettings,
     ResourceSettings,
 )
-from gblm_compress.storage import outputs
+from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 
@@ -147,7 +147,7 @@ def _to_folder(
             author = generation.Author(source, device, placement.room, group, progress)
             writing = author.cost(calibration)
             if not progress.quiet:
-                progress.say(planning.estimate(source, plan, dtype, calibration, writing))
+                progress.say(planning.cost_of(source, plan, dtype, calibration, writing).sentence)
             samples = author.calibration(processor, calibration)
             plan = replace(plan, samples=[on_device(sample, device) for sample in group.share(samples)])
         read = fingerprint(samples) if samples else None
@@ -177,6 +177,48 @@ def _to_folder(
                     verify(ModelSource(str(output), temporary), placement.offload)
             run.remove()
     return walked, memory.peak_bytes, read
+
+
+@dataclass(frozen=True)
+class PlanResult(records.Result):
+    """What a pruning would take."""
+
+    model: str
+    weights: int
+    dtype: str  # of the arithmetic
+    device: str
+    from_disk: bool  # a block at a time
+    passes: float  # over the calibration text
+    seconds: float
+    memory_bytes: int  # beside the program itself
+    disk_bytes: int  # until the output is whole
+
+
+def plan(job: PruneJob, source: ModelSource, progress: Progress) -> PlanResult:
+    """Time, memory and disk of a pruning by one process, from the headers of the weights."""
+    settings, calibration, group = job.settings, job.calibration, Ranks()
+    budgets = _checked(job, source)
+    device = loading.choose_device(job.compute.device)
+    dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
+    size = Size(source, dtype, settings, calibration)
+    placement = planning.choose_placement(size, job.resources, settings, device, group)
+    task = loading.task_of(source)
+    planned = Plan(settings, task, [], budgets, torch.device(device), products, placement, group)
+    writing = (0.0, 0.0)
+    if settings.needs_text:
+        writing = generation.Author(source, device, placement.room, group, progress).cost(calibration)
+    cost = planning.cost_of(source, planned, dtype, calibration, writing)
+    return PlanResult(
+        model=source.name,
+        weights=int(loading.count_weights(source)),
+        dtype=dtype,
+        device=device,
+        from_disk=placement.offload,
+        passes=cost.passes if settings.needs_text else 1.0,
+        seconds=cost.seconds,
+        memory_bytes=cost.memory,
+        disk_bytes=size.on_disk(settings, placement, finished=0),
+    )
 
 
 def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:

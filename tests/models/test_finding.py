@@ -5,17 +5,23 @@ import shutil
 import stat
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import NotASafetensorsRepoError
 
 from gblm_compress.errors import ModelError
 from gblm_compress.machine import CACHE_VARIABLE
-from gblm_compress.models import finding
-from gblm_compress.models.finding import find_here, resolve_model
+from gblm_compress.models import files, finding
+from gblm_compress.models.finding import find_here, outlined, resolve_model
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
+from gblm_compress.pruning.stage import PruneJob, plan
+from gblm_compress.settings import CalibrationSettings, PruneSettings
 
 GGUF = b"GGUF"
 
@@ -110,3 +116,32 @@ def test_a_demo_that_cannot_be_fetched_leaves_nothing(fault, package, tmp_path, 
     with pytest.raises(ModelError, match=message):
         resolve_model("demo", progress)
     assert find_here("demo") is None and not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_of_a_hub_model_an_outline_holds_headers_and_holes(tiny, monkeypatch, progress) -> None:
+    folder = tiny("llama").folder
+
+    def fetch(name: str, local_dir: str, allow_patterns: list[str]) -> None:
+        assert name == "owner/model"
+        shutil.copytree(folder, local_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def headers(_: HfApi, name: str) -> SimpleNamespace:
+        tensors = {name: SimpleNamespace(**info) for name, info in files.read_header(weights)[0].items()}
+        return SimpleNamespace(files_metadata={weights.name: SimpleNamespace(tensors=tensors)})
+
+    (weights,) = files.weight_files(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr(HfApi, "get_safetensors_metadata", headers)
+    with outlined("owner/model", progress) as source:
+        (made,) = files.weight_files(source.folder)
+        assert files.read_header(made)[0] == files.read_header(weights)[0]
+        assert made.stat().st_blocks * 512 < weights.stat().st_size
+        job = PruneJob(source, PruneSettings(pattern="2:4"), CalibrationSettings(samples=2, sequence_length=64))
+        planned = plan(job, source, progress)
+    whole = plan(job, tiny("llama"), progress)
+    assert (planned.dtype, planned.from_disk, planned.passes) == (whole.dtype, whole.from_disk, whole.passes)
+    for figure in ("weights", "memory_bytes", "disk_bytes"):
+        assert getattr(planned, figure) == pytest.approx(getattr(whole, figure), rel=0.01)
+    monkeypatch.setattr(HfApi, "get_safetensors_metadata", Mock(side_effect=NotASafetensorsRepoError("no weights")))
+    with pytest.raises(ModelError, match="'owner/model'.*no weights"), outlined("owner/model", progress):
+        pass

@@ -106,7 +106,7 @@ def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, takes, 
     settings, text = PruneSettings(), CalibrationSettings()
     placement = planning.Placement(offload=False, states=0, by_sample=True)
     plan = SimpleNamespace(settings=settings, device="cpu", ranks=Ranks(), placement=placement)
-    line = planning.estimate(tiny("llama"), plan, "float32", text)
+    line = planning.cost_of(tiny("llama"), plan, "float32", text).sentence
     assert line.startswith(f"this takes {takes}") and "GB of memory on this machine" in line
     assert ("--samples 16 --sequence-length 512 take about" in line) == offers
 
