@@ -9,7 +9,6 @@ from typing import Any
 
 from gblm_compress.layouts import known
 from gblm_compress.models import files
-from gblm_compress.models.files import GRAPH, SPARSE_METHOD
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,14 @@ class ModelSource:
 
     @property
     def is_onnx(self) -> bool:
-        return (self.folder / GRAPH).exists()
+        return (self.folder / files.GRAPH).exists()
 
     @cached_property
     def operators(self) -> dict[str, int]:
         """{operator in the ONNX graph: how often}; this package's have the prefix "gblm."."""
         import onnx
 
-        graph = onnx.load(self.folder / GRAPH, load_external_data=False).graph
+        graph = onnx.load(self.folder / files.GRAPH, load_external_data=False).graph
         names = ("gblm." * (node.domain == "gblm") + node.op_type for node in graph.node)
         return dict(Counter(names).most_common())
 
@@ -55,7 +54,7 @@ class ModelSource:
 
     @property
     def is_packed(self) -> bool:
-        return self._quantization.get("quant_method") == SPARSE_METHOD
+        return self._quantization.get("quant_method") == files.SPARSE_METHOD
 
     @property
     def needs_cuda(self) -> bool:

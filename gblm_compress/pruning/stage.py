@@ -15,7 +15,6 @@ from torch import nn
 
 from gblm_compress import errors, tasks
 from gblm_compress.calibration import generation, ranks
-from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights, verify
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import free_memory, peak_memory
@@ -255,9 +254,9 @@ def prune_(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings,
         samples=samples,
         budgets=uniform_budgets(model, settings),
         device=device,
-        products=ranks.faster_dtype(str(device), Ranks()),
+        products=ranks.faster_dtype(str(device), ranks.Ranks()),
         placement=Placement(offload=False, states=memory, by_sample=False),
-        ranks=Ranks(),
+        ranks=ranks.Ranks(),
     )
     with tempfile.TemporaryDirectory(prefix="gblm-") as folder:  # for gradients and pruned weights of blocks
         try:

@@ -28,8 +28,7 @@ from gblm_compress.pruning.block_pruning import LayerResult, Target, prune_block
 from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.training.fits import How, distil_
-from gblm_compress.training.imitation import Imitation
-from gblm_compress.training.imitation import predictions as dense_predictions
+from gblm_compress.training.imitation import Imitation, predictions
 
 UNSEEN = "never ran on the calibration text"
 Layers = list[dict[str, nn.Module]]  # of each block, by full name
@@ -107,13 +106,13 @@ class Walk:
         layers = [
             {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in layers
         ]
-        predictions = []
+        dense = []
         if plan.settings.fits_model and not run.is_distilled:
-            predictions = dense_predictions(self.weights.model, plan.task, plan.samples, self.progress)
+            dense = predictions(self.weights.model, plan.task, plan.samples, self.progress)
         self._prune_blocks_(layers, budgets)
-        if predictions:
+        if dense:
             pruned = [{name: layer for name, layer in block.items() if name in run.results} for block in layers]
-            self._distil_(pruned, predictions)
+            self._distil_(pruned, dense)
         return run.results
 
     def _budgets(self, layers: Layers) -> dict[str, Budget]:
@@ -174,11 +173,11 @@ class Walk:
                 if replay and index < last:
                     replay.advance(index)
 
-    def _distil_(self, layers: Layers, predictions: list[Tensor]) -> None:
+    def _distil_(self, layers: Layers, dense: list[Tensor]) -> None:
         plan, run, device = self.plan, self.run, self.plan.device
         pruned = {name: layer for block in layers for name, layer in block.items()}
         on = {name: grid.to(device) for name, grid in run.grids(plan.settings.columns_of_a_scale).items()}
-        loss = Imitation(self.weights.model, plan.task, plan.samples, lambda some: predictions[some[0]], plan.products)
+        loss = Imitation(self.weights.model, plan.task, plan.samples, lambda some: dense[some[0]], plan.products)
         grids = distil_(pruned, loss, How(MODEL_EPOCHS, MODEL_RATE, plan.products), on, plan.ranks, self.progress)
         results = {
             name: replace(before, nonzeros=count_nonzeros(pruned[name].get_parameter("weight")), output_error=None)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from gblm_compress.methods.allocation import ALLOCATIONS, DenseLayer
-from gblm_compress.methods.choices import Need, Statistics, describe, readers
+from gblm_compress.methods.choices import Need, Statistics
 from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import QUANTISERS
@@ -77,13 +77,6 @@ def test_an_unknown_name_is_refused_and_never_another_method(kind: str, progress
         PruneSettings(**{kind: "wandb"})
     with pytest.raises(KeyError, match="wandb"):
         stage.prune_(tiny_model("llama"), samples(), PruneSettings.model_construct(**{kind: "wandb"}), progress)
-
-
-def test_readers_of_a_key_are_told_in_words() -> None:
-    assert readers("rounds", REGISTRIES) == ["fit balanced or best"]
-    assert readers("gradient_norm", REGISTRIES) == ["method gblm or gradient", "allocation sensitivity"]
-    assert readers("pattern", REGISTRIES) == []
-    assert describe({"fast": FITS["fast"]}) == f"fast: {FITS['fast'].help}"
 
 
 TOYS = """
