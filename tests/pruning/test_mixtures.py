@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.models.experts import fused_weights, run_all_, unfused
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.pruning.block_pruning import FEW_TOKENS
@@ -113,17 +112,6 @@ def test_offload_prunes_experts_to_the_same_bits(tmp_path) -> None:
         run(str(offload), 3, 64, offload=offload, method="gblm", fit="fast")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("False", "True")]
     assert files[0] == files[1]
-
-
-def test_every_expert_sees_every_token_where_that_is_asked_for() -> None:
-    model, seen = tiny_family("olmoe"), set()
-    with unfused(model):
-        run_all_(model)
-        for name in fused_weights(model):
-            layer = model.get_submodule(name.removesuffix(".weight"))
-            layer.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))
-        model(input_ids=torch.arange(40).view(1, 40), use_cache=False)
-    assert seen == {40}
 
 
 def test_a_layer_that_never_runs_stays_dense_and_is_said(tmp_path) -> None:

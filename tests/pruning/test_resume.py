@@ -5,9 +5,6 @@ import os
 import re
 import shutil
 import signal
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -300,41 +297,25 @@ def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(go) -> None:
         go(offload=True, **FITTED)
 
 
+class Alone(Ranks):
+    """One of two processes, in a test that is both."""
+
+    def wait(self) -> None:
+        pass
+
+    def check_same(self, given: dict[str, object]) -> None:
+        pass
+
+
 def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -> None:
     """Else it would take what the first rank has just written for finished, and not be where the first waits."""
-    barrier, folder, budgets = threading.Barrier(2), tmp_path / "run", {"a": Budget(Pattern("2:4"), 0.5)}
     finished = {"a": torch.ones(1, 2)}, {}, {"a": LayerResult("2:4", (1, 2), 2, False)}
-
-    class Threads(Ranks):
-        def wait(self) -> None:
-            barrier.wait(timeout=20)
-
-        def check_same(self, given: dict[str, object]) -> None:
-            """There is no process group to ask."""
-
-    def until(there) -> None:
-        deadline = time.monotonic() + 20
-        while not there():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def first() -> None:
-        run = RunFolder(folder, {}, False, Threads(0, 2))
-        run.record.budgets = budgets
-        run.write()
-        run.finish(0, *finished)
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(first)
-        run = RunFolder(folder, {}, False, Threads(1, 2))
-        until(lambda: '"2:4"' in (folder / "run.json").read_text())
-        assert run.record.budgets is None
-        run.write()
-        until(lambda: (folder / "block-0.safetensors").exists())
-        assert not run.has_finished(0)
-        run.finish(0, *finished)
-        ahead.result(timeout=20)
-    assert run.has_finished(0) and list(run.finished(0)) == ["a"]
+    ahead, behind = (RunFolder(tmp_path / "run", {}, False, Alone(rank, 2)) for rank in (0, 1))
+    ahead.record.budgets = {"a": Budget(Pattern("2:4"), 0.5)}
+    ahead.finish(0, *finished)
+    assert behind.record.budgets is None and not behind.has_finished(0)
+    behind.finish(0, *finished)
+    assert behind.has_finished(0) and list(behind.finished(0)) == ["a"]
 
 
 def test_nothing_to_resume_is_said(go, capsys) -> None:
