@@ -195,7 +195,7 @@ class PlanResult(records.Result):
 
 def plan(job: PruneJob, source: ModelSource, progress: Progress) -> PlanResult:
     """Time, memory and disk of a pruning by one process, from the headers of the weights."""
-    settings, calibration, group = job.settings, job.calibration, Ranks()
+    settings, calibration, group = job.settings, job.calibration, ranks.Ranks()
     budgets = _checked(job, source)
     device = loading.choose_device(job.compute.device)
     dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
