@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
@@ -65,15 +66,21 @@ def _estimate(source: ModelSource, settings: ExportSettings) -> str:
 
 
 def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:
-    """Make `kernels` true or false where it is auto. If false, a note says why."""
-    if settings.kernels != "auto":
-        return settings, None
-    try:
-        cpu.onnxruntime_library()
-    except MissingDependencyError as error:
-        dense = settings.model_copy(update={"kernels": False})
-        return dense, f"export {dense.folder_name} is dense, so zeros save neither bytes nor time; {error}"
-    return settings.model_copy(update={"kernels": True}), None
+    """Make `kernels` true or false where it is auto. A note says if the zeros save no time here, and why."""
+    if settings.kernels == "auto":
+        try:
+            cpu.onnxruntime_library()
+        except MissingDependencyError as error:
+            dense = settings.model_copy(update={"kernels": False})
+            return dense, f"export {dense.folder_name} is dense, so zeros save neither bytes nor time; {error}"
+        settings = settings.model_copy(update={"kernels": True})
+    is_packed_int4 = (settings.kernels and settings.quantise == "int4") or settings.format.endswith("-int4")
+    if is_packed_int4 and cpu.available() and cpu.path(torch.int8) == "avx2":
+        return settings, (
+            "on this CPU, which has AVX2 and no AVX-512, 4 bits save bytes, not time: dense 4 bits decode faster, and "
+            "packed 8 bits do too"
+        )
+    return settings, None
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:

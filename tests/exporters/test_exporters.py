@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from gblm_compress.exporters import dtype_of
+from gblm_compress.exporters import decided, dtype_of
 from gblm_compress.formats import FORMATS
+from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.settings import ExportSettings
 
@@ -102,3 +103,20 @@ def test_every_option_is_some_formats_and_every_layout_has_a_format() -> None:
     packing = {entry.layout: name for name, entry in FORMATS.items() if entry.layout}
     assert packing == {name: layout.format for name, layout in LAYOUTS.items()}
     assert {name for name, entry in FORMATS.items() if entry.needs_cuda} == {"semi-structured"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "is_said"),
+    [
+        ({"format": "onnx", "quantise": "int4", "kernels": True}, "avx2", True),
+        ({"format": "bitmask-int4"}, "avx2", True),
+        ({"format": "bitmask-int4"}, "avx512", False),
+        ({"format": "onnx", "quantise": "int8", "kernels": True}, "avx2", False),
+        ({"format": "onnx", "quantise": "int4"}, "avx2", False),
+    ],
+)
+def test_where_4_bits_save_no_time_a_note_says_so(settings, path, is_said, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: True)
+    monkeypatch.setattr(cpu, "path", lambda dtype: path)
+    _, note = decided(ExportSettings(**settings))
+    assert bool(note and "4 bits save bytes, not time" in note) == is_said
