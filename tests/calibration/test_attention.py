@@ -12,15 +12,13 @@ from gblm_compress.calibration.attention import attention, chunked_attention
 from gblm_compress.models.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, samples
 
+LAYER = SimpleNamespace(is_causal=True, num_key_value_groups=3)
+
 
 def heads(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(length)
     shapes = ((1, 6, length, 16), (1, 2, length, 16), (1, 2, length, 8))
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-
-
-def layer(groups: int = 3) -> SimpleNamespace:
-    return SimpleNamespace(is_causal=True, num_key_value_groups=groups)
 
 
 @pytest.fixture
@@ -48,7 +46,7 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float | None, exact) -> None:
     inputs = heads(length)
-    got = attention(layer(), *inputs, None, scaling=scale)[0]
+    got = attention(LAYER, *inputs, None, scaling=scale)[0]
     expected = by_definition(*inputs, scale or 0.25)  # 0.25 = 1/√16
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
     assert got.is_contiguous()  # as torch's; some models take a view of it
@@ -67,7 +65,7 @@ def test_samples_do_not_see_each_other_and_one_new_token_sees_its_cache(new, sam
     monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
     each = [[x + number for x in heads(150)] for number in range(samples)]
     query, key, value = (torch.cat(kind) for kind in zip(*each, strict=True))
-    got = attention(layer(), query[:, :, -new:], key, value, None)[0]
+    got = attention(LAYER, query[:, :, -new:], key, value, None)[0]
     for number, inputs in enumerate(each):
         torch.testing.assert_close(got[[number]].double(), by_definition(*inputs, 0.25)[:, -new:], rtol=1e-4, atol=1e-5)
 
@@ -77,7 +75,7 @@ def test_bfloat16_is_as_exact_as_bfloat16_allows(autocast: bool, monkeypatch) ->
     monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
     inputs = heads(24) if autocast else heads(300, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        got = attention(layer(), *inputs, None)[0]
+        got = attention(LAYER, *inputs, None)[0]
     tolerance = 0.03 if autocast else 0.02
     torch.testing.assert_close(got.double(), by_definition(*inputs, 0.25), rtol=tolerance, atol=tolerance)
     assert got.dtype == torch.bfloat16
@@ -91,7 +89,7 @@ def test_scores_too_large_for_bfloat16_are_left_to_torch(autocast: bool) -> None
     rounded = [x.bfloat16() for x in inputs]
     expected = by_definition(*rounded, 0.25)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        got = attention(layer(), *(inputs if autocast else rounded), None)[0]
+        got = attention(LAYER, *(inputs if autocast else rounded), None)[0]
     assert (got.double() - expected).norm() < 0.01 * expected.norm()
 
 
@@ -116,15 +114,15 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> Non
     mask = torch.zeros(1, 1, 24, 24)
     special = {"position_bias": mask, "softcap": 30.0, "s_aux": torch.zeros(6)}
     for arguments in ({name: value} for name, value in {"attention_mask": mask, "dropout": 0.1, **special}.items()):
-        attention(layer(), q, k, v, **{"attention_mask": None, **arguments})
-    attention(layer(), q, k, v, None, is_causal=False)
-    attention(layer(), q[:, :, :1], k, v, mask[:, :, :1])
-    attention(layer(), *heads(2049, torch.bfloat16), None)
+        attention(LAYER, q, k, v, **{"attention_mask": None, **arguments})
+    attention(LAYER, q, k, v, None, is_causal=False)
+    attention(LAYER, q[:, :, :1], k, v, mask[:, :, :1])
+    attention(LAYER, *heads(2049, torch.bfloat16), None)
     for other in (torch.float32, torch.float16):
-        attention(layer(), *(x.to(other) for x in (q, k, v)), None)
-    attention(layer(), q[:, :, :10], k, v, None)  # a cache
-    attention(layer(), *(x.expand(2, -1, -1, -1) for x in (q, k, v)), None)
-    attention(layer(), q, k, v.repeat(1, 3, 1, 1), None)
+        attention(LAYER, *(x.to(other) for x in (q, k, v)), None)
+    attention(LAYER, q[:, :, :10], k, v, None)  # a cache
+    attention(LAYER, *(x.expand(2, -1, -1, -1) for x in (q, k, v)), None)
+    attention(LAYER, q, k, v.repeat(1, 3, 1, 1), None)
     assert len(left) == 12
     assert left[0][0] is mask and left[1][1]["dropout"] == 0.1 and left[2][1]["position_bias"] is mask
 

@@ -201,19 +201,10 @@ DAMAGE = ['{"identity": {}, "budgets": null, "distilled": true}', "", "null", "[
 DAMAGE.append('{"identity": {}, "budgets": {"a": {"pattern": {"name": "2:x"}, "sparsity": 0.5}}}')
 
 
-@pytest.fixture(scope="module")
-def ended(tiny, tmp_path_factory) -> Path:
-    """What a run by magnitude that ended before it saved leaves beside its output."""
-    output = tmp_path_factory.mktemp("ended") / "out"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", killed)
-        run(tiny("llama"), output, Path("demo"), method="magnitude")
-    return output.with_name(".out.pruning")
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, ended, go, tmp_path, prose) -> None:
-    record = shutil.copytree(ended, tmp_path / ended.name) / "run.json"
+def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, go, fails, tmp_path, prose) -> None:
+    fails(saving, "save", killed, method="magnitude")
+    record = tmp_path / ".out.pruning" / "run.json"
     record.unlink() if damage is None else record.write_text(damage)
     with pytest.raises(UsageError, match=r"run\.json' is missing or damaged.*leave out --resume"):
         go(resume=True, method="magnitude")
