@@ -1,7 +1,6 @@
 """Weights and hidden states of a model whose blocks are worked on one by one: in memory, or in files.
 
-`with weights.block(i):` makes the weights of one block ready for use, `with weights.outer():` everything outside the
-blocks (embeddings, final norm and head).
+`with weights.block(i):` makes one block ready for use, `with weights.outer():` what is outside the blocks.
 """
 
 from collections import defaultdict

@@ -1,4 +1,1 @@
-"""The mathematics of pruning: tensors in, tensors out; no model, no I/O.
-
-Importing a module with a registry loads no torch: settings are built from them.
-"""
+"""The mathematics of pruning: tensors in, tensors out. Importing a registry loads no torch, as settings need it."""

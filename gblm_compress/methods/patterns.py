@@ -1,8 +1,4 @@
-"""Sparsity patterns: which weights compete with which, and the mask that follows from their scores.
-
-A pattern partitions a weight matrix [out_features, in_features] into groups; in each group the weights with the highest
-score survive. One function, `keep_largest`, decides in the groups of every pattern. A mask's `True` means *keep*.
-"""
+"""Sparsity patterns: groups of weights in which those of the highest score survive. A mask's `True` means *keep*."""
 
 from __future__ import annotations
 

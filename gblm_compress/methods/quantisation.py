@@ -1,10 +1,8 @@
-"""Quantisers: the grids of few values that a quantised weight may take. Pure functions on one layer.
+"""Quantisers: the grids of few values that a quantised weight W [rows, columns] may take.
 
 A weight on a grid is scale · level. Scales are float16, one for a row or for neighbouring columns of a row. Levels are
 int8, the same for a whole layer. int8 has -127 … 127. int4 has 16, chosen for the layer: pruning leaves a gap around
 zero, on which evenly spaced levels would waste some.
-
-W is [rows, columns] in float32, `keep` a mask of its shape (True = survives).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Methods: which weights of a layer survive. Add a method by writing one function and listing it in `METHODS`.
 
-Most are saliencies. They take the weight W [out_features, in_features] in float32 and the layer's `Statistics`, and
-return a score of W's shape; in each group of the pattern the lowest scores are pruned. A method that chooses its mask
-in another way returns a `Selection`, as `obs` does.
+Most give a weight W [out_features, in_features] in float32 a score of its shape; in each group of the pattern the
+lowest scores are pruned. A method that chooses its mask in another way returns a `Selection`, as `obs` does.
 """
 
 from __future__ import annotations

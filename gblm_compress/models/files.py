@@ -1,7 +1,6 @@
 """Which files of a folder make a model, and whether they are safe to read. Loads no torch, transformers or pydantic.
 
-Only the weights that transformers would read count: those that `config.json` names, else `model.safetensors`, else
-those in `model.safetensors.index.json`.
+Only the weights that transformers would read count.
 """
 
 import base64

@@ -1,7 +1,6 @@
 """Packed checkpoints: folders that `AutoModelForCausalLM.from_pretrained` loads as models with packed layers.
 
-Weights are plain tensors in safetensors. Importing `gblm_compress` registers a quantizer that puts `PackedLinear` in
-place of linear layers before transformers loads the tensors.
+Importing `gblm_compress` registers a quantizer that replaces linear layers before transformers loads the tensors.
 """
 
 import json
