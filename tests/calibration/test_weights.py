@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.loading import load_model, load_skeleton
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from tests.conftest import ARCHITECTURES, prune, samples
+from tests.conftest import ARCHITECTURES, edit_weights, prune, samples
 
 
 def streamed_weights(source: ModelSource, dtype: str = "auto") -> StreamedWeights:
@@ -47,20 +46,11 @@ def test_only_the_block_at_work_has_weights_and_changes_to_it_do_not_last(tiny) 
     assert {path.name: path.read_bytes() for path in tiny("llama").folder.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "message"),
-    [
-        ("model.layers.1.mlp.up_proj.weight", 0, r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'.*incomplete"),
-        ("model.embed_tokens.weight", 9, r"model\.embed_tokens\.weight has the shape \[9, .* needs"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tiny, tmp_path: Path, name, rows, message) -> None:
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny("llama").folder, tmp_path, dirs_exist_ok=True)
-    state = load_file(tmp_path / "model.safetensors")
-    tensor = state.pop(name)
-    save_file(state | ({name: tensor[:rows].clone()} if rows else {}), tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=message), streamed_weights(ModelSource("broken", tmp_path)).outer():
-        pass
+    edit_weights(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ModelError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'.*incomplete"):
+        streamed_weights(ModelSource("broken", tmp_path))
 
 
 def test_the_next_block_is_read_ahead_in_both_directions(tiny) -> None:

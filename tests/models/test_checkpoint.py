@@ -73,15 +73,10 @@ def test_a_bare_backbone_gets_the_names_of_the_whole_model(tiny, tmp_path: Path)
         assert name in file.keys() and file.metadata() == {"format": "pt"}  # noqa: SIM118
 
 
-def test_what_is_missing_or_damaged_is_named(tiny, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(tiny) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama").folder)
     with pytest.raises(ModelError, match="no.such: no such tensor in"):
         Checkpoint(tiny("llama").folder, model).read("no.such")
-    data = (tiny("llama").folder / "model.safetensors").read_bytes()
-    shutil.copy(tiny("llama").folder / "config.json", tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ModelError, match="damaged safetensors file"):
-        Checkpoint(tmp_path, model)
 
 
 def test_reading_and_writing_leave_the_file_alone(tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_data_that_holds_the_evaluation_is_refused(length, train, tmp_path, pros
 
 
 def test_bad_input_is_told_at_once(train, sparse, tiny, tmp_path) -> None:
-    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "short.txt").write_text("a few words " * 4)
     changed, name = shutil.copytree(sparse.folder, tmp_path / "changed"), "model.layers.0.self_attn.q_proj.weight"
     edit_weights(changed, lambda tensors: tensors[name][0, :4].fill_(1))
     broken = rf"'changed' is not what `prune` wrote: {name}: breaks pattern 2:4 at row 0, .*; prune again"
@@ -353,7 +353,7 @@ def test_bad_input_is_told_at_once(train, sparse, tiny, tmp_path) -> None:
         ({"teacher": sparse}, UsageError, "is pruned itself"),
         ({"teacher": tiny("mistral")}, UsageError, "its (head|embedding) is not that of the pruned model"),
         ({"teacher": sparse, "data": tmp_path / "gone.txt"}, GblmError, r"^2 faults[\s\S]*gone\.txt"),
-        ({"data": tmp_path / "short.txt"}, DataError, "gives 11 tokens, .* needs 32"),
+        ({"data": tmp_path / "short.txt"}, DataError, "holds 1 window of 32 tokens, and two are needed"),
         ({"rate": 1e30}, ModelError, "give a smaller --rate"),
     ):
         with pytest.raises(error, match=message):
