@@ -31,12 +31,12 @@ needs_operator = pytest.mark.skipif(cpu.library_file() is None, reason="installe
 
 @pytest.fixture(autouse=True, scope="module")
 def _each_model_is_traced_once() -> Iterator[None]:
-    trace, traced = onnx_plain._trace, dict[ModelSource, bytes]()
+    trace, traced = onnx_plain._trace, dict[tuple[ModelSource, torch.dtype], bytes]()
 
     def once(model, source):
-        if source not in traced:
-            traced[source] = ir.to_proto(trace(model, source)).SerializeToString()
-        return ir.from_proto(onnx.load_from_string(traced[source]))
+        if (source, model.dtype) not in traced:
+            traced[source, model.dtype] = ir.to_proto(trace(model, source)).SerializeToString()
+        return ir.from_proto(onnx.load_from_string(traced[source, model.dtype]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_plain, "_trace", once)

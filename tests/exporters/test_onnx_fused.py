@@ -170,6 +170,11 @@ def test_genai_runs_the_folder(exported, name) -> None:
     both, _ = runtime.prefill(ids)
     assert both.shape == (2, 1) and torch.equal(both, reference.prefill(ids)[0])
     assert runtime.kernels(1)["GroupQueryAttention (onnxruntime-genai)"] == 2
+    runtime = load_runtime(folder, "auto", "cpu", 1, runtime="genai", generate=3)  # room for as many tokens
+    token, cache = runtime.prefill(ids[:1])
+    for _ in range(2):
+        token, cache = runtime.decode(token, cache)
+    assert cache.is_done()
 
 
 @needs_operator
@@ -234,16 +239,6 @@ def test_operators_of_a_cpu_are_not_run_on_another_device(exported, runtime) -> 
 
 
 @needs_operator
-def test_genai_has_room_for_as_many_tokens_as_are_asked(exported) -> None:
-    folder = exported[1]["kernels"][1]
-    runtime = load_runtime(folder, "auto", "cpu", 1, runtime="genai", generate=3)
-    token, cache = runtime.prefill(torch.arange(9).unsqueeze(0))
-    for _ in range(2):
-        token, cache = runtime.decode(token, cache)
-    assert cache.is_done()
-
-
-@needs_operator
 def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monkeypatch) -> None:
     """The library lies in the folder for who loads it without this program, which itself takes its own."""
     folder = exported[1]["kernels"][1]
@@ -273,14 +268,10 @@ NO_TEXT, SESSION = ".*, where exports have no text", "model.decoder.session_opti
         # the library would pass it to printf
         ({"model.decoder.inputs.past_key_names": "%s%n"}, "past_key_names '%s%n', where exports have 'past_key"),
         ({"model.decoder.outputs.present_value_names": ["%s"]}, r"outputs\.present_value_names .*, where exports have"),
-        ({"search.num_beams": "%s"}, "search.num_beams '%s', where exports have no text;"),
-        ({f"{SESSION}.provider_options": [{"cuda": {"x": "y"}}]}, rf"{SESSION}\.provider_options\.cuda\.x{NO_TEXT}"),
         ({"model.context_length": float("inf")}, r"no genai_config\.json .*'float' object"),
         ({"search.top_k": True}, "onnxruntime-genai cannot load it"),
-        ({"model.type": "none"}, "onnxruntime-genai cannot load it"),
         (lambda config: config.replace('"search": {', '"search": {}, "search": {'), "a key stands twice"),
         (lambda _: "{}", r"no genai_config\.json"),
-        (lambda _: "[]", r"no genai_config\.json"),
     ],
 )
 def test_of_a_folder_genai_loads_the_graph_alone(exported, tmp_path, change, said) -> None:

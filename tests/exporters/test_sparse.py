@@ -149,23 +149,25 @@ def test_a_model_without_the_zeros_is_refused(pattern, format, message, tiny, pr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
-def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size, exported, tmp_path) -> None:
+def test_transformers_alone_finds_no_weights_rather_than_random_ones(exported, tmp_path) -> None:
     """Without this package transformers does not know the layout, and would leave what it does not find random."""
-    source = exported("bitmask")[1]
-    folder = tmp_path / "saved"
-    model, save = load_model(source), type(load_model(source)).save_pretrained
-    model.save_pretrained = lambda place, **more: save(model, place, max_shard_size=shard_size, **more)
-    save_packed(model, folder)
-    assert (folder / SPARSE_INDEX).exists() == (shard_size == "20KB")
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
-    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert alone.returncode and "no file named model.safetensors" in alone.stderr
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(logits(again), logits(model))
-    again.save_pretrained(tmp_path / "again")  # with ordinary names, which this package reads too
-    third = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(third), logits(model))
+    model = load_model(exported("bitmask")[1])
+    save = model.save_pretrained
+    for folder, shard_size in (("whole", "50GB"), ("sharded", "20KB")):
+        model.save_pretrained = lambda place, size=shard_size, **more: save(place, max_shard_size=size, **more)
+        save_packed(model, tmp_path / folder)
+        assert (tmp_path / folder / SPARSE_INDEX).exists() == (folder == "sharded")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(logits(again), logits(model))
+        again.save_pretrained(tmp_path / "again")  # with ordinary names, which this package reads too
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        "for folder in ('whole', 'sharded'):\n"
+        "    try: AutoModelForCausalLM.from_pretrained(folder)\n    except OSError as error: print(error)"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert alone.stdout.count("no file named model.safetensors") == 2, alone.stderr
 
 
 def test_an_export_is_not_pruned_inspected_or_exported_again(exported, tmp_path, progress) -> None:

@@ -22,6 +22,7 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
+from tests.layouts.weights import sparse
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -47,13 +48,10 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> Ten
 
 def bitmask(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, cpu.Bitmask]:
     """A weight with half zeros, an empty and a full row, dense and as kernels read it."""
-    generator = torch.Generator().manual_seed(rows * 1000 + columns)
-    weight = torch.randn(rows, columns, generator=generator)
-    weight[torch.rand(rows, columns, generator=generator) < 0.5] = 0
-    if rows > 2:
-        weight[1], weight[2] = 0, 1
-    held = LAYOUTS["bitmask"].kind.pack(weight.to(dtype))
-    return weight.to(dtype), cpu.Bitmask(held["mask"], held["values"], row_starts(held["mask"]), columns)
+    weight = sparse("bitmask", rows, columns, dtype=dtype)
+    weight[2:3] = 1
+    held = LAYOUTS["bitmask"].kind.pack(weight)
+    return weight, cpu.Bitmask(held["mask"], held["values"], row_starts(held["mask"]), columns)
 
 
 @pytest.mark.parametrize(("dtype", "path"), [(dtype, path) for dtype in DTYPES for path in cpu.paths(dtype)], ids=str)

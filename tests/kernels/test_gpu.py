@@ -22,8 +22,8 @@ from gblm_compress.kernels import gpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
-from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
+from tests.layouts.weights import sparse
 
 layout = sys.argv[1]
 kind = LAYOUTS[layout].kind
@@ -40,19 +40,14 @@ def on_a_grid(weight, group):
     return held
 
 
-sizes = (1, 4), (5, 64), ragged, (19, 1032)
+sizes = (2, 4), (5, 64), ragged, (19, 1032)
 for dtype, (rows, columns) in itertools.product((torch.float16, torch.bfloat16), sizes):
     generator = torch.Generator().manual_seed(rows * columns)
-    weight = torch.randn(rows, columns, generator=generator)
-    pattern = Pattern(LAYOUTS[layout].pattern or "unstructured")
-    weight[~pattern.mask(torch.rand(rows, columns, generator=generator), weight, 0.5)] = 0
-    if rows > 2:
-        weight[1] = 0
-        if not LAYOUTS[layout].pattern:
-            weight[2] = 1
-    weight = weight.to(dtype)
+    weight = sparse(layout, rows, columns, dtype=dtype)
+    if not LAYOUTS[layout].pattern:
+        weight[2:3] = 1
     bias = torch.randn(rows, generator=generator).to(dtype)
-    held = on_a_grid(weight, {5: 32, 19: 64, 1: 128}.get(rows)) if grouped else kind.pack(weight)
+    held = on_a_grid(weight, {5: 32, 19: 64, 2: 128}.get(rows)) if grouped else kind.pack(weight)
     layer = PackedLinear.holding(layout, (rows, columns), held, dtype)
     weight, packed = layer.dense_weight(), layer.for_gpu()
     assert same_bits(gpu.expand(packed), weight)
