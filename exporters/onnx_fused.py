@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 from torch import nn
 
 from gblm_compress.errors import ModelError, is_out_of_memory
@@ -146,21 +147,17 @@ def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
     `frequencies` are those of the model: float32 [pairs] each, in radians a position.
     """
     graph = program.graph
-    nodes: list[ir.Node] = []
+    tape = Tape()
     angles: dict[tuple[int, bytes], ir.Value] = {}
     known = list(frequencies)
-
-    def node(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        nodes.append(ir.node(operator, inputs, attributes=attributes or None))
-        return nodes[-1].outputs[0]
 
     def angles_of(positions: int, turns: Any) -> ir.Value:
         key = positions, turns.tobytes()
         if key not in angles:
             zero, one, end = (constant(graph, f"rotations.{n}", np.float32(n)) for n in (0, 1, positions))
             axis = constant(graph, "rotations.axis", np.array([1]))
-            column = node("Unsqueeze", node("Range", zero, end, one), axis)
-            angles[key] = node("Mul", column, initializer(graph, f"rotations.turns.{len(angles)}", turns))
+            column = tape.op("Unsqueeze", [tape.op("Range", [zero, end, one]), axis])
+            angles[key] = tape.op("Mul", [column, initializer(graph, f"rotations.turns.{len(angles)}", turns)])
         return angles[key]
 
     for table in list(graph.initializers.values()):
@@ -171,15 +168,15 @@ def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
         turns = next((each for each in known if _makes(stored, operator, each)), None)
         if turns is None:
             continue
-        made = node(operator, angles_of(len(stored), turns))
+        made = tape.op(operator, [angles_of(len(stored), turns)])
         if table.dtype != ir.DataType.FLOAT:
-            made = node("Cast", made, to=table.dtype)
+            made = tape.op("Cast", [made], {"to": table.dtype})
         made.shape, made.dtype = table.shape, table.dtype
         del graph.initializers[str(table.name)]
         table.replace_all_uses_with(made)
         made.name = table.name
-    if nodes:
-        graph.insert_before(graph[0], nodes)
+    if tape.nodes:
+        graph.insert_before(graph[0], tape.nodes)
 
 
 def _makes(table: Any, operator: str, turns: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tape import Tape
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_weights import Rows, constant, initializer, replace, rows_of, use_rows_, widened
@@ -34,14 +35,10 @@ MAX_WEIGHTS = 8  # that one node multiplies by
 def encode_initializers_(program: ir.Model, names: list[str]) -> None:
     """Replace the named initializers by their packed form and a decoder, in place, if `encode` packs them."""
     graph = program.graph
-    nodes: list[ir.Node] = []
+    tape = Tape()
 
     def shared(name: str, array: Any) -> ir.Value:
         return constant(graph, f"bitmask_decoder.{name}", array)
-
-    def node(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        nodes.append(ir.node(operator, inputs, attributes=attributes or None))
-        return nodes[-1].outputs[0]
 
     for name in names:
         dense = graph.initializers[name]
@@ -55,15 +52,16 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
         flat = shared("flat", np.array([-1], dtype=np.int64))
         axis = shared("axis", np.array(0, dtype=np.int64))
         shape = shared("x".join(map(str, weight.shape)), np.array(weight.shape, dtype=np.int64))
-        chosen = node("Reshape", node("BitwiseAnd", initializer(graph, name + MASK, mask), powers), flat)
-        bits = node("Cast", node("Cast", chosen, to=ir.DataType.BOOL), to=ir.DataType.INT32)
-        places = node("Mul", node("CumSum", bits, axis), bits)
-        decoded = node("Reshape", node("Gather", initializer(graph, name + VALUES, values), places, axis=0), shape)
+        chosen = tape.op("Reshape", [tape.op("BitwiseAnd", [initializer(graph, name + MASK, mask), powers]), flat])
+        bits = tape.op("Cast", [tape.op("Cast", [chosen], {"to": ir.DataType.BOOL})], {"to": ir.DataType.INT32})
+        places = tape.op("Mul", [tape.op("CumSum", [bits, axis]), bits])
+        found = tape.op("Gather", [initializer(graph, name + VALUES, values), places], {"axis": 0})
+        decoded = tape.op("Reshape", [found, shape])
         decoded.shape, decoded.dtype = dense.shape, dense.dtype
         del graph.initializers[name]
         dense.replace_all_uses_with(decoded)
         decoded.name = name
-    graph.insert_before(graph[0], nodes)
+    graph.insert_before(graph[0], tape.nodes)
 
 
 def encode(weight: Any) -> tuple[Any, Any] | None:
@@ -166,9 +164,9 @@ def _dense_rows(rows: ir.Value) -> Rows:
     def multiply(x: ir.Value) -> ir.Node:
         return ir.Node(DOMAIN, "DenseLinear", [x, rows])
 
-    def read(gather: ir.Node) -> list[ir.Node]:
-        found = rows_of(gather, rows)
-        return [found] if rows.dtype == ir.DataType.FLOAT else [found, widened(found)]
+    def read(tape: Tape, gather: ir.Node) -> ir.Value:
+        found = rows_of(tape, gather, rows)
+        return found if rows.dtype == ir.DataType.FLOAT else widened(tape, found)
 
     return Rows(multiply, read)
 
@@ -179,10 +177,9 @@ def _quantised_rows(graph: ir.Graph, name: str, parts: dict[str, Any]) -> Rows:
     def multiply(x: ir.Value) -> ir.Node:
         return ir.Node(DOMAIN, "QuantisedLinear", [x, *made.values()])
 
-    def read(gather: ir.Node) -> list[ir.Node]:
-        levels, scales = (rows_of(gather, made[suffix]) for suffix in (VALUES, SCALES))
-        wide = [widened(levels), widened(scales)]
-        return [levels, scales, *wide, ir.node("Mul", [node.outputs[0] for node in wide])]
+    def read(tape: Tape, gather: ir.Node) -> ir.Value:
+        levels, scales = (rows_of(tape, gather, made[suffix]) for suffix in (VALUES, SCALES))
+        return tape.op("Mul", [widened(tape, levels), widened(tape, scales)])
 
     return Rows(multiply, read)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tape import Tape
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
@@ -164,23 +165,17 @@ class Blocks:
         def multiply(x: ir.Value) -> ir.Node:
             return ir.node("MatMulNBits", [x, levels, scales], attributes=attributes, domain="com.microsoft")
 
-        def read(gather: ir.Node) -> list[ir.Node]:
-            nodes = [rows_of(gather, levels), rows_of(gather, scales)]
-            nodes.append(widened(nodes[0]))
-
-            def node(operator: str, *inputs: ir.Value) -> ir.Value:
-                nodes.append(ir.node(operator, inputs))
-                return nodes[-1].outputs[0]
-
+        def read(tape: Tape, gather: ir.Node) -> ir.Value:
             def stored(suffix: str, number: Any) -> ir.Value:
                 return constant(graph, f"{name}.{suffix}", np.array(number))
 
-            centred = node("Sub", nodes[2].outputs[0], stored("centre", np.float32(1 << (self.bits - 1))))
-            last = stored("last", [-1])
-            scaled = node("Mul", centred, node("Unsqueeze", nodes[1].outputs[0], last))
-            flat = node("Reshape", scaled, stored("flat", [0, 0, blocks * size * 8 // self.bits]))
-            node("Slice", flat, stored("first", [0]), stored("columns", [self.columns]), last)  # cut off the filling
-            return nodes
+            found, scale = rows_of(tape, gather, levels), rows_of(tape, gather, scales)
+            centre = stored("centre", np.float32(1 << (self.bits - 1)))
+            centred, last = tape.op("Sub", [widened(tape, found), centre]), stored("last", [-1])
+            scaled = tape.op("Mul", [centred, tape.op("Unsqueeze", [scale, last])])
+            flat = tape.op("Reshape", [scaled, stored("flat", [0, 0, blocks * size * 8 // self.bits])])
+            # the filling of the last block is cut off
+            return tape.op("Slice", [flat, stored("first", [0]), stored("columns", [self.columns]), last])
 
         return Rows(multiply, read)
 
@@ -224,7 +219,7 @@ class Channels:
         def multiply(x: ir.Value) -> ir.Node:
             return ir.node("DynamicQuantizeMatMul", [x, levels, scales], domain="com.microsoft")
 
-        def read(gather: ir.Node) -> list[ir.Node]:
+        def read(tape: Tape, gather: ir.Node) -> ir.Value:
             raise ModelError(f"{name}: the weight of a layer is an embedding too; add --kernels")
 
         return Rows(multiply, read)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
 
 from gblm_compress.exporters.onnx_weights import constant, replace
 
@@ -14,31 +15,31 @@ _START, _END = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # of a slice with
 
 
 def slim_(program: ir.Model) -> None:
-    rules: dict[str, Callable[[ir.Graph, ir.Node], ir.Node | None]] = {
+    rules: dict[str, Callable[[Tape, ir.Graph, ir.Node], ir.Value | None]] = {
         "Mul": _division,
         "Reshape": _transpose,
         "MatMul": _scaled_once,
         "Gemm": _product,
     }
     for node in list(program.graph):
-        rule = rules.get(node.op_type)
-        made = rule(program.graph, node) if rule is not None else None
+        tape, rule = Tape(), rules.get(node.op_type)
+        made = rule(tape, program.graph, node) if rule is not None else None
         if made is not None:
-            program.graph.insert_before(node, made)
-            replace(program.graph, node, made.outputs[0])
+            program.graph.insert_before(node, tape.nodes)
+            replace(program.graph, node, made)
     RemoveUnusedNodesPass()(program)
 
 
-def _division(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+def _division(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
     """x · Reciprocal(√v) as x / √v, which ONNX Runtime recognises as an RMS norm."""
     for x, other in (node.inputs, reversed(node.inputs)):
         inverse = _made_by(other, "Reciprocal")
         if inverse is not None and _made_by(inverse.inputs[0], "Sqrt") is not None:
-            return ir.node("Div", [x, inverse.inputs[0]])
+            return tape.op("Div", [x, inverse.inputs[0]])
     return None
 
 
-def _product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+def _product(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
     """x · W + b of a constant W [in, out], or [out, in] with transB, as MatMul and Add, for the passes on MatMuls."""
     x, weight, *bias = node.inputs
     attributes = {name: node.attributes[name].value for name in node.attributes}
@@ -51,17 +52,12 @@ def _product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
             turned = f"{weight.name}{TURNED}"
             weight = constant(graph, turned, weight.const_value.numpy().T.copy())
         else:  # shared with an embedding, whose rows are read
-            turn = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
-            graph.insert_before(node, turn)
-            weight = turn.outputs[0]
-    product = ir.node("MatMul", [x, weight], name=node.name)
-    if not bias or bias[0] is None:
-        return product
-    graph.insert_before(node, product)
-    return ir.node("Add", [product.outputs[0], bias[0]])
+            weight = tape.op("Transpose", [weight], {"perm": [1, 0]})
+    product = tape.op("MatMul", [x, weight], name=node.name)
+    return tape.op("Add", [product, bias[0]]) if bias and bias[0] is not None else product
 
 
-def _transpose(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+def _transpose(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
     """The transpose of matrices [batch, heads, tokens, width], made in three dimensions, as one Transpose."""
     turned = _made_by(node.inputs[0], "Transpose")
     flat = _made_by(turned.inputs[0], "Reshape") if turned is not None else None
@@ -73,10 +69,10 @@ def _transpose(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
         return None
     if _sizes(flat.inputs[1], x) != [-1, tokens, width] or _sizes(node.inputs[1], x) != [first, width, tokens]:
         return None
-    return ir.node("Transpose", [x], attributes={"perm": [0, 1, 3, 2]})
+    return tape.op("Transpose", [x], {"perm": [0, 1, 3, 2]})
 
 
-def _scaled_once(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+def _scaled_once(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
     """(q·a) × (k·b) as (q·ab) × k, because there are as many keys as the cache has tokens."""
     left, right = (_made_by(value, "Mul") for value in node.inputs)
     if left is None or right is None:
@@ -86,10 +82,9 @@ def _scaled_once(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     if len(factors) != 2 or any(factor.ndim for factor in factors):
         return None
     both = np.prod([factor.astype(np.float64).item() for factor in factors]).astype(factors[0].dtype)
-    scaled = ir.node("Mul", [q, constant(graph, f"scale.{both}", both)])
-    scaled.outputs[0].shape, scaled.outputs[0].type = left.outputs[0].shape, left.outputs[0].type
-    graph.insert_before(node, scaled)
-    return ir.node("MatMul", [scaled.outputs[0], k])
+    scaled = tape.op("Mul", [q, constant(graph, f"scale.{both}", both)])
+    scaled.shape, scaled.type = left.outputs[0].shape, left.outputs[0].type
+    return tape.op("MatMul", [scaled, k])
 
 
 def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:

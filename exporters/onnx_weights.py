@@ -6,6 +6,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 from torch import nn
 
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -101,11 +102,11 @@ def replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
 class Rows:
     """A stored weight [out_features, in_features].
 
-    `multiply` makes the node for x Wᵀ; `read` the nodes that read rows of a Gather in float32, the result last.
+    `multiply` makes the node for x Wᵀ; `read` records the nodes that read rows of a Gather in float32.
     """
 
     multiply: Callable[[ir.Value], ir.Node]
-    read: Callable[[ir.Node], list[ir.Node]]
+    read: Callable[[Tape, ir.Node], ir.Value]
 
 
 # Stores an initializer, from its name and its weight [out_features, in_features] in float32; None leaves it.
@@ -162,12 +163,12 @@ def _store_embeddings_(graph: ir.Graph, store: Store) -> None:
                 del graph.initializers[table.name]
 
 
-def rows_of(gather: ir.Node, table: ir.Value) -> ir.Node:
-    return ir.node("Gather", [table, gather.inputs[1]], attributes={"axis": 0})
+def rows_of(tape: Tape, gather: ir.Node, table: ir.Value) -> ir.Value:
+    return tape.op("Gather", [table, gather.inputs[1]], {"axis": 0})
 
 
-def widened(node: ir.Node) -> ir.Node:
-    return ir.node("Cast", [node.outputs[0]], attributes={"to": ir.DataType.FLOAT})
+def widened(tape: Tape, value: ir.Value) -> ir.Value:
+    return tape.op("Cast", [value], {"to": ir.DataType.FLOAT})
 
 
 def _turns(node: ir.Node) -> bool:
@@ -176,6 +177,7 @@ def _turns(node: ir.Node) -> bool:
 
 
 def _read(graph: ir.Graph, gather: ir.Node, rows: Rows) -> None:
-    nodes = rows.read(gather)
-    graph.insert_before(gather, nodes)
-    replace(graph, gather, nodes[-1].outputs[0])
+    tape = Tape()
+    found = rows.read(tape, gather)
+    graph.insert_before(gather, tape.nodes)
+    replace(graph, gather, found)
