@@ -77,11 +77,7 @@ def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[s
 
 
 def initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    assert value.const_value is not None
-    value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
-    graph.initializers[name] = value
-    return value
+    return Tape(graph).initializer(ir.tensor(array, name=name))
 
 
 def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:

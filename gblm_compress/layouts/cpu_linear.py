@@ -4,9 +4,9 @@ Tiles win for many tokens without a kernel for them. The crossover is measured o
 and machine, and kept in the cache folder.
 """
 
-import time
 from collections.abc import Callable
 from functools import cache
+from timeit import repeat
 from zlib import crc32
 
 import torch
@@ -80,9 +80,4 @@ def measure_crossover(weight: cpu.Weight) -> int:
 
 
 def _best_time(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        product(x)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(repeat(lambda: product(x), number=1, repeat=4)[1:])

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnx.external_data_helper import set_external_data
 
 from gblm_compress.errors import MissingDependencyError
 from gblm_compress.exporters.onnx_packing import use_kernels_
@@ -132,12 +133,9 @@ def test_weights_beside_the_graph(library: str, tmp_path, offset: int) -> None:
     content = b""
     for tensor in (tensor for tensor in model.graph.initializer if tensor.raw_data):
         content += bytes(-len(content) % 8 + offset)
-        place = {"location": "data", "offset": len(content), "length": len(tensor.raw_data)}
+        set_external_data(tensor, "data", len(content), len(tensor.raw_data))
         content += tensor.raw_data
         tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=str(value))
     (tmp_path / "data").write_bytes(content)
     onnx.save(model, tmp_path / "model.onnx")
     options = onnxruntime.SessionOptions()
