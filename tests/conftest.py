@@ -193,11 +193,12 @@ def prune_(model: nn.Module, samples: list[Sample], **settings: Any) -> dict[str
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the tensors in a folder's model.safetensors, in place."""
-    tensors = load_file(folder / "model.safetensors")
+    """Change the tensors in a folder's only file of weights, in place."""
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
     change(tensors)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def flip_a_bit(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gblm_compress.errors import ModelError, UsageError, VerificationError
@@ -28,7 +28,7 @@ from gblm_compress.models.packed_checkpoint import save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.settings import CalibrationSettings, PruneSettings
-from tests.conftest import ARCHITECTURES, export, prune, saved
+from tests.conftest import ARCHITECTURES, edit_weights, export, prune, saved
 from tests.families.tiny import tiny_family
 
 IDS = torch.arange(20).unsqueeze(0)
@@ -363,14 +363,11 @@ K = "model.layers.1.self_attn.k_proj"  # [32, 64]
 def replaced(name, change):
     """A damage of the weights: a tensor is changed, or goes."""
 
-    def damage(folder) -> None:
-        path = next(folder.glob("*.safetensors"))
-        tensors = load_file(path)
+    def edit(tensors) -> None:
         changed = change(tensors.pop(name))
-        tensors |= {} if changed is None else {name: changed.contiguous()}
-        save_file(tensors, path, {"format": "pt"})
+        tensors |= {} if changed is None else {name: changed}
 
-    return damage
+    return lambda folder: edit_weights(folder, edit)
 
 
 def described(change):
