@@ -37,7 +37,7 @@ How mixtures of experts are pruned is in [Mixtures of experts](mixtures-of-exper
 def page(results: dict[str, dict[str, str]]) -> str:
     """The page as Markdown, from {family: {step: outcome}}."""
     shown = STEPS[1:]
-    built = {name: steps for name, steps in results.items() if steps.get(BUILD) == "ok"}
+    built = {name: steps for name, steps in sorted(results.items()) if steps.get(BUILD) == "ok"}
     work = (sum(steps.get(step) == "ok" for steps in built.values()) for step in shown)
     rows = [
         [f"{len(built)} families", *shown],

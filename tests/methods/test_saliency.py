@@ -1,4 +1,4 @@
-"""Every score against a loop over single weights; obs has none, its masks are tested in test_updates.py."""
+"""Every score against a loop over single weights; obs has none, its masks are tested in test_fits.py."""
 
 import pytest
 import torch
