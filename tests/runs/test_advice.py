@@ -6,27 +6,20 @@ import pytest
 
 from gblm_compress.errors import UsageError
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.runs import advice
 from gblm_compress.runs.advice import WAYS, Prediction, advise, sentences
 from gblm_compress.settings import AdviseSettings, PruneSettings
-from tests.conftest import export, prune
+from tests.conftest import export, prune, saved
 from tests.families.tiny import tiny_family
 
 SMALL = {name: WAYS[name] for name in ("dense, torch float32", "packed, torch bitmask", "packed, torch bitmask-int8")}
 QUIET = Progress(quiet=True)
 
 
-def written(folder, family: str = "llama", **config) -> ModelSource:
-    tiny_family(family, **config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return ModelSource("model", folder)
-
-
 def test_sizes_are_those_of_the_whole_models_artefacts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(advice, "WAYS", SMALL | {"no way": ("pruned", "auto", {"format": "semi-structured"})})
-    model = written(tmp_path / "model", num_hidden_layers=6)
+    model = saved(tiny_family("llama", num_hidden_layers=6), tmp_path / "model")
     found = advise(model, AdviseSettings(blocks=3), progress=QUIET)
     assert found.blocks == 6
     prune(model, tmp_path / "pruned", PruneSettings(method="magnitude", fit="none"))
@@ -70,9 +63,9 @@ def test_the_words_follow_from_the_figures_and_their_ranges(times, spread, said)
 def test_a_model_of_few_positions_or_one_block(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(advice, "WAYS", {"dense, torch float32": WAYS["dense, torch float32"]})
     with pytest.raises(UsageError, match="has 64 positions; the length that is timed is 174"):
-        advise(written(tmp_path / "short", "gpt2", n_positions=64), AdviseSettings(), progress=QUIET)
-    source = written(tmp_path / "one", "gpt2", n_layer=1, n_positions=256)
-    with pytest.raises(UsageError, match="blocks 3: model 'model' has 1; give no more than that"):
+        advise(saved(tiny_family("gpt2", n_positions=64), tmp_path / "short"), AdviseSettings(), progress=QUIET)
+    source = saved(tiny_family("gpt2", n_layer=1, n_positions=256), tmp_path / "one")
+    with pytest.raises(UsageError, match="blocks 3: model 'one' has 1; give no more than that"):
         advise(source, AdviseSettings(blocks=3), progress=QUIET)
     with pytest.raises(ValueError, match="threads"):
         AdviseSettings(threads=1025)
