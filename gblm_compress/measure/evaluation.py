@@ -100,7 +100,7 @@ class Reference:
             model = self.loaded(progress).model
             progress.say(f"asking {self.source.name} …")
             tokenizer = loading.load_processor(self.source)
-            self._answers[asked] = zero_shot.answers(model, tokenizer, *asked, progress)
+            self._answers[asked] = zero_shot.answers(model, tokenizer, settings, progress)
         return self._answers[asked]
 
     def unload(self) -> None:
@@ -166,7 +166,7 @@ def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progr
         lambda: (loading.task_of(models[0]) if models else tasks).data_files(settings.dataset)
     ]
     if settings.tasks:
-        looks.append(partial(zero_shot.task_manager, settings.tasks, settings.include_path, progress))
+        looks.append(partial(zero_shot.task_manager, settings, progress))
     return errors.collect([*looks, *(partial(_check_model, model, settings) for model in models)])
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from gblm_compress import errors
 from gblm_compress.errors import DataError, MissingDependencyError, NotEnoughMemoryError, UsageError, first_line
 from gblm_compress.models.files import sha256_of
 from gblm_compress.progress import Progress
+from gblm_compress.settings import EvaluateSettings
 from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
 
 # A task's accuracy is the first that it has; acc_norm is by length-normalised likelihood.
@@ -65,11 +66,11 @@ def check_folder(include_path: str | None) -> None:
         raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
 
 
-def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
+def fingerprint(settings: EvaluateSettings) -> list[Any]:
     """The versions of lm-eval and of every file in the user's folder: task files include others."""
-    if not tasks:
+    if not settings.tasks:
         return []
-    hashes = {}
+    include_path, hashes = settings.include_path, {}
     try:
         for path in sorted(Path(include_path).rglob("*")) if include_path is not None else []:
             if path.is_file() and path.parent.name != "__pycache__":
@@ -82,8 +83,9 @@ def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
     return [version("lm_eval"), hashes]
 
 
-def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progress) -> Any:
-    """lm-eval's TaskManager, which must know all `tasks`, names of tasks or groups."""
+def task_manager(settings: EvaluateSettings, progress: Progress) -> Any:
+    """lm-eval's TaskManager, which must know all tasks or groups of these names."""
+    tasks, include_path = settings.tasks, settings.include_path
     try:
         import lm_eval
     except ImportError as error:
@@ -106,11 +108,9 @@ def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progr
     return manager
 
 
-def answers(
-    model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None, include_path: str | None, progress: Progress
-) -> Answers:
+def answers(model: Any, tokenizer: Any, settings: EvaluateSettings, progress: Progress) -> Answers:
     """Ask a transformers causal language model the first `limit` questions of each task."""
-    manager = task_manager(tasks, include_path, progress)
+    manager, tasks = task_manager(settings, progress), list(settings.tasks)
     with _calm(progress):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -121,11 +121,11 @@ def answers(
                 "local data with --include-path"
             )
         ):
-            loaded = manager.load(list(tasks))["tasks"]
+            loaded = manager.load(tasks)["tasks"]
         result: Any = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
             tasks=list(loaded.values()),
-            limit=limit,
+            limit=settings.limit,
             task_manager=manager,
             bootstrap_iters=0,
         )

@@ -113,13 +113,12 @@ class Grid:
             )
 
         name = f"{method} {pattern} seed {seed}"
-        fingerprint = partial(zero_shot.fingerprint, asked.tasks, asked.include_path)
         return Stage(
             name=name,
             does=f"compare: {name}",
             reads=(self.dense.source,),
             texts=(text.dataset, asked.dataset),
-            decides=lambda: [settings, text, asked, fingerprint(), place["dtype"], place["device"]],
+            decides=lambda: [settings, text, asked, zero_shot.fingerprint(asked), place["dtype"], place["device"]],
             work=work,
         )
 

@@ -159,14 +159,13 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
         looks = [lambda: raise_all(evaluation.check(models, settings, job.progress)), partial(_check_gates, job)]
 
     shared = {"baseline": job.reference, "progress": job.progress, **job.compute.model_dump()}
-    fingerprint = partial(zero_shot.fingerprint, settings.tasks, settings.include_path)
     by = f" and by {', '.join(settings.tasks)}" if settings.tasks else ""
     return Stage(
         name=f"evaluate {source.name}",
         does=f"evaluate {source.name} on {settings.dataset}{by}",
         reads=(job.dense, source),
         texts=(settings.dataset,),
-        decides=lambda: [settings, fingerprint(), job.compute.dtype, job.device],
+        decides=lambda: [settings, zero_shot.fingerprint(settings), job.compute.dtype, job.device],
         looks=looks,
         work=partial(evaluate, source, settings, **shared),
     )

@@ -47,8 +47,8 @@ def own_task(tmp_path: Path) -> Path:
 
 
 def ask(source: ModelSource, folder: Path, tasks: Sequence[str] = ("parity",), limit: int | None = None) -> Any:
-    model, tokenizer, quiet = load_model(source), load_processor(source), Progress(quiet=True)
-    return zero_shot.answers(model, tokenizer, tasks, limit, str(folder), quiet)
+    settings = EvaluateSettings(tasks=tuple(tasks), limit=limit, include_path=str(folder))
+    return zero_shot.answers(load_model(source), load_processor(source), settings, Progress(quiet=True))
 
 
 def slow_answers(source: ModelSource) -> list[float]:
@@ -101,15 +101,16 @@ def test_the_command_measures_tasks_without_a_text(tiny, own_task, monkeypatch, 
 
 
 def test_what_decides_the_outcome_of_tasks(own_task, monkeypatch) -> None:
-    first = zero_shot.fingerprint(["parity"], str(own_task))
-    assert first == zero_shot.fingerprint(["parity"], str(own_task)) != zero_shot.fingerprint(["parity"], None)
-    assert zero_shot.fingerprint([], str(own_task)) == []
+    asked = EvaluateSettings(tasks=("parity",), include_path=str(own_task))
+    first = zero_shot.fingerprint(asked)
+    assert first == zero_shot.fingerprint(asked) != zero_shot.fingerprint(EvaluateSettings(tasks=("parity",)))
+    assert zero_shot.fingerprint(asked.model_copy(update={"tasks": ()})) == []
     (own_task / "below").mkdir()
     (own_task / "below" / "helper.py").write_text("")
-    assert zero_shot.fingerprint(["parity"], str(own_task)) != first
+    assert zero_shot.fingerprint(asked) != first
     (own_task / "below" / "helper.py").unlink()
     monkeypatch.setattr(zero_shot, "version", lambda _: "0")
-    assert zero_shot.fingerprint(["parity"], str(own_task)) != first
+    assert zero_shot.fingerprint(asked) != first
 
 
 def test_recovery_needs_two_questions_and_a_right_answer() -> None:
