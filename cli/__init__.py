@@ -1,1 +1,1 @@
-"""The command line: `app` is the program, `options` makes its commands from `api`, `summaries` is what they print."""
+"""The command line: `app` is the program, `options` makes its commands from `api`, `summaries` prints results."""

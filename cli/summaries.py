@@ -418,7 +418,7 @@ def _push(run: str, best: str | None) -> tuple[str, ...]:
 
 
 def _timed(models: Sequence[str], baseline: str) -> tuple[str, ...]:
-    """From the time of an export to its quality, from that of a folder to an export."""
+    """A timed export is evaluated next; a timed folder is exported."""
     model = models[0]
     return _evaluate(model, baseline, {}) if _manifest(model).get("kind") == "export" else _go_on(model)
 

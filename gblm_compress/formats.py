@@ -18,7 +18,7 @@ class Format:
     help: str  # half a sentence for `--help`
     runtimes: tuple[str, ...] = FOLDER_RUNTIMES  # the first evaluates it
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # the first, where the checkpoint's own is absent
-    reads: tuple[str, ...] = ()  # its options among those of `ExportSettings`; the others are refused
+    reads: tuple[str, ...] = ()  # the options of `ExportSettings` that it takes; it refuses the others
     copies: int = 0  # dense copies of the weights on disk while it is made, beside the output
     memory: float = 3.0  # its peak, in copies of the weights in float32
     passes: float = 300.0  # its time, in times that a CPU takes to read the weights in float32

@@ -12,7 +12,7 @@ OFFERED_SECONDS = 300.0  # that the smaller one takes
 
 
 def sentence(seconds: float, memory: float, smaller: str = "", takes: float = 0.0) -> str:
-    """The line. `memory` is beside that of the program itself. `smaller` are options that `takes` seconds."""
+    """The line. `memory` comes on top of the program's own. With the options `smaller` it `takes` fewer seconds."""
     import psutil
 
     held = memory + psutil.Process().memory_info().rss

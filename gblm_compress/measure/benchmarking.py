@@ -50,7 +50,7 @@ class BenchmarkResult(records.Result):
 
 
 class _Lane(NamedTuple):
-    """What dense and pruned must share to be compared; the dtype is that of `manifest.weights_of`."""
+    """What dense and pruned must share to be compared; `manifest.weights_of` gives the dtype."""
 
     runtime: str
     dtype: str

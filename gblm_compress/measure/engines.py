@@ -93,7 +93,7 @@ class GenaiRuntime:
 
 
 def _checked_length(source: ModelSource) -> int:
-    """The longest sequence by `genai_config.json`, whose texts must be those that exports write."""
+    """The longest sequence in `genai_config.json`. Texts that exports do not write are refused."""
     path = source.folder / "genai_config.json"
     try:
         content = read_json(path, unique=True)

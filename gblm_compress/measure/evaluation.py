@@ -32,7 +32,7 @@ from gblm_compress.storage import outputs
 from gblm_compress.tasks.metrics import Metric, mean
 from gblm_compress.tasks.task import Sample, fingerprint
 
-LOGIT_BYTES = 24  # of a prediction: those of both models, and their log-probabilities
+LOGIT_BYTES = 24  # of a prediction: the logits of both models, and their log-probabilities
 MOST_KEPT = 16 << 30  # Largest number of bytes of kept logits; memory seldom caches more, and disks are slow.
 
 

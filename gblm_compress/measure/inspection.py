@@ -32,7 +32,7 @@ class LayerReport:
     name: str
     shape: tuple[int, int]  # (out_features, in_features)
     nonzeros: int
-    patterns: tuple[str, ...]  # those of `CANDIDATES` that hold exactly
+    patterns: tuple[str, ...]  # the `CANDIDATES` that hold exactly
     empty_rows: int
     empty_columns: int
     row_spread: float  # standard deviation over rows of the share of surviving weights

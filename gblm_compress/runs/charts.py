@@ -17,7 +17,7 @@ GREY = "#7f7f7f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 """Colours that people with each kind of colour blindness tell apart (Okabe and Ito). Grey is for dense."""
 MARKERS = "os^Dv"
-INCHES, DPI = 5.12, 250  # of a picture 1280 pixels wide, whose text can be read at a third of that
+INCHES, DPI = 5.12, 250  # 1280 pixels wide; its text can be read at a third of that
 LINE, GAP = 0.17, 0.15  # inches of a line of a label, and between two labels
 LETTERS = 18  # of a line of a label
 ALIKE = 0.01  # Shares that differ by less would have the same colour.
@@ -34,7 +34,7 @@ LOSS = (
 
 @dataclass(frozen=True)
 class Chart:
-    """A PNG on white with its caption; `name` is that of its file."""
+    """A PNG on white with its caption; its file is `name`.png."""
 
     name: str
     title: str

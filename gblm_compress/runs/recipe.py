@@ -102,14 +102,14 @@ def _all_of(messages: list[str]) -> RecipeError:
 
 def schema() -> dict[str, Any]:
     result = Recipe.model_json_schema()
-    # A plain string stands for a model section with only a source, a text with its weight, and an exception.
+    # A string may be a model's source, a text with its weight, or an exception.
     data, overrides = (
         result["$defs"][settings]["properties"][key]["items"]
         for settings, key in (("RecoverSettings", "data"), ("PruneSettings", "overrides"))
     )
     for section in (result["properties"]["model"], data, overrides):
         section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "string"}]
-    # A mapping stands for a sequence of one.
+    # One mapping is a sequence of one.
     gates = result["properties"]["gates"]
     gates["anyOf"] = [gates["items"], {"type": gates.pop("type"), "items": gates.pop("items")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}

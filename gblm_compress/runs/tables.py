@@ -208,6 +208,6 @@ def _by_key(report: RunReport) -> dict[tuple[Any, ...], Row]:
     for row in report.rows:
         derived = row.figure in ("bytes_ratio", "retained", "density") or row.figure.endswith("_increase")
         if not row.part and row.tokens is None and not derived:
-            stored = row.dtype and row.dtype.partition("/")[0]  # without that of the arithmetic
+            stored = row.dtype and row.dtype.partition("/")[0]  # without the arithmetic's
             found[row.artefact, row.figure, row.runtime, stored, row.batch] = row
     return found

@@ -21,7 +21,7 @@ from gblm_compress.tasks.text import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOSS_TOKENS = 128  # whose logits are in memory at once: small beside a block, and enough for fast products
+LOSS_TOKENS = 128  # with logits in memory at once: small beside a block, enough for fast products
 
 
 class CausalLM(Task):

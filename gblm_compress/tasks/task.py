@@ -120,7 +120,7 @@ class Task(ABC):
         raise UsageError(f"there is no benchmark of {self.help}; models of its kind can be pruned")
 
     def example(self, config: Any) -> Sample:
-        """The arguments with which a model is traced for ONNX: two samples, of which the first is padded."""
+        """The arguments with which a model is traced for ONNX: two samples, the first padded."""
         raise UsageError(f"{self.help} cannot be exported to ONNX; export to a sparse PyTorch format")
 
     def arguments(self, sample: Sample) -> dict[str, Any]:

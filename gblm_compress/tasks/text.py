@@ -124,7 +124,7 @@ def _check_length(ids: Tensor, needed: int, source: str) -> None:
 
 
 def load_text(source: str, role: Role, tokens: int | None = None) -> str:
-    """The text of `source`, its documents joined; those of a hub dataset are read until they hold enough `tokens`."""
+    """The joined documents of `source`. A hub dataset is read until it has given enough `tokens`."""
     is_stream = not data_files(source) and source not in ("demo", "wikitext2")
     documents = _texts(records(source, role, ("text",)))
     if (source, role) == ("c4", "evaluation"):
