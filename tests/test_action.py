@@ -67,6 +67,8 @@ def test_a_gate_that_fails_is_published_and_not_again_by_a_later_use_that_fails(
     asked = "\n".join((gates, "benchmark=null", "export=[]", "prune.fit=none"))
     job = run(tmp_path, recipe="ci-smoke", set=asked, install=INSTALL)
     assert job.codes == {"Install": 0, "Check the recipe": 0, "Run": 6}, job.log
+    assert "1 of 1 gates failed\nmax_bytes_ratio on pruned: 1.00×; at most 0.900× is needed" in job.log
+    assert "artefacts: runs/ci\n" in job.log  # the summary is printed all the same
     (annotation,) = [line for line in job.log.splitlines() if line.startswith("::error")]
     assert annotation.startswith("::error title=gate failed::max_bytes_ratio on pruned: 1.00×; at most 0.900×")
     assert "## FAIL: tiny" in job.summary and "- max\\_bytes\\_ratio on pruned" in job.summary

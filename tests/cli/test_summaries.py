@@ -26,8 +26,9 @@ def shown(parts, width: int, terminal: bool = True) -> list[str]:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_nothing_of_a_run_is_wider_than_the_terminal(width: int) -> None:
-    for line in shown(summaries.run(report()), width):
-        assert len(line) <= width, line
+    lines = shown(summaries.run(report()), width)
+    assert max(map(len, lines)) <= width
+    assert "reused: export bitmask" in lines and lines[-1].endswith("batch 1.") and "FAIL: 40 %" in " ".join(lines)
 
 
 def test_the_tables_of_a_run_fit_eighty_columns_as_tables() -> None:

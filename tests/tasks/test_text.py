@@ -1,7 +1,5 @@
 import itertools
 import os
-import subprocess
-import sys
 import time
 
 import pyarrow
@@ -153,12 +151,6 @@ def test_a_hub_dataset_without_end_is_read_as_far_as_it_is_wanted(source, monkey
         assert len(task.calibration(processor, config, source, 3, 16, 0)) == 3
         assert len(task.evaluation(processor, config, source, 16, 5)) == 5
     assert len(read) < 300
-
-
-def test_looking_for_a_file_loads_no_torch() -> None:
-    code = "import sys, gblm_compress.tasks as t; t.data_files('demo'); "
-    code += "assert not {'torch', 'datasets'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_look_at_a_text_reads_nothing_and_misses_what_is_not_there(tmp_path, monkeypatch) -> None:
