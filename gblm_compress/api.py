@@ -73,19 +73,16 @@ Calibration = Annotated[CalibrationSettings, {"dataset": "calibration"}]
 DeviceSettings = Annotated[ComputeSettings, {"dtype": None}]
 
 
-@command
+@command("gblm-compress advise demo --pattern 2:4")
 def advise(model: Model, *, settings: AdviseSettings, processor: InMemory = None, quiet: Quiet = False) -> "Advice":
-    """Predict size and speed on this machine before you prune.
-
-    Example: gblm-compress advise demo --pattern 2:4
-    """
+    """Predict size and speed on this machine before you prune."""
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.runs import advice
 
         return advice.advise(source, settings, progress=progress)
 
 
-@command
+@command("gblm-compress prune demo -o pruned --samples 16 --sequence-length 512")
 def prune(
     model: Model,
     output: Annotated[FileName | None, FOLDER, REQUIRED] = None,
@@ -100,8 +97,6 @@ def prune(
     quiet: Quiet = False,
 ) -> "PruneResult":
     """Set the least important weights to zero and adjust the rest.
-
-    Example: gblm-compress prune demo -o pruned --samples 16 --sequence-length 512
 
     In Python, `model` may be a model in memory, and `calibration` texts or mappings with the key "text". Without an
     output folder the model is pruned in place, with its dtype and on its device.
@@ -127,7 +122,7 @@ def prune(
         return stage.prune(job, path, progress, resume=resume, force=force)
 
 
-@command
+@command("gblm-compress plan demo --pattern 2:4 --samples 16 --sequence-length 512")
 def plan(
     model: Annotated[FileName, MODEL],
     *,
@@ -137,10 +132,7 @@ def plan(
     resources: ResourceSettings,
     quiet: Quiet = False,
 ) -> "PlanResult":
-    """Say what a pruning would take: time, memory, disk. No weights are downloaded.
-
-    Example: gblm-compress plan demo --pattern 2:4 --samples 16 --sequence-length 512
-    """
+    """Say what a pruning would take: time, memory, disk. No weights are downloaded."""
     from gblm_compress.models.finding import outlined
 
     progress = _progress(quiet)
@@ -150,7 +142,7 @@ def plan(
         return stage.plan(stage.PruneJob(source, settings, text, compute, resources), source, progress)
 
 
-@command
+@command("gblm-compress recover pruned -o recovered --teacher demo --data train.txt")
 def recover(
     pruned: Annotated[FileName, "A folder that `prune` wrote."],
     output: Output,
@@ -162,10 +154,7 @@ def recover(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "RecoverResult":
-    """Train a pruned model to match the dense one. Weights that are zero stay zero.
-
-    Example: gblm-compress recover pruned -o recovered --teacher demo --data train.txt
-    """
+    """Train a pruned model to match the dense one. Weights that are zero stay zero."""
     outputs.check_output(Path(output), force)
     with _found(pruned, teacher, texts=settings.datasets, quiet=quiet) as (progress, source, dense):
         from gblm_compress.training import recovery
@@ -174,7 +163,7 @@ def recover(
         return recovery.recover(what, progress, resume)
 
 
-@command
+@command("gblm-compress generate demo -o text.txt --tokens 50k")
 def generate(
     model: Model,
     output: Annotated[FileName, "A .txt file to write; it appears only when complete."],
@@ -185,10 +174,7 @@ def generate(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "GenerateResult":
-    """Let a model write text for calibration and training. Use it if you lack real text.
-
-    Example: gblm-compress generate demo -o text.txt --tokens 50k
-    """
+    """Let a model write text for calibration and training. Use it if you lack real text."""
     outputs.TEXT.check(Path(output), force)
     texts = [settings.starts] if settings.starts else []
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
@@ -197,7 +183,7 @@ def generate(
         return generation.generate(source, Path(output), settings, compute.device, progress, force)
 
 
-@command
+@command("gblm-compress export pruned -o onnx --format onnx --kernels --quantise int8")
 def export(
     model: Model,
     output: Output,
@@ -207,10 +193,7 @@ def export(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "ExportResult":
-    """Write a model as ONNX or sparse PyTorch, and verify the files.
-
-    Example: gblm-compress export pruned -o onnx --format onnx --kernels --quantise int8
-    """
+    """Write a model as ONNX or sparse PyTorch, and verify the files."""
     outputs.check_output(Path(output), force)
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress import exporters
@@ -218,7 +201,7 @@ def export(
         return exporters.export(source, Path(output), settings, force=force, progress=progress)
 
 
-@command
+@command("gblm-compress evaluate pruned --baseline demo --dataset demo")
 def evaluate(
     model: Model,
     *,
@@ -228,10 +211,7 @@ def evaluate(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "EvaluateResult":
-    """Measure perplexity, fidelity to dense and zero-shot accuracy. Other tasks than text have their own metric.
-
-    Example: gblm-compress evaluate pruned --baseline demo --dataset demo
-    """
+    """Measure perplexity, fidelity to dense and zero-shot accuracy. Other tasks than text have their own metric."""
     models = [model] if baseline is None else [model, baseline]
     if settings.tasks and not settings.model_fields_set & {"dataset", "max_windows"}:
         settings = settings.model_copy(update={"max_windows": 0})
@@ -243,7 +223,7 @@ def evaluate(
         return evaluation.evaluate(source, settings, baseline=reference, progress=progress, **compute.model_dump())
 
 
-@command
+@command("gblm-compress compare demo --patterns 2:4 --calibration demo --dataset demo")
 def compare(
     model: Model,
     output: Annotated[FileName, "Folder of the records, table and plot."] = "comparison",
@@ -255,10 +235,7 @@ def compare(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "CompareResult":
-    """Prune a model in several ways, and compare the results. An interrupted run resumes.
-
-    Example: gblm-compress compare demo --patterns 2:4 --calibration demo --dataset demo
-    """
+    """Prune a model in several ways, and compare the results. An interrupted run resumes."""
     outputs.check_workable(Path(output), "comparison")
     texts, tasks = [text.dataset, evaluation.dataset], evaluation.include_path
     with _found(model, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source):
@@ -270,7 +247,7 @@ def compare(
         return comparison.compare(grid, progress)
 
 
-@command
+@command("gblm-compress benchmark pruned bitmask --baseline demo")
 def benchmark(
     *models: Annotated[FileName, MODEL + " Exports may be given too."],
     baseline: Annotated[
@@ -281,10 +258,7 @@ def benchmark(
     compute: ComputeSettings,
     quiet: Quiet = False,
 ) -> "BenchmarkResult":
-    """Time models against the dense one. Reports latency, throughput, memory and size.
-
-    Example: gblm-compress benchmark pruned bitmask --baseline demo
-    """
+    """Time models against the dense one. Reports latency, throughput, memory and size."""
     dense = [baseline] if isinstance(baseline, str | os.PathLike) else list(baseline)
     with _found(*models, *dense, quiet=quiet) as (progress, *sources):
         from gblm_compress.measure import benchmarking
@@ -294,7 +268,7 @@ def benchmark(
         return benchmarking.benchmark(baselines.completed(contest, progress), progress)
 
 
-@command
+@command("gblm-compress inspect pruned --heat-map zeros.png")
 def inspect(
     model: Model,
     heat_map: Annotated[FileName | None, "Draw a PNG of how many weights survive in each column."] = None,
@@ -303,10 +277,7 @@ def inspect(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "InspectResult":
-    """Show where the zeros are, and the patterns that they follow.
-
-    Example: gblm-compress inspect pruned --heat-map zeros.png
-    """
+    """Show where the zeros are, and the patterns that they follow."""
     picture = None if heat_map is None else Path(heat_map)
     if picture is not None:
         outputs.HEAT_MAP.check(picture, force)
@@ -316,7 +287,7 @@ def inspect(
         return inspection.inspect(source, progress, picture, force)
 
 
-@command
+@command("gblm-compress run quickstart -o first")
 def run(
     recipe: Annotated[FileName | Mapping[str, Any], "A YAML file, or the name of a shipped recipe."],
     output: Annotated[FileName | None, "Folder of the artefacts; runs/RECIPE if unset."] = None,
@@ -327,8 +298,6 @@ def run(
     quiet: Quiet = False,
 ) -> "RunReport":
     """Run a recipe: prune, export, evaluate, benchmark, check gates.
-
-    Example: gblm-compress run quickstart -o first
 
     In Python, `recipe` may be a mapping, and a failed gate raises nothing: see `failed_gates`.
     """
@@ -361,16 +330,13 @@ def run(
         return result
 
 
-@command
+@command("gblm-compress report runs/before runs/after -o report.html")
 def report(
     *runs: Annotated[FileName, "A folder that `run` wrote, or two to compare, the newest last."],
     output: Annotated[FileName, "Page to write."] = "report.html",
     fail_on_regression: Annotated[bool, "Exit with code 6 if a figure of the last run got worse."] = False,
 ) -> "ReportResult":
-    """Write a report page for a run. With two runs, it also shows what changed.
-
-    Example: gblm-compress report runs/before runs/after -o report.html
-    """
+    """Write a report page for a run. With two runs, it also shows what changed."""
     from gblm_compress.runs import report as documents
 
     result = documents.report([Path(run) for run in runs], Path(output))
@@ -381,7 +347,7 @@ def report(
     return result
 
 
-@command
+@command("gblm-compress push runs/quickstart pruned")
 def push(
     run: Annotated[FileName, "A folder that `run` wrote."],
     artefact: Annotated[str, "The name of a folder in it: pruned, bitmask, …"],
@@ -389,21 +355,15 @@ def push(
     push_to_hub: Annotated[str | None, "Repository to push to. If unset, nothing leaves the machine."] = None,
     private: Annotated[bool, "Make a new repository private."] = False,
 ) -> "PushResult":
-    """Show the model card and files of an artefact. Push them if a repository is named.
-
-    Example: gblm-compress push runs/quickstart pruned
-    """
+    """Show the model card and files of an artefact. Push them if a repository is named."""
     from gblm_compress.runs import pushing
 
     return pushing.push(Path(run), artefact, push_to_hub, private=private)
 
 
-@command
+@command("gblm-compress validate quickstart --set prune.pattern=2:4")
 def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> dict[str, Any]:
-    """Check a recipe, and that this machine can run it. Lists all faults, or the stages of a run; downloads nothing.
-
-    Example: gblm-compress validate quickstart --set prune.pattern=2:4
-    """
+    """Check a recipe, and that this machine can run it. Lists all faults, or the stages of a run; downloads nothing."""
     try:
         path = find_recipe(str(recipe))
         content = load_recipe(path, tuple(set))
@@ -419,21 +379,15 @@ def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> 
     return found | pipeline.outlook(content)
 
 
-@command
+@command("gblm-compress schema > recipe.schema.json")
 def schema() -> dict[str, Any]:
-    """Print the JSON Schema of recipes, for editors.
-
-    Example: gblm-compress schema > recipe.schema.json
-    """
+    """Print the JSON Schema of recipes, for editors."""
     return recipe_schema()
 
 
-@command
+@command("gblm-compress doctor")
 def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
-    """Show what this machine has, and what each finding enables.
-
-    Example: gblm-compress doctor
-    """
+    """Show what this machine has, and what each finding enables."""
     _progress(quiet)
 
     from gblm_compress.measure.doctor import diagnose

@@ -1,4 +1,4 @@
-"""A command is a function of `api`: its signature, settings and docstring declare it for Python and the command line.
+"""A command is a function of `api`: its signature, settings, docstring and example declare it.
 
 A parameter is `Annotated[type, "its help"]`, or settings, which become one keyword per field.
 """
@@ -50,18 +50,13 @@ class Part:
 @dataclass(frozen=True)
 class Command:
     function: Callable[..., Any]
+    example: str  # a command line
     own: Mapping[str, Parameter]
     parts: Mapping[str, Part]
 
     @property
     def name(self) -> str:
         return self.function.__name__
-
-    @property
-    def example(self) -> str | None:
-        """A command line, from the line of the docstring that begins with "Example: "."""
-        lines = (self.function.__doc__ or "").splitlines()
-        return next((line.strip().removeprefix("Example: ") for line in lines if "Example: " in line), None)
 
     def fill(self, values: Mapping[str, Any], spell: Callable[[str], str]) -> dict[str, Settings]:
         """The settings that these keywords make. One UsageError lists all faults; `spell` writes a keyword."""
@@ -97,29 +92,35 @@ class Command:
         return inspect.Signature([*own, *fields], return_annotation=inspect.signature(self.function).return_annotation)
 
     def documentation(self) -> str:
+        summary, _, more = (inspect.getdoc(self.function) or "").partition("\n\n")
         entries = [(name, get_args(parameter.annotation)[1]) for name, parameter in self.own.items()]
         for part in self.parts.values():
             entries += [(name, part.kind.model_fields[field].description) for field, name in part.names.items()]
-        lines = [f"    {name}: {text}" for name, text in entries]
-        return "\n".join([inspect.getdoc(self.function) or "", "", "Args:", *lines])
+        arguments = "\n".join(["Args:", *(f"    {name}: {text}" for name, text in entries)])
+        return "\n\n".join(filter(None, [summary, self.example and f"Example: {self.example}", more, arguments]))
 
 
-def command(function: Callable[..., R]) -> Callable[..., R]:
-    """The Python function of a command, which takes the fields of its settings as keywords."""
-    parameters = inspect.signature(function).parameters
-    parts = {name: part for name, p in parameters.items() if (part := Part.of(p.annotation))}
-    declared = Command(function, {name: p for name, p in parameters.items() if name not in parts}, parts)
+def command(example: str = "") -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Declares a command; its Python function takes the fields of its settings as keywords."""
 
-    @functools.wraps(function)
-    def called(*arguments: Any, **keywords: Any) -> R:
-        own = {name: value for name, value in keywords.items() if name in declared.own}
-        rest = {name: value for name, value in keywords.items() if name not in own}
-        return function(*arguments, **own, **declared.fill(rest, lambda name: f"{declared.name}: {name}"))
+    def declare(function: Callable[..., R]) -> Callable[..., R]:
+        parameters = inspect.signature(function).parameters
+        parts = {name: part for name, p in parameters.items() if (part := Part.of(p.annotation))}
+        own = {name: p for name, p in parameters.items() if name not in parts}
+        declared = Command(function, example, own, parts)
 
-    called.__doc__ = declared.documentation()
-    completed = cast(Any, called)
-    completed.__signature__, completed.command = declared.signature(), declared
-    return called
+        @functools.wraps(function)
+        def called(*arguments: Any, **keywords: Any) -> R:
+            own = {name: value for name, value in keywords.items() if name in declared.own}
+            rest = {name: value for name, value in keywords.items() if name not in own}
+            return function(*arguments, **own, **declared.fill(rest, lambda name: f"{declared.name}: {name}"))
+
+        called.__doc__ = declared.documentation()
+        completed = cast(Any, called)
+        completed.__signature__, completed.command = declared.signature(), declared
+        return called
+
+    return declare
 
 
 def _in_words(fault: Any, part: Part, spell: Callable[[str], str]) -> str:

@@ -57,7 +57,7 @@ def command(line: str) -> list[str] | None:
 
 LINES = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines()]
 LINES += [code for code in inline() if code.startswith(tuple(f"{program} " for program in PROGRAMS))]
-LINES += [each.example or "" for each in api.COMMANDS]
+LINES += [each.example for each in api.COMMANDS]
 COMMANDS = [words for line in LINES if (words := command(line))]
 
 

@@ -46,7 +46,7 @@ def ask(*arguments: str, offered: Any = Toys) -> Any:
 
     toys.__annotations__["offer"] = offered
     program = typer.Typer(rich_markup_mode=None, add_completion=False)
-    options.add(program, command(toys).command)
+    options.add(program, command()(toys).command)
     done = CliRunner().invoke(program, [*arguments, "--json"])
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -115,9 +115,9 @@ def test_mistakes_of_a_declaration_fail_at_import() -> None:
     def twice(*, settings: EvaluateSettings, others: EvaluateSettings) -> None: ...
 
     with pytest.raises(TypeError, match="'data_set' is no field of EvaluateSettings; there are dataset, "):
-        command(misnamed)
+        command()(misnamed)
     with pytest.raises(ValueError, match="duplicate parameter name: 'dataset'"):
-        command(twice)
+        command()(twice)
 
 
 @pytest.mark.parametrize("declared", COMMANDS, ids=lambda each: each.name)
