@@ -106,6 +106,10 @@ Tokens = Annotated[
     Field(ge=1, le=MOST_TOKENS),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": COUNT}, {"type": "integer", "minimum": 1}]}),
 ]
+Count = Annotated[int, Field(ge=1, le=MANY)]
+Several = Annotated[int, Field(ge=2, le=MANY)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 GivenText = Annotated[str, AfterValidator(_given)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 PatternName = Annotated[

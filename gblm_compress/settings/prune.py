@@ -15,9 +15,9 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, Quantiser, columns_of_a_scale, grid_in_words
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.settings.fields import (
-    MANY,
     SPARSITY,
     WHERE_ZEROS_GO,
+    Count,
     Fraction,
     OneOf,
     Panel,
@@ -131,10 +131,8 @@ class PruneSettings(Settings):
         "reads gradients and the pattern is unstructured, else uniform.",
     )
     fit: FitName = Field("balanced", description=f"How the surviving weights are adjusted. {describe(FITS)}.")
-    rounds: Annotated[int, Panel.FIT] = Field(
+    rounds: Annotated[Count, Panel.FIT] = Field(
         1,
-        ge=1,
-        le=MANY,
         description=f"Number of fits of a block, read with {_readers('rounds')}. The mask is "
         "chosen again before each but the first; pruned weights are updated too (Wanda++).",
     )

@@ -11,7 +11,7 @@ from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.saliency import METHODS
-from gblm_compress.settings.fields import MANY, WHERE_ZEROS_GO, Memory, OneOf, PatternName, Settings
+from gblm_compress.settings.fields import WHERE_ZEROS_GO, Count, Memory, OneOf, PatternName, Settings
 from gblm_compress.settings.prune import PRESETS, PruneSettings
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
@@ -98,7 +98,7 @@ class CompareSettings(Settings):
         json_schema_extra={"uniqueItems": True},
         description=f"Patterns to compare: {WHERE_ZEROS_GO}.",
     )
-    seeds: int = Field(3, ge=1, le=MANY, description="How many draws of the calibration text.")
+    seeds: Count = Field(3, description="How many draws of the calibration text.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,6 +13,7 @@ from gblm_compress.settings.fields import (
     SPARSITY,
     TEXT,
     WHERE_ZEROS_GO,
+    Count,
     Dtype,
     Fraction,
     GivenText,
@@ -20,12 +21,14 @@ from gblm_compress.settings.fields import (
     OneOf,
     Panel,
     PatternName,
+    Seed,
     Settings,
+    Several,
+    Threads,
     Tokens,
     budget_of,
 )
 
-MOST_THREADS = 1024
 RuntimeName = Annotated[
     str,
     OneOf(
@@ -59,9 +62,9 @@ class CalibrationSettings(Settings):
         SELF,
         description=f"self (a language model writes the text itself), {DATA}.",
     )
-    samples: int = Field(128, ge=1, le=MANY, description="Number of windows, texts or images.")
-    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Random seed for sampling.")
+    samples: Count = Field(128, description="Number of windows, texts or images.")
+    sequence_length: Several = Field(2048, description="Tokens in a window, or at most in a text.")
+    seed: Seed = Field(0, description="Random seed for sampling.")
     experts: Annotated[Literal["routed", "all"], Panel.NO_OPTION] = Field(
         "routed",
         description="Mixtures of experts: measure each expert on the tokens that are routed to it, or on all tokens.",
@@ -90,15 +93,13 @@ class GenerateSettings(Settings):
         description=f"Three quarters of the pieces begin with words of this text: {TEXT}. If unset, all begin from "
         "nothing.",
     )
-    sequence_length: int = Field(300, ge=1, le=MANY, description="Tokens to write in a piece.")
-    batch: Annotated[int, Panel.MORE] = Field(
-        96, ge=1, le=MANY, description="Pieces written at once; fewer take less memory."
-    )
+    sequence_length: Count = Field(300, description="Tokens to write in a piece.")
+    batch: Annotated[Count, Panel.MORE] = Field(96, description="Pieces written at once; fewer take less memory.")
     temperature: Annotated[float, Panel.MORE] = Field(
         1.0, ge=0.01, le=100, description="Below 1, likely tokens are drawn more often."
     )
-    top_k: Annotated[int, Panel.MORE] = Field(100, ge=1, le=MANY, description="Draw from this many most likely tokens.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
+    top_k: Annotated[Count, Panel.MORE] = Field(100, description="Draw from this many most likely tokens.")
+    seed: Seed = Field(0, description="Random seed.")
 
     @property
     def piece(self) -> int:
@@ -141,8 +142,8 @@ class RecoverSettings(Settings):
         f"dense model writes it), {TEXT}.",
     )
     tokens: Tokens = Field(2_000_000, description="Tokens to train on: 500k, 2M, … Shorter texts are read again.")
-    sequence_length: int = Field(512, ge=2, le=MANY, description="Tokens in a window.")
-    batch: Annotated[int, Panel.MORE] = Field(8, ge=1, le=MANY, description="Windows in a step.")
+    sequence_length: Several = Field(512, description="Tokens in a window.")
+    batch: Annotated[Count, Panel.MORE] = Field(8, description="Windows in a step.")
     rate: Annotated[float | None, Panel.MORE] = Field(
         None,
         gt=0,
@@ -155,7 +156,7 @@ class RecoverSettings(Settings):
         le=1,
         description="Share of the text's cross-entropy in the loss; the rest is the divergence from dense.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Random seed for the order of the windows, and for self.")
+    seed: Seed = Field(0, description="Random seed for the order of the windows, and for self.")
     disjoint_from: Annotated[tuple[GivenText, ...], Panel.MORE] = Field(
         (),
         max_length=100,
@@ -249,13 +250,10 @@ class AdviseSettings(Settings):
 
     pattern: PatternName = Field("unstructured", description=f"Where the zeros go: {WHERE_ZEROS_GO}.")
     sparsity: Fraction | None = Field(None, description=SPARSITY)
-    blocks: Annotated[int | None, Panel.MORE] = Field(
-        None,
-        ge=2,
-        le=MANY,
-        description="Blocks of the larger timed model. If unset: five, or more if they are small.",
+    blocks: Annotated[Several | None, Panel.MORE] = Field(
+        None, description="Blocks of the larger timed model. If unset: five, or more if they are small."
     )
-    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; as many as torch uses if unset.")
+    threads: Threads | None = Field(None, description="CPU threads; as many as torch uses if unset.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -269,22 +267,17 @@ class EvaluateSettings(Settings):
     dataset: GivenText = Field(
         "wikitext2", description=f"Data to evaluate on: {DATA}. The part meant for evaluation is read."
     )
-    sequence_length: int = Field(
-        2048, ge=2, le=MANY, description="Tokens in a window of the evaluation, or at most in a text."
-    )
-    max_windows: int | None = Field(
-        None,
-        ge=1,
-        le=MANY,
-        description="At most this many windows or rows from the start, or random images; all if unset.",
+    sequence_length: Several = Field(2048, description="Tokens in a window of the evaluation, or at most in a text.")
+    max_windows: Count | None = Field(
+        None, description="At most this many windows or rows from the start, or random images; all if unset."
     )
     tasks: tuple[str, ...] = Field(
         (),
         description="Zero-shot tasks of lm-eval, for example arc_easy, piqa. The command evaluate then reads a text "
         "only if dataset or max_windows is given.",
     )
-    limit: Annotated[int | None, Panel.MORE] = Field(
-        None, ge=1, le=MANY, description="At most this many questions per task; all if unset."
+    limit: Annotated[Count | None, Panel.MORE] = Field(
+        None, description="At most this many questions per task; all if unset."
     )
     include_path: Annotated[str | None, Panel.MORE] = Field(
         None, description="A folder with lm-eval task files of your own."
@@ -294,10 +287,10 @@ class EvaluateSettings(Settings):
 class BenchmarkSettings(Settings):
     """What a benchmark times."""
 
-    batch: tuple[Annotated[int, Field(ge=1, le=MANY)], ...] = Field((1,), min_length=1, description="Batch sizes.")
-    prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt, or in a text for encoders.")
-    generate: int = Field(
-        32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first. Encoders generate none."
+    batch: tuple[Count, ...] = Field((1,), min_length=1, description="Batch sizes.")
+    prompt: Count = Field(128, description="Tokens in a prompt, or in a text for encoders.")
+    generate: Several = Field(
+        32, description="Tokens to generate; the prefill gives the first. Encoders generate none."
     )
     repeats: Annotated[int, Panel.MORE] = Field(7, ge=5, le=MANY, description="Rounds that count.")
     warmup: Annotated[int, Panel.MORE] = Field(2, ge=0, le=MANY, description="Warm-up rounds before them, not counted.")
@@ -307,6 +300,6 @@ class BenchmarkSettings(Settings):
         description="Runtimes: torch and vllm (in an environment of its own) for Hugging Face folders, onnxruntime and "
         "genai (onnxruntime-genai) for ONNX exports.",
     )
-    threads: Annotated[int | None, Panel.RESOURCES] = Field(
-        None, ge=1, le=MOST_THREADS, description="CPU threads; as many as torch uses if unset."
+    threads: Annotated[Threads | None, Panel.RESOURCES] = Field(
+        None, description="CPU threads; as many as torch uses if unset."
     )
