@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.errors import UsageError
 from gblm_compress.printing import printable, printable_lines
 from gblm_compress.runs import charts, run_report, tables
 from gblm_compress.runs.run_report import REPORT, RunReport, headline, verdict
@@ -56,13 +57,10 @@ def write(report: RunReport, output: Path) -> None:
     records.write_file(output / REPORT, records.as_json(report.as_dict()))
     drawn = charts.of(report)
     records.write_file(output / PAGE, html(report, drawn=drawn))
-    pictures = output / PICTURES
-    try:
-        pictures.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{str(pictures)!r} cannot be written: {error.strerror}") from error
+    with suppress(OSError):  # without the folder no file can be written, which says so
+        (output / PICTURES).mkdir(exist_ok=True)
     for chart in drawn:
-        records.write_file(pictures / f"{chart.name}.png", chart.picture)
+        records.write_file(output / PICTURES / f"{chart.name}.png", chart.picture)
 
 
 def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence[charts.Chart] | None = None) -> str:
