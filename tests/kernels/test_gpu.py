@@ -6,11 +6,16 @@ And compiled for a GPU that need not be there, which finds what the interpreter 
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
+import torch
 
 from gblm_compress.layouts import LAYOUTS
+from tests.layouts.weights import packed, sparse
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
@@ -76,77 +81,56 @@ def test_against_the_dense_product(layout: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory):
-    """compiled(kernel, types, constants, warps): the kernel compiled for compute capability 9.0."""
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+POINTERS |= {torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32"}
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Kernels that `gpu` starts are compiled for compute capability 9.0 instead; these are their binaries."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gblm_compress.kernels import gpu
+    from gblm_compress.kernels import gpu, gpu_programs
 
-    def compile(kernel, types, constants, warps):
+    made: list[Any] = []
+
+    def compile(kernel, *given, num_warps=4, enable_fp_fusion, **constants) -> None:
         names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        types = ["i32" if isinstance(each, int) else POINTERS[each.dtype] for each in given]
+        signature = dict.fromkeys(constants, "constexpr") | dict(zip(names, types, strict=False))
         places = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(kernel, signature, constexprs=places)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **gpu.OPTIONS})
+        options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+        made.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield compile
-
-
-def _types(layout: str, element: str, result: str) -> dict[str, str]:
-    stored, width = LAYOUTS[layout].kind.mask.stored, LAYOUTS[layout].width or 16
-    values = {
-        "mask": {16: f"*{element}", 8: "*i8", 4: "*u8"},
-        "two of four": {16: "*i32", 8: "*i16", 4: "*u8"},
-        "all": {8: "*i8"},
-    }[stored][width]
-    types = {"x": f"*{element}", "bias": f"*{element}", "y": f"*{result}", "dense": f"*{element}"}
-    types |= {"values": values, "places": {"mask": "*i32", "two of four": "*u8", "all": "*i8"}[stored]}
-    types["starts"] = "*i32" if stored == "mask" else values
-    return types | {"scales": values if width == 16 else "*fp16", "levels": "*i8" if width == 4 else values}
-
-
-def _constants(layout: str) -> dict[str, object]:
-    stored, width = LAYOUTS[layout].kind.mask.stored, LAYOUTS[layout].width or 16
-    return {"STORED": stored, "WIDTH": width, "GROUP": 0 if width == 16 else 64}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name in ("linear", "add_up", "expand"):
+        kernel = getattr(gpu_programs, name)
+        monkeypatch.setattr(gpu.gpu_programs, name, defaultdict(lambda kernel=kernel: partial(compile, kernel)))
+    return made
 
 
 @pytest.mark.parametrize(
-    ("layout", "element", "tokens"),
-    [*((layout, "bf16", 1) for layout in LAYOUTS), ("bitmask", "fp16", 64), ("sparse24", "fp16", 64)],
+    ("layout", "dtype", "tokens"),
+    [
+        *((layout, torch.bfloat16, 1) for layout in LAYOUTS),
+        ("bitmask", torch.float16, 64),
+        ("sparse24", torch.float16, 64),
+    ],
 )
-def test_every_tiling_compiles_for_an_h100(compiled, layout: str, element: str, tokens: int) -> None:
-    from gblm_compress.kernels import gpu, gpu_programs
+def test_every_kernel_compiles_for_an_h100(compiled, layout: str, dtype: torch.dtype, tokens: int) -> None:
+    from gblm_compress.kernels import gpu
 
-    tilings = gpu.tilings(LAYOUTS[layout].kind.mask.stored, tokens)
-    for tiling in tilings[:: 4 if LAYOUTS[layout].width else 1]:  # one of each kind
-        constants = _constants(layout) | {
-            "TENSOR_CORES": tiling.tensor_cores,
-            "BIAS": tiling.programs == 1,
-            "TOKENS": max(tokens, 16) if tiling.tensor_cores else tokens,
-            "ROWS": tiling.rows,
-            "COLUMNS": tiling.columns,
-        }
-        types = _types(layout, element, element if tiling.programs == 1 else "fp32")
-        binary = compiled(gpu_programs.linear, types, constants, tiling.warps)
-        assert binary.asm["cubin"] and binary.metadata.shared <= 227 << 10
-        assert ("mma" in binary.asm["ptx"]) == tiling.tensor_cores
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_unpacking_kernel_compiles_for_an_h100(compiled, layout: str) -> None:
-    from gblm_compress.kernels import gpu, gpu_programs
-
-    constants = _constants(layout) | {"ROWS": 8, "COLUMNS": gpu.GRAIN}
-    assert compiled(gpu_programs.expand, _types(layout, "bf16", "bf16"), constants, 4).asm["cubin"]
-
-
-def test_the_kernel_that_adds_up_compiles_for_an_h100(compiled) -> None:
-    from gblm_compress.kernels import gpu, gpu_programs
-
-    sums = {"partial": "*fp32", "bias": "*fp16", "y": "*fp16"}
-    assert compiled(gpu_programs.add_up, sums, {"BIAS": True, "SPLITS": 4, "BLOCK": gpu.SUMMED_AT_ONCE}, 4).asm["cubin"]
+    width = LAYOUTS[layout].width
+    weight = packed(layout, sparse(layout, 128, 4096, dtype=dtype), **({"group": 64} if width else {})).for_gpu()
+    gpu.expand(weight)
+    x, bias = torch.empty(tokens, 4096, dtype=dtype), torch.empty(128, dtype=dtype)
+    for tiling in gpu.tilings(weight.stored, tokens)[:: 4 if width else 1]:  # one of each kind
+        del compiled[1:]
+        gpu.linear(x, weight, bias, tiling)
+        assert all(binary.asm["cubin"] for binary in compiled)
+        assert len(compiled) == (2 if tiling.programs == 1 else 3)  # with the one that adds up
+        assert compiled[1].metadata.shared <= 227 << 10
+        assert ("mma" in compiled[1].asm["ptx"]) == tiling.tensor_cores
