@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gblm_compress.kernels import masks
-
-PAIRS = [(first, second) for first in range(4) for second in range(first + 1, 4)]
+from gblm_compress.methods.patterns import Pattern
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12))
@@ -19,12 +18,8 @@ def test_bits_are_counted(words: list[int]) -> None:
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_the_first_three_bits_of_every_four(rows: int, groups: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.zeros(rows, groups * 4, dtype=torch.bool)
-    for row in range(rows):
-        for group in range(groups):
-            for place in PAIRS[int(torch.randint(6, (1,), generator=generator))]:
-                keep[row, 4 * group + place] = True
+    score = torch.rand(rows, groups * 4, generator=torch.Generator().manual_seed(seed))
+    keep = Pattern("2:4").mask(score, score, 0.5)
     assert torch.equal(masks.bits(masks.words(keep), groups * 4), keep)
     packed = masks.to_patterns(masks.words(keep))
     size = -(-groups // 16) * masks.PATTERN_BYTES
