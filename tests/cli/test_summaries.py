@@ -100,6 +100,16 @@ def test_an_export_shows_sizes_with_units() -> None:
     ]
 
 
+def test_an_evaluation_shows_its_data_and_a_note_on_them() -> None:
+    measured = {"metrics": [], "fidelity": None, "zero_shot": None, "dtype": "float32", "provider": "cpu"}
+    data = {"dataset": "demo", "windows": 1, "sample": "window", "sequence_length": 8, "note": "as before"}
+    assert shown(summaries.evaluate(measured | data), 80) == [
+        "data         demo: 1 window of 8 tokens",
+        "note         as before",
+        "computed in  float32 on cpu",
+    ]
+
+
 PREDICTION = {"name": "packed, ONNX int8", "kind": "pruned"}
 ROWS = [
     {"method": "gblm", "pattern": "2:4", "perplexity": 9.0},

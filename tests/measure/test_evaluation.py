@@ -6,16 +6,14 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 
-from gblm_compress.cli import summaries
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.evaluation import Reference, evaluate
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.loading import load_model, load_processor
-from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY
-from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.settings import EvaluateSettings
 from gblm_compress.tasks.text import load_text
-from tests.conftest import prune, samples
+from tests.conftest import samples
 
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:
@@ -103,17 +101,3 @@ def test_the_dense_model_leaves_memory_after_an_evaluation(tiny, prose, tmp_path
     assert evaluate(tiny("llama"), settings, baseline=dense, progress=progress) == first
     assert dense._runtime is None and read.call_count == 6
     dense.close()
-
-
-def test_an_evaluation_on_the_calibrations_text_says_so(tiny, prose, tmp_path, progress) -> None:
-    text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32)
-    prune(tiny("llama"), tmp_path / "out", PruneSettings(method="wanda", fit="none"), text)
-    for source, dataset, note in (
-        (ModelSource("pruned", tmp_path / "out"), str(prose), "same data as calibration"),
-        (ModelSource("pruned", tmp_path / "out"), "demo", ""),
-        (tiny("llama"), str(prose), ""),
-    ):
-        settings = EvaluateSettings(dataset=dataset, sequence_length=32, max_windows=1)
-        result = evaluate(source, settings, progress=progress)
-        said = result.note.partition(":")[0]
-        assert said == note and (note in str(summaries.evaluate(result.as_dict())[0].columns[1]._cells))
