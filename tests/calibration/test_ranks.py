@@ -102,7 +102,7 @@ import ctypes, os, signal
 from datetime import timedelta
 from gblm_compress.calibration import ranks
 from gblm_compress.pruning import walk
-ranks.SILENCE = timedelta(seconds=5)
+ranks.SILENCE = timedelta(seconds=3)
 if rank == "1":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # once the other has ended
     walk.prune_block_ = lambda *args: os.kill(os.getpid(), signal.SIGSTOP)
@@ -161,7 +161,7 @@ from gblm_compress.calibration import ranks
 from gblm_compress.pruning import saving
 ranks.TIMEOUT = timedelta(seconds=3)
 original = saving.save
-saving.save = lambda *args: (time.sleep(8), original(*args))[1]
+saving.save = lambda *args: (time.sleep(5), original(*args))[1]
 """
 
 
