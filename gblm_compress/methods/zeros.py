@@ -1,4 +1,4 @@
-"""Zeros, NaN and infinity: on a CPU `masked_fill`, `count_nonzero` and `isfinite` are 3 to 60 times slower."""
+"""Zeros, NaN and infinity: on a CPU `masked_fill`, `isfinite`, and sums of bool are 3 to 60 times slower."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def has_negative_zeros(weight: Tensor) -> bool:
 
 
 def count_nonzeros(weight: Tensor) -> int:
-    return int((weight != 0).sum())
+    import torch
+
+    return int(torch.count_nonzero(weight != 0))
 
 
 def made_zero(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[int, str, float] | None:
