@@ -29,6 +29,7 @@ GRID_BYTES = 12  # more where it is rounded: gradients before rounding, and what
 ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
 FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
+READS = 400  # times that a CPU reads the float32 weights while it ranks, saves and verifies them, whatever the text
 SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
 
 
@@ -221,9 +222,10 @@ def cost_of(
     """`writing`: seconds and bytes that the text takes before, if the model writes it."""
     settings, rate = plan.settings, cost.operations_per_second(plan.device, getattr(torch, dtype))
     weights, times = loading.count_weights(source), passes(plan.settings)
+    handling = READS * 4 * weights / cost.bytes_per_second("cpu")
 
     def seconds(text: CalibrationSettings) -> float:
-        return 2 * weights * text.samples * text.sequence_length / plan.ranks.size * times / rate
+        return handling + 2 * weights * text.samples * text.sequence_length / plan.ranks.size * times / rate
 
     held = max(int(writing[1]), Size(source, dtype, settings, calibration).peak(plan.placement))
     small = calibration.model_copy(update=SMALL)
