@@ -108,7 +108,10 @@ def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> i
     varying = None if axes is None else {name: dict.fromkeys(range(axes), Dim.AUTO) for name in inputs}
     exported = OnnxExporter().export(module, inputs, OnnxConfig(dynamic=True, dynamic_shapes=varying))
     # transformers 5.17 returns torch's ONNXProgram, later releases a wrapper of their own
-    return exported.program if hasattr(exported, "program") else exported.model
+    program = exported.program if hasattr(exported, "program") else exported.model
+    for node in program.graph.all_nodes():  # the tracer notes lines of source, with paths of this machine
+        node.metadata_props.clear()
+    return program
 
 
 @contextmanager
