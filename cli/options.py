@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gblm_compress.cli import summaries
-from gblm_compress.command import REQUIRED, Command, Part
+from gblm_compress.command import REQUIRED, Command, Part, flag_of
 from gblm_compress.errors import GateError, GblmError, UsageError, together
 from gblm_compress.settings import Panel, Settings
 from gblm_compress.settings.fields import MANY, choices_of
@@ -23,7 +23,6 @@ METAVARS = {
     "set": "KEY=VALUE", "push_to_hub": "OWNER/NAME", "overrides": "LAYERS=PATTERN[@SPARSITY],...",
     "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "heat_map", "junit", "summary"), "<path>"),
 }  # fmt: skip
-SPELLINGS = {"overrides": "override"}
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 ALL = "--help-all"
 # Some versions of Typer carry their own click: take the class from where its exceptions are.
@@ -123,7 +122,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
             if isinstance(value, list):  # of an option that is repeated or has commas
                 given[name] = tuple(part.strip() for part in ",".join(value).split(",") if part.strip())
         try:
-            result = command.function(*positional, **own, **command.fill(given, _flag))
+            result = command.function(*positional, **own, **command.fill(given, flag_of))
         except GblmError as error:
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
@@ -137,7 +136,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
     described.__signature__ = Signature(parameters)
     described.__doc__ = (command.function.__doc__ or "").partition("\n\n")[0]
     names = {field: name for part in command.parts.values() for field, name in part.names.items() if field != name}
-    renamed = {_flag(field): [_flag(name)] for field, name in names.items()}
+    renamed = {flag_of(field): [flag_of(name)] for field, name in names.items()}
     kind = type("Command", (PanelCommand,), {"renamed": renamed})
     made = program.command(command.name, cls=kind, epilog=command.example, rich_help_panel=group)
     made(described)
@@ -145,7 +144,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
 
 def _own(parameter: Parameter) -> Parameter:
     annotation, text, *marks = get_args(parameter.annotation)
-    name, flag = parameter.name, _flag(parameter.name)
+    name, flag = parameter.name, flag_of(parameter.name)
     many = parameter.kind is parameter.VAR_POSITIONAL or "Iterable" in str(annotation)
     required = parameter.default is Parameter.empty or REQUIRED in marks
     made: Any
@@ -176,7 +175,7 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
         schema = {"type": "boolean"}
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
-    kind, flag = TYPES.get(schema.get("type", ""), str), _flag(name)
+    kind, flag = TYPES.get(schema.get("type", ""), str), flag_of(name)
     choices = () if kind is bool else tuple(map(str, choices_of(settings, field).values))
     default = described.get_default(call_default_factory=True)
 
@@ -207,7 +206,3 @@ def _help(description: str, choices: tuple[str, ...], schema: dict[str, Any]) ->
         if schema.get(key, MANY) < MANY
     ]
     return description + named + (f" [{''.join(low)}x{''.join(high)}]" if low or high else "")
-
-
-def _flag(name: str) -> str:
-    return f"--{SPELLINGS.get(name, name).replace('_', '-')}"

@@ -16,7 +16,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gblm_compress.machine import noisy
+from gblm_compress.command import flag_of
+from gblm_compress.machine import cost, noisy
 from gblm_compress.printing import PlainConsole, printable, table
 from gblm_compress.settings.fields import SELF
 from gblm_compress.storage import outputs, records
@@ -131,8 +132,8 @@ def plan(c: dict[str, Any]) -> list[Any]:
         "weights": f"{c['weights'] / 1e6:,.1f} million, {place}",
         "computed in": f"{c['dtype']} on {c['device']}",
         "passes over the text": f"about {c['passes']:.0f}",
-        "time": f"about {_duration(c['seconds'])} on this machine",
-        "peak memory": f"at most {decimal(c['memory_bytes'])}, and that of the program",
+        "time": f"{cost.words(c['seconds'])} on this machine",
+        "peak memory": f"at most {decimal(c['memory_bytes'])}",
         "disk": f"at most {decimal(c['disk_bytes'])}, until the output is whole",
     }
     return [_facts(facts)]
@@ -341,9 +342,7 @@ SUMMARIES: dict[str, Callable[..., list[Any]]] = {
 
 def _flags(**options: Any) -> tuple[str, ...]:
     """The options that have a value, as words."""
-    return tuple(
-        word for name, value in options.items() if value for word in (f"--{name.replace('_', '-')}", str(value))
-    )
+    return tuple(word for name, value in options.items() if value for word in (flag_of(name), str(value)))
 
 
 def _manifest(folder: str) -> dict[str, Any]:
@@ -366,7 +365,7 @@ def _prune(model: str, **options: Any) -> tuple[str, ...]:
 
 def _planned(_: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     several = {name: ",".join(map(str, value)) for name, value in given.items() if isinstance(value, list | tuple)}
-    options = {name.replace("overrides", "override"): value for name, value in (dict(given) | several).items()}
+    options = dict(given) | several
     return ("prune", options.pop("model"), "-o", "pruned", *_flags(**options))
 
 

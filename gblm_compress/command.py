@@ -27,6 +27,14 @@ REQUIRED = "required on the command line"
 """Marks a parameter that only Python may leave out."""
 
 
+SPELLINGS = {"overrides": "override"}
+
+
+def flag_of(name: str) -> str:
+    """The option of a parameter, or of a field."""
+    return f"--{SPELLINGS.get(name, name).replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Part:
     """Settings of a command; `names` is {field: keyword}, without the fields that it leaves out."""

@@ -230,6 +230,8 @@ def workplace(tmp_path_factory) -> Path:
 
 def alike(value: object) -> object:
     """Plain values without those that two runs of the same do not share."""
+    if isinstance(value, dict) and value.get("subject") == "busy cores":  # measured at its moment
+        return {**value, "found": float(value["found"]) >= 0}
     if isinstance(value, dict):
         return {name: alike(each) for name, each in value.items() if not NOT_ALIKE.search(name)}
     return [alike(each) for each in value] if isinstance(value, list | tuple) else value

@@ -13,13 +13,17 @@ OFFERED_SECONDS = 300.0  # that the smaller one takes
 
 def sentence(seconds: float, memory: float, smaller: str = "", takes: float = 0.0) -> str:
     """The line. `memory` comes on top of the program's own. With the options `smaller` it `takes` fewer seconds."""
+    line = f"this takes {words(seconds)} and at most {with_program(memory) / 1e9:.1f} GB of memory on this machine"
+    if smaller and seconds > LONG_SECONDS and takes < seconds / 2:
+        line += f"; {smaller} take {words(takes)}"
+    return line
+
+
+def with_program(memory: float) -> int:
+    """Bytes of memory, with those that this program holds now."""
     import psutil
 
-    held = memory + psutil.Process().memory_info().rss
-    line = f"this takes {_words(seconds)} and at most {held / 1e9:.1f} GB of memory on this machine"
-    if smaller and seconds > LONG_SECONDS and takes < seconds / 2:
-        line += f"; {smaller} take {_words(takes)}"
-    return line
+    return int(memory) + int(psutil.Process().memory_info().rss)
 
 
 def fewer(amount: int, seconds: float) -> int:
@@ -29,7 +33,7 @@ def fewer(amount: int, seconds: float) -> int:
     return int(share // digit * digit)
 
 
-def _words(seconds: float) -> str:
+def words(seconds: float) -> str:
     minutes = seconds / 60
     if seconds < 1:
         return "less than a second"

@@ -66,9 +66,10 @@ def outlined(name: str, progress: Progress) -> Iterator[ModelSource]:
         progress.say(f"reading the config and the headers of {name} …")
         with _from_hub(name):
             snapshot_download(name, local_dir=folder, allow_patterns=_BESIDE_WEIGHTS)
-            headers = HfApi().get_safetensors_metadata(name).files_metadata
-        for file, header in headers.items():
-            _write_outline(Path(folder) / file, header.tensors)
+            for file, header in HfApi().get_safetensors_metadata(name).files_metadata.items():
+                if Path(file).name != file:  # it would be written somewhere else
+                    raise ValueError(f"its index names {file!r}, which is not in its folder")
+                _write_outline(Path(folder) / file, header.tensors)
         files.check_folder(Path(folder))
         yield Outline(name, Path(folder))
 
@@ -79,7 +80,7 @@ def _write_outline(path: Path, tensors: Mapping[str, Any]) -> None:
     header = json.dumps({tensor: {name: getattr(info, name) for name in names} for tensor, info in tensors.items()})
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode())
-        file.truncate(8 + len(header) + max(info.data_offsets[1] for info in tensors.values()))
+        file.truncate(8 + len(header) + max((info.data_offsets[1] for info in tensors.values()), default=0))
 
 
 def find_here(name: str) -> ModelSource | None:

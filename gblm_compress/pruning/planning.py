@@ -203,7 +203,7 @@ def better_fit(settings: PruneSettings, offload: bool = False) -> str | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a pruning on this machine. `memory` is beside that of the program itself."""
+    """Time and memory of a pruning on this machine; `memory` does not count the program itself."""
 
     passes: float  # over the text
     seconds: float

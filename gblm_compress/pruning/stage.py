@@ -17,6 +17,7 @@ from gblm_compress import errors, tasks
 from gblm_compress.calibration import generation, ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights, verify
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
+from gblm_compress.machine import cost
 from gblm_compress.machine.memory import free_memory, peak_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import DENSE, UNSTRUCTURED, Pattern
@@ -128,7 +129,7 @@ def _to_folder(
     settings, calibration = job.settings, job.calibration
     budgets = _checked(job, source)
     device = ranks.device_of_rank(loading.choose_device(job.compute.device))
-    processor, task = loading.load_processor(source), loading.task_of(source)
+    processor = loading.load_processor(source)
     for note in _pruned_before(source):
         progress.say(f"note: {note}")
     given: dict[str, Any] = {
@@ -137,13 +138,10 @@ def _to_folder(
         "calibration": calibration.model_dump(mode="json") if settings.needs_text else {},
     }
     with peak_memory(device) as memory, ranks.joined(device, given) as group:
-        dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
-        bytes_of = Size(source, dtype, settings, calibration)
-        placement = planning.choose_placement(bytes_of, job.resources, settings, device, group)
-        plan = Plan(settings, task, [], budgets, torch.device(device), products, placement, group)
+        plan, dtype, bytes_of = _planned(job, source, budgets, device, group)
         samples: list[Sample] = []
         if settings.needs_text:
-            author = generation.Author(source, device, placement.room, group, progress)
+            author = generation.Author(source, device, plan.placement.room, group, progress)
             writing = author.cost(calibration)
             if not progress.quiet:
                 progress.say(planning.cost_of(source, plan, dtype, calibration, writing).sentence)
@@ -153,16 +151,16 @@ def _to_folder(
         identity = given | {
             "calibration": {**given["calibration"], "fingerprint": read} if samples else None,
             "dtype": dtype,
-            "products": products if settings.fits_blocks else None,
+            "products": plan.products if settings.fits_blocks else None,
             "device": plan.device.type,
         }
         run = RunFolder(output.with_name(f".{output.name}.pruning"), identity, resume, group)
         for name in run.damaged:
             progress.say(f"{name} of the interrupted run is damaged; its work is done again")
         with run.kept("finished blocks", resume, progress):
-            needed = bytes_of.on_disk(settings, placement, run.bytes)
+            needed = bytes_of.on_disk(settings, plan.placement, run.bytes)
             outputs.check_space(output.parent, needed, "the output, and for finished blocks until it is whole")
-            place = "on disk, a block at a time in memory" if placement.offload else "in memory"
+            place = "on disk, a block at a time in memory" if plan.placement.offload else "in memory"
             does = "resuming" if run.resumed else "pruning"
             progress.say(f"{does} {source.name} in {dtype} on {device}, {place} …")
             walked, checkpoint = _walk(source, plan, run, dtype, calibration.experts == "all", progress)
@@ -173,7 +171,7 @@ def _to_folder(
                     layers = saving.save(temporary, source, checkpoint, processor, run, walked)
                     walked = replace(walked, layers=layers)
                     progress.say("verifying …")
-                    verify(ModelSource(str(output), temporary), placement.offload)
+                    verify(ModelSource(str(output), temporary), plan.placement.offload)
             run.remove()
     return walked, memory.peak_bytes, read
 
@@ -189,35 +187,41 @@ class PlanResult(records.Result):
     from_disk: bool  # a block at a time
     passes: float  # over the calibration text
     seconds: float
-    memory_bytes: int  # beside the program itself
+    memory_bytes: int
     disk_bytes: int  # until the output is whole
 
 
 def plan(job: PruneJob, source: ModelSource, progress: Progress) -> PlanResult:
     """Time, memory and disk of a pruning by one process, from the headers of the weights."""
-    settings, calibration, group = job.settings, job.calibration, ranks.Ranks()
-    budgets = _checked(job, source)
-    device = loading.choose_device(job.compute.device)
-    dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
-    size = Size(source, dtype, settings, calibration)
-    placement = planning.choose_placement(size, job.resources, settings, device, group)
-    task = loading.task_of(source)
-    planned = Plan(settings, task, [], budgets, torch.device(device), products, placement, group)
+    settings, device, group = job.settings, loading.choose_device(job.compute.device), ranks.Ranks()
+    planned, dtype, size = _planned(job, source, _checked(job, source), device, group)
     writing = (0.0, 0.0)
     if settings.needs_text:
-        writing = generation.Author(source, device, placement.room, group, progress).cost(calibration)
-    cost = planning.cost_of(source, planned, dtype, calibration, writing)
+        writing = generation.Author(source, device, planned.placement.room, group, progress).cost(job.calibration)
+    found = planning.cost_of(source, planned, dtype, job.calibration, writing)
     return PlanResult(
         model=source.name,
         weights=int(loading.count_weights(source)),
         dtype=dtype,
         device=device,
-        from_disk=placement.offload,
-        passes=cost.passes if settings.needs_text else 1.0,
-        seconds=cost.seconds,
-        memory_bytes=cost.memory,
-        disk_bytes=size.on_disk(settings, placement, finished=0),
+        from_disk=planned.placement.offload,
+        passes=found.passes,
+        seconds=found.seconds,
+        memory_bytes=cost.with_program(found.memory),
+        disk_bytes=size.on_disk(settings, planned.placement, finished=0),
     )
+
+
+def _planned(
+    job: PruneJob, source: ModelSource, budgets: dict[str, Budget], device: str, group: ranks.Ranks
+) -> tuple[Plan, str, Size]:
+    """The plan without its samples, the dtype of the arithmetic, and the sizes that decide the placement."""
+    settings = job.settings
+    dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
+    size = Size(source, dtype, settings, job.calibration)
+    placement = planning.choose_placement(size, job.resources, settings, device, group)
+    task = loading.task_of(source)
+    return Plan(settings, task, [], budgets, torch.device(device), products, placement, group), dtype, size
 
 
 def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:

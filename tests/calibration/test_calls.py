@@ -94,7 +94,7 @@ def test_only_the_first_block_computes_while_calls_are_recorded() -> None:
 def give_beside(model, monkeypatch, compute) -> list:
     """Let blocks return what `compute` gives beside the hidden states, and the model unpack it, as Bamba does.
 
-    Returns the list of what the model gets so.
+    Returns the list of the values that the model receives.
     """
     seen = []
     for block in model.model.layers:

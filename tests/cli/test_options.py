@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from gblm_compress.api import COMMANDS, GROUPS
 from gblm_compress.cli import options
 from gblm_compress.cli.app import app
-from gblm_compress.cli.options import SPELLINGS
-from gblm_compress.command import command
+from gblm_compress.command import SPELLINGS, command
 from gblm_compress.errors import UsageError
 from gblm_compress.settings import BenchmarkSettings, EvaluateSettings, Panel, PruneSettings, RecoverSettings
 from gblm_compress.settings.fields import MANY, choices_of

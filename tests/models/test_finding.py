@@ -145,3 +145,11 @@ def test_of_a_hub_model_an_outline_holds_headers_and_holes(tiny, monkeypatch, pr
     monkeypatch.setattr(HfApi, "get_safetensors_metadata", Mock(side_effect=NotASafetensorsRepoError("no weights")))
     with pytest.raises(ModelError, match="'owner/model'.*no weights"), outlined("owner/model", progress):
         pass
+
+
+def test_an_outline_is_written_in_its_folder_alone(monkeypatch, tmp_path, progress) -> None:
+    outside = SimpleNamespace(files_metadata={f"../{tmp_path.name}.safetensors": SimpleNamespace(tensors={})})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "get_safetensors_metadata", lambda *_: outside)
+    with pytest.raises(ModelError, match="which is not in its folder"), outlined("owner/model", progress):
+        pass
