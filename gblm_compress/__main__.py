@@ -12,14 +12,14 @@ from gblm_compress.errors import INTERRUPTED, is_interrupted
 
 
 def main() -> None:
-    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where a shell has it ignored
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell may have set it to be ignored
     if own:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         from gblm_compress.cli import app
 
         app.main()
-    except (KeyboardInterrupt, Exception):  # while modules are imported; pydantic turns it into another error
+    except (KeyboardInterrupt, Exception):  # pydantic turns a Ctrl-C during imports into another error
         if not is_interrupted():
             raise
         print("interrupted", file=sys.stderr)

@@ -57,7 +57,7 @@ else:
     PreTrainedModel = Processor = Any
 
 MODEL = "A hub id, a local folder, 'demo' (SmolLM2-135M-Instruct) or 'tiny' (random weights)."
-DENSE = "The dense model that it was pruned from."
+DENSE = "The dense model that was pruned."
 FOLDER = "Output folder; it appears only when complete."
 
 FileName = str | os.PathLike[str]
@@ -103,11 +103,11 @@ def prune(
     """
     if output is None:
         if isinstance(model, str | os.PathLike):
-            raise UsageError(f"model {str(model)!r} is on disk; give the output folder of the pruned one")
+            raise UsageError(f"model {str(model)!r} is on disk; give an output folder for the pruned one")
         given = {**resources.model_dump(exclude_defaults=True), "resume": resume, "force": force}
         given |= compute.model_dump(exclude_defaults=True)
         if void := " and ".join(name for name, value in given.items() if value):
-            raise UsageError(f"{void} would do nothing: without an output folder the model is pruned where it is")
+            raise UsageError(f"{void} would do nothing: without an output folder the model is pruned in place")
 
         from gblm_compress.pruning import stage
 
@@ -132,7 +132,7 @@ def plan(
     resources: ResourceSettings,
     quiet: Quiet = False,
 ) -> "PlanResult":
-    """Say what a pruning would take: time, memory, disk. No weights are downloaded."""
+    """Predict the time, memory and disk that pruning takes. Downloads no weights."""
     from gblm_compress.models.finding import outlined
 
     progress = _progress(quiet)
@@ -211,7 +211,7 @@ def evaluate(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "EvaluateResult":
-    """Measure perplexity, fidelity to dense and zero-shot accuracy. Other tasks than text have their own metric."""
+    """Measure perplexity, fidelity and zero-shot accuracy. Tasks other than text have their own metric."""
     models = [model] if baseline is None else [model, baseline]
     if settings.tasks and not settings.model_fields_set & {"dataset", "max_windows"}:
         settings = settings.model_copy(update={"max_windows": 0})
@@ -249,10 +249,10 @@ def compare(
 
 @command("gblm-compress benchmark pruned bitmask --baseline demo")
 def benchmark(
-    *models: Annotated[FileName, MODEL + " Exports may be given too."],
+    *models: Annotated[FileName, MODEL + " Or an export."],
     baseline: Annotated[
         FileName | Iterable[FileName],
-        "The dense model. For ONNX exports it is exported too, unless such an export is given.",
+        "The dense model. If you time ONNX exports, it is exported too, unless you give its export.",
     ],
     settings: BenchmarkSettings,
     compute: ComputeSettings,
@@ -271,7 +271,7 @@ def benchmark(
 @command("gblm-compress inspect pruned --heat-map zeros.png")
 def inspect(
     model: Model,
-    heat_map: Annotated[FileName | None, "Draw a PNG of how many weights survive in each column."] = None,
+    heat_map: Annotated[FileName | None, "Draw a PNG of the share of weights that survive in each column."] = None,
     *,
     processor: InMemory = None,
     force: Force = False,
@@ -305,7 +305,7 @@ def run(
         if changes := tuple(set):
             raise UsageError(f"set={list(changes)} changes a recipe from a file; change the mapping itself")
         if output is None:
-            raise UsageError("a recipe that is no file has no name; give the output folder")
+            raise UsageError("a recipe in memory has no name; give the output folder")
         content, folder, inputs = recipe_of(recipe), Path(output), []
     else:
         inputs = [path := find_recipe(str(recipe))]
@@ -387,7 +387,7 @@ def schema() -> dict[str, Any]:
 
 @command("gblm-compress doctor")
 def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
-    """Show what this machine has, and what each finding enables."""
+    """Show the features of this machine and their use."""
     _progress(quiet)
 
     from gblm_compress.measure.doctor import diagnose
@@ -446,7 +446,7 @@ def _found(
     from gblm_compress.tasks import data_files
 
     names = [os.fspath(model) for model in models if isinstance(model, str | os.PathLike)]
-    looks: list[Any] = [partial(find_here, name) for name in names if name != TINY]  # tiny is built where it is missing
+    looks: list[Any] = [partial(find_here, name) for name in names if name != TINY]  # tiny is built if missing
     if not all(os.path.isdir(os.path.expanduser(name)) for name in names):
         looks += [partial(data_files, name) for name in texts]
     errors.raise_all(errors.collect([*looks, partial(check_folder, tasks)]))

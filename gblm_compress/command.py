@@ -67,7 +67,7 @@ class Command:
         return self.function.__name__
 
     def fill(self, values: Mapping[str, Any], spell: Callable[[str], str]) -> dict[str, Settings]:
-        """The settings that these keywords make. One UsageError lists all faults; `spell` writes a keyword."""
+        """The settings from these keywords. One UsageError lists all faults; `spell` writes a keyword."""
         known = {name: part for part in self.parts.values() for name in part.names.values()}
         faults = [f"{self.name}: {name}: unknown; {self._meant(name, known)}" for name in values if name not in known]
         filled = {}

@@ -31,7 +31,7 @@ _ALLOCATION = re.compile(
 
 
 class GblmError(Exception):
-    """Base class. `faults` lists several faults if there are; the command line prints `result` before the message."""
+    """Base class. `faults` lists the faults if there are several. The command line prints `result` first."""
 
     exit_code = 1
     faults: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class GblmError(Exception):
     result: Any = None
 
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 E = TypeVar("E", bound=GblmError)
 
 
@@ -94,7 +94,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_interrupted() -> bool:
-    """Whether Ctrl-C was pressed, where the program `gblm-compress` handles it."""
+    """Whether Ctrl-C was pressed, if the program `gblm-compress` handles it."""
     return signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
@@ -113,17 +113,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def translated(into: Callable[[str], GblmError]) -> Iterator[None]:
-    """Raise what `into` makes of the first line of a library's error. Our own errors and a lack of memory pass."""
+    """Turn a library's error into ours: `into` takes its first line. Our own errors and a lack of memory pass."""
     try:
         yield
-    except Exception as error:  # libraries raise many kinds for files that are not what they claim
+    except Exception as error:  # libraries raise many kinds for damaged files
         if isinstance(error, GblmError) or is_out_of_memory(error):
             raise
         raise into(first_line(error)) from error
 
 
 def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:
-    """The errors that these functions raise, in order; those of `raise_all` one by one."""
+    """The errors that these functions raise, in order; an error of `raise_all` counts as its parts."""
     found: list[GblmError] = []
     for look in looks:
         try:

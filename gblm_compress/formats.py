@@ -17,11 +17,11 @@ class Format:
     exporter: str  # the module with its `check` and `export`
     help: str  # half a sentence for `--help`
     runtimes: tuple[str, ...] = FOLDER_RUNTIMES  # the first evaluates it
-    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # the first, where the checkpoint's own is absent
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # the first, if the checkpoint's own is absent
     reads: tuple[str, ...] = ()  # the options of `ExportSettings` that it takes; it refuses the others
-    copies: int = 0  # dense copies of the weights on disk while it is made, beside the output
-    memory: float = 3.0  # its peak, in copies of the weights in float32
-    passes: float = 300.0  # its time, in times that a CPU takes to read the weights in float32
+    copies: int = 0  # dense copies of the weights on disk during the export, besides the output
+    memory: float = 3.0  # its peak, in copies of the float32 weights
+    passes: float = 300.0  # its time, in reads of the float32 weights by a CPU
     layout: str | None = None  # a name in `LAYOUTS`
     synonyms: tuple[str, ...] = ()
 

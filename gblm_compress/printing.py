@@ -64,7 +64,7 @@ def _text(cell: Any) -> Text:
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str | Text]], **options: Any) -> Table:
-    """A table with a line below its headings; one that begins with > stands over numbers."""
+    """A table with a line below its headings; a heading that begins with > is for numbers."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **options)
     for heading in headings:
         made.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")

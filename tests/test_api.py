@@ -161,7 +161,7 @@ def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: gblm_compress.prune("tiny"), "is on disk; give the output folder"),
+        (lambda model: gblm_compress.prune("tiny"), "is on disk; give an output folder"),
         (lambda model: gblm_compress.prune(model, calibration="demo"), "give the tokenizer of the model"),
         (lambda model: gblm_compress.prune(model, memory="1GiB", resume=True), "memory and resume would do nothing"),
         (lambda model: gblm_compress.prune(model, dtype="float32"), "dtype would do nothing: without an output"),

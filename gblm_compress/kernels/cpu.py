@@ -28,7 +28,7 @@ _LIBRARY = Path(__file__).parent / "_bitmask"
 
 
 def library_file() -> Path | None:
-    # Its suffix is the last one. Earlier builds had the first, which names a version of Python.
+    # It has the last suffix; earlier builds had the first, which names a version of Python.
     files = (_LIBRARY.with_suffix(suffix) for suffix in reversed(EXTENSION_SUFFIXES))
     return next((file for file in files if file.exists()), None)
 
@@ -57,7 +57,7 @@ def available() -> bool:
 
 
 def onnxruntime_library() -> Path:
-    """The file for `SessionOptions.register_custom_ops_library`; MissingDependencyError where it was not compiled."""
+    """The file for `SessionOptions.register_custom_ops_library`; MissingDependencyError if it was not compiled."""
     found = library_file()
     if found is None:
         raise MissingDependencyError(
@@ -80,7 +80,7 @@ def paths(dtype: torch.dtype) -> tuple[str, ...]:
 
 @cache
 def path(dtype: torch.dtype) -> str:
-    """The best path, or the one that `GBLM_COMPRESS_KERNEL` forces; UsageError where the CPU lacks that."""
+    """The best path, or the one that `GBLM_COMPRESS_KERNEL` forces; UsageError if the CPU lacks that."""
     forced = os.environ.get(PATH_VARIABLE)
     if forced is None:
         return paths(dtype)[-1]
@@ -144,8 +144,8 @@ class Bitmask:
     def linear(self, x: Tensor, kernel: str | None = None, *, many: bool = False) -> Tensor:
         """x Wᵀ, accumulated in float32: [tokens, rows] in the dtype of x [tokens, columns].
 
-        `kernel` is one of `paths`, the best by default. `many` takes the kernel for many tokens, else that for 1 to 8.
-        ValueError where x does not fit, or there is no such kernel.
+        `kernel` is one of `paths`, the best by default. `many` takes the kernel for many tokens, else for 1 to 8.
+        ValueError if x does not fit, or there is no such kernel.
         """
         _check_x(self, x)
         kernels, tokens, (rows, words) = library(), len(x), self.mask.shape
@@ -163,7 +163,7 @@ class Bitmask:
         return y
 
     def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
-        """Write rows from `first` on, dense, into `out` [count, columns]; ValueError where they do not fit."""
+        """Write rows from `first` on, dense, into `out` [count, columns]; ValueError if they do not fit."""
         _check_out(self, first, out)
         tensors = _at(self.mask, self.values, self.starts, out)
         sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel)
@@ -272,17 +272,17 @@ _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
 def _openmp_of_torch() -> tuple[int | None, ...]:
-    """The entry points `_OPENMP` of torch's runtime; Nones, which mean one thread, where it has none.
+    """The entry points `_OPENMP` of torch's runtime; all None, which means one thread, if it has none.
 
     A preloaded runtime (LD_PRELOAD, as servers do) replaces the one that torch brings.
     """
     candidates: list[str | None] = []
     maps = Path("/proc/self/maps")
     if sys.platform == "linux" and maps.exists():
-        lines = os.fsdecode(maps.read_bytes()).split("\n")  # a path may hold spaces, and bytes that are no UTF-8
+        lines = os.fsdecode(maps.read_bytes()).split("\n")  # a path may hold spaces, and bytes that are not UTF-8
         loaded = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
         runtimes = [name for name in loaded if "libgomp" in name or "libiomp" in name]
-        # None is what all of the process sees; then torch's own comes first: a path inside its package
+        # None searches the whole process; torch's own runtime, in its package, comes next
         candidates = [None, *sorted(runtimes, key=lambda name: ("torch" not in name, name))]
     for name in candidates:
         runtime = ctypes.CDLL(name)

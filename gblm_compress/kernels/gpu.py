@@ -1,7 +1,7 @@
 """Products with packed weights on a GPU: few tokens in 16 bit, reading only packed bytes.
 
-`gpu_programs` has the Triton code; here a product is cut into programs. With a mask the running sum of the bits gives
-the place of each value, and `block_starts` the first place of each block.
+`gpu_programs` has the Triton code; this module cuts a product into programs. With a mask the running sum of the bits
+gives the place of each value, and `block_starts` the first place of each block.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class Tiling(NamedTuple):
     columns: int
     warps: int  # that share the block
     tensor_cores: bool  # else ordinary arithmetic units
-    programs: int  # several programs share the columns until about so many run
+    programs: int  # several programs share the columns until about this many run
 
 
 _TWO_OF_FOUR = (
@@ -56,7 +56,7 @@ TILINGS = {"mask": _MASK, "two of four": _TWO_OF_FOUR, "all": _TWO_OF_FOUR}  # {
 class Packed(NamedTuple):
     """A packed weight as the kernels read it."""
 
-    layout: str  # its name, for people and for measurements that are kept
+    layout: str  # its name, for messages and kept measurements
     stored: str  # a key of `TILINGS`
     width: int  # bits of a stored weight
     values: Tensor  # as the layout stores them; in 16 bits float16 or bfloat16
@@ -96,7 +96,7 @@ def tilings(stored: str, tokens: int) -> list[Tiling]:
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Tensor:
     """x Wᵀ + b [tokens, rows], accumulated in float32 and rounded once, for x [tokens, columns] in the weight's dtype.
 
-    `tiling` is one of `tilings` for so many tokens.
+    `tiling` is one of `tilings` for that many tokens.
     """
     tokens, (rows, columns) = x.shape[0], weight.shape
     blocks, programs = triton.cdiv(columns, tiling.columns), triton.cdiv(rows, tiling.rows)

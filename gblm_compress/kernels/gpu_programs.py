@@ -1,7 +1,7 @@
 """The GPU kernels of the packed layouts, in Triton; `gpu` starts them.
 
 A program computes some output rows over a share of the columns: it restores a block of the packed weight in registers
-and multiplies it by the inputs, on ordinary arithmetic units for one or two tokens, else on tensor cores. Where rows
+and multiplies it by the inputs, on ordinary arithmetic units for one or two tokens, else on tensor cores. If rows
 are few, several programs share the columns, and their partial sums are added in a fixed order.
 
 `tensors` are values, places, starts, scales, levels; `sizes` are rows, columns, and the strides of the last four.
@@ -117,7 +117,7 @@ def _block(  # type: ignore[no-untyped-def]
     return weight
 
 
-# One compilation serves every number of tokens and of blocks, where these would be special at 1 and at multiples of 16.
+# One compilation serves all sizes: Triton would specialise these at 1 and at multiples of 16.
 @triton.jit(do_not_specialize=["blocks", "groups", "stride", "tokens", "share"])  # type: ignore[untyped-decorator]
 def linear(  # type: ignore[no-untyped-def]
     x, values, places, starts, scales, levels, bias, y,
@@ -146,7 +146,7 @@ def linear(  # type: ignore[no-untyped-def]
             total = tl.dot(weight, tl.trans(inputs), total)
         else:
             total += inputs.to(tl.float32)[:, None, :] * weight.to(tl.float32)[None, :, :]
-    # `product`, since a name keeps one shape for Triton
+    # not `total`: in Triton a name keeps its shape
     product = tl.trans(total) if TENSOR_CORES else tl.sum(total, 2)
     if BIAS:
         product += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]

@@ -1,7 +1,7 @@
-"""Which weights are stored, as kernels read it: words of 64 bits, and the patterns of 2:4.
+"""Masks of the stored weights, as kernels read them: words of 64 bits, and the patterns of 2:4.
 
-Bit b of word w is column 64·w + b. A pattern is the first three bits of every four columns, for the fourth is their
-parity. Eight patterns are 24 bits, the first lowest, and lie in 3 bytes, the low one first.
+Bit b of word w is column 64·w + b. A pattern is the first three bits of every four columns; the fourth is their
+parity. Eight patterns fill 3 bytes, from the lowest bit of the first byte on.
 """
 
 import torch

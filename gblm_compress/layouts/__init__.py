@@ -23,7 +23,7 @@ class Layout:
     format: str  # its name in `export --format`
     kernels: tuple[str, ...]  # devices with kernels; others unpack the weight for every product
     pattern: str | None = None  # the N:M that a weight must have
-    width: int | None = None  # bits of a stored weight; None: those of the dtype
+    width: int | None = None  # bits of a stored weight; None: as many as the dtype
     exact: str | None = None  # the layout for layers that this one would round too much
     tables: str | None = None  # the layout of head and embedding; None: they stay dense
 
@@ -71,5 +71,5 @@ def check_described(layout: object, layers: object) -> None:
 
 
 def known(name: object) -> Layout | None:
-    """The layout of that name; None for any other value, as a damaged file may have."""
+    """The layout of that name; None for any other value, which a damaged file may have."""
     return LAYOUTS.get(name) if isinstance(name, str) else None

@@ -1,7 +1,7 @@
 """Products with packed weights on a CPU: by a kernel that reads packed bytes, or by expanded tiles and a dense product.
 
-Tiles win for many tokens without a kernel for them. The crossover is measured once for each shape, dtype, thread count
-and machine, and kept in the cache folder.
+Tiles win for many tokens, unless there is a kernel for many. The crossover is measured once for each shape, dtype,
+thread count and machine, and kept in the cache folder.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Products with packed weights on CUDA: which kernel runs for which number of tokens is measured for each shape.
+"""Products with packed weights on CUDA. The fastest kernel for each number of tokens is measured for each shape.
 
 Candidates are the Triton kernels that read packed bytes (up to 64 tokens, in several tilings), torch's kernels for 2:4
 (cuSPARSELt and CUTLASS), and the dense product of the unpacked weight. Each is timed with a flushed L2 cache, for
@@ -23,11 +23,11 @@ from gblm_compress.machine import remembered
 from gblm_compress.progress import Progress
 
 TOKENS = tuple(2**power for power in range(13))  # 1 … 4096; a plan has a word for each
-FEWEST_FOR_TORCH = 8  # tokens; below, torch's semi-structured kernels would be padded to that
-# cuSPARSELt reads a copy of the weight in a format of its own; it must be worth those bytes.
+FEWEST_FOR_TORCH = 8  # tokens; torch's semi-structured kernels would pad fewer to that
+# cuSPARSELt reads a copy of the weight in its own format; its speed must be worth those bytes.
 WORTH_A_COPY = 1.1
 AGREEMENT = 0.02  # largest difference from the dense product, as a fraction of its largest value
-ALGORITHMS = 1 << 10  # above any number that cuSPARSELt gives one
+ALGORITHMS = 1 << 10  # above the number of any algorithm in cuSPARSELt
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 REPEATS, WARM_UP = 9, 2
 _HEAD_START = 10_000_000  # clock cycles that the device waits while the host queues a batch of calls
@@ -45,9 +45,9 @@ DENSE = Candidate("dense")
 
 
 class Operands(NamedTuple):
-    """What torch's kernels need beside a sparse24 weight; empty tensors where they need nothing."""
+    """The inputs of torch's kernels besides a sparse24 weight; empty if not needed."""
 
-    cusparselt: Tensor  # the weight in cuSPARSELt's own format, 9/16 of the dense bytes once more
+    cusparselt: Tensor  # the weight in cuSPARSELt's own format, another 9/16 of the dense bytes
     cutlass: Tensor  # the positions in CUTLASS's order, 1/16 of the dense bytes; the values are shared
 
 
@@ -65,7 +65,7 @@ def is_plan(words: Any, weight: Packed) -> bool:
     """Whether these words have, for each of `TOKENS`, a candidate that can run for that weight."""
     try:
         chosen = candidates(words) if isinstance(words, str) and words else ()
-    except ValueError:  # of what is no number
+    except ValueError:  # a part is not a number
         return False
     return len(chosen) == len(TOKENS) and all(map(partial(_could_run, weight), chosen, TOKENS))
 
@@ -79,7 +79,7 @@ def _could_run(weight: Packed, candidate: Candidate, tokens: int) -> bool:
 
 
 def _possible(weight: Packed, tokens: int) -> list[Candidate]:
-    """What there is for a weight of that layout; cuSPARSELt without its algorithm, which is searched."""
+    """The candidates for a weight of that layout; the algorithm of cuSPARSELt is searched later."""
     tilings = gpu.tilings(weight.stored, tokens)
     found = [DENSE, *(Candidate("triton", tuple(map(int, tiling))) for tiling in tilings)]
     if (weight.stored, weight.width) == ("two of four", 16) and tokens >= FEWEST_FOR_TORCH:
@@ -141,7 +141,7 @@ def run(
 
 
 def operands(weight: Packed, kernels: set[str]) -> Operands:
-    """The operands of the named kernels; RuntimeError where they do not take the shape, dtype or device."""
+    """The operands of the named kernels; RuntimeError if they do not take the shape, dtype or device."""
     cusparselt = cutlass = weight.values.new_empty(0)
     with torch.cuda.device_of(weight.values):  # type: ignore[no-untyped-call]
         if "cusparselt" in kernels:
@@ -204,7 +204,7 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
             else:
                 warnings.warn(f"{candidate} computes another product on this GPU and is not used", stacklevel=2)
                 excluded[str(candidate)] = "another product"
-        except Exception as error:  # Triton raises many kinds where a GPU lacks what a tiling needs
+        except Exception as error:  # Triton raises many kinds if a tiling needs more than the GPU has
             excluded[str(candidate)] = f"{type(error).__name__}: {first_line(error)}"
     return times, excluded
 

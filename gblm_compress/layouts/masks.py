@@ -1,4 +1,4 @@
-"""Kinds of masks: how a layout stores which weights it holds. Values lie in order of the columns.
+"""Kinds of masks: they mark the weights that a layout stores. Values are in column order.
 
 All but `Whole` have a buffer, and convert to words of 64 bits, see `kernels.masks`.
 """
@@ -21,14 +21,14 @@ Shape = Sequence[int]  # (rows, columns) of a weight
 
 
 class Mask(ABC):
-    name: str | None  # of the buffer; None where all weights are stored
+    name: str | None  # of the buffer; None if all weights are stored
     dtype = torch.uint8  # of the buffer
     stored: str  # a key of `gpu.TILINGS`
     fills = False  # whether groups with fewer nonzeros store zeros, so that the shape alone gives the size
 
     @abstractmethod
     def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
-        """{name: shape} of the buffer, if there is one; ModelError where rows cannot have that length."""
+        """{name: shape} of the buffer, if there is one; ModelError if rows cannot have that length."""
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         """The shape of `count` stored values."""
@@ -36,7 +36,7 @@ class Mask(ABC):
 
     @abstractmethod
     def choose(self, weight: Tensor) -> Tensor:
-        """Which of [rows, columns] weights, or booleans, are stored; UsageError where the kind has no such mask."""
+        """The stored ones of [rows, columns] weights or booleans, as booleans; UsageError if no mask fits them."""
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
         """The buffer of a mask [rows, words]."""
@@ -61,12 +61,12 @@ class Mask(ABC):
         return values.new_zeros(alive.shape).masked_scatter_(alive, values)
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
-        """ModelError, beginning with the buffer's name, where it is no mask of a matrix of that shape."""
+        """ModelError, beginning with the buffer's name, if it does not fit a matrix of that shape."""
         for name, needed in self.buffers(shape).items():
             check_tensor(name, buffer, (self.dtype,), needed)
 
     def check_values(self, values: Tensor, dtypes: Sequence[torch.dtype], shape: Shape, count: int) -> None:
-        """ModelError, beginning with "values", where the mask has no such values."""
+        """ModelError, beginning with "values", if the values do not fit the mask."""
         needed = self.values_shape(shape, count)
         if len(needed) == 1 and values.shape != needed:
             raise ModelError(
@@ -163,9 +163,7 @@ class Positions(_TwoOfFour):
         if shape[1] % 8:
             high[:, -1] = buffer[:, -1] >> 4 == 0
         if bad := int((~(low & high)).sum()):
-            raise ModelError(
-                f"positions: {bad} bytes hold no two increasing positions in each group; the file is damaged"
-            )
+            raise ModelError(f"positions: {bad} bytes lack two increasing positions in each group; the file is damaged")
 
 
 class Patterns(_TwoOfFour):
@@ -188,7 +186,7 @@ class Patterns(_TwoOfFour):
         codes, groups = masks.pattern_codes(buffer), shape[1] // 4
         bad = int(((codes[:, :groups] == 0) | (codes[:, :groups] == 7)).sum() + codes[:, groups:].count_nonzero())
         if bad:
-            raise ModelError(f"patterns: {bad} codes do not stand for two of four columns; the file is damaged")
+            raise ModelError(f"patterns: {bad} codes do not mark two of four columns; the file is damaged")
 
 
 class Whole(Mask):

@@ -8,7 +8,7 @@ from torch import Tensor
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.zeros import is_finite
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that weights are stored in
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of stored weights
 MOVES_MUCH = {8: 0.03, 4: 0.25}  # {bits of a level: the largest share of a weight that rounding may move}
 
 

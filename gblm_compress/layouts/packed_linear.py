@@ -19,7 +19,7 @@ from gblm_compress.layouts.packed import check_tensor
 UNPACKED = "dense product of the unpacked weight"
 DERIVED = ("starts", "sums", "cusparselt", "cutlass", "like")
 """Buffers that `prepare` fills and nothing saves: where values begin, sums of levels by row, `cuda_linear.Operands`,
-and an empty tensor in the dtype of inputs and outputs. They are empty where kernels need none.
+and an empty tensor in the dtype of inputs and outputs. They are empty if the kernels do not read them.
 """
 _LIBRARY: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
 
@@ -91,7 +91,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-            raise ModelError(f"shape {shape!r} is not one of a matrix: two whole numbers above 0 are needed")
+            raise ModelError(f"shape {shape!r} does not fit a matrix: two whole numbers above 0 are needed")
         self.layout, self.kind = layout, LAYOUTS[layout].kind
         given = {**dict.fromkeys({"group"} & {*self.kind.sizes}), **sizes}
         faults = [f"missing keyword argument {name!r}" for name in self.kind.sizes if name not in given]
@@ -125,9 +125,9 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, layout: str, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
-        """The prepared layer of a weight [out_features, in_features]; UsageError where the layout cannot hold it.
+        """The prepared layer of a weight [out_features, in_features]; UsageError if the layout cannot hold it.
 
-        `options` are those of the kind's `pack`.
+        `options` go to the kind's `pack`.
         """
         kind: Any = LAYOUTS[layout].kind
         layer = cls.holding(layout, weight.shape, kind.pack(weight, **options), weight.dtype)
@@ -148,13 +148,13 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:
-        """One layer, without bias, with the outputs of several; UsageError where they have no common form."""
+        """One layer, without bias, with the outputs of several; UsageError if they have no common form."""
         first, heights = layers[0], [layer.out_features for layer in layers]
         packed = first.kind.stack([layer.held for layer in layers], heights, first.in_features)
         return cls.holding(first.layout, (sum(heights), first.in_features), packed, first.dtype)
 
     def cut(self, rows: range, columns: range) -> Self:
-        """A part of a checked layer, without bias; UsageError where the layout cannot be cut there."""
+        """A part of a checked layer, without bias; UsageError if the layout cannot be cut there."""
         packed = self.kind.cut(self.held, self.shape, rows, columns)
         return self.holding(self.layout, (len(rows), len(columns)), packed, self.dtype)
 
@@ -231,7 +231,7 @@ class PackedLinear(nn.Module):
         return self.kind.largest_error
 
     def check(self) -> None:
-        """ModelError, beginning with a buffer's name, where the tensors are no such weight."""
+        """ModelError, beginning with a buffer's name, if the tensors do not form such a weight."""
         self.kind.check(self.held, self.shape, self.group)
         if self.bias is not None:
             check_tensor("bias", self.bias, (self.dtype,), (self.out_features,))
@@ -241,7 +241,7 @@ class PackedLinear(nn.Module):
         self.check()
         held, device, place = self.held, self.get_buffer("values").device, self.kind.mask.name
         if place:
-            # A copy: loaded tensors are parts of a mapped file, and later writes into it must not move a kernel.
+            # A copy: loaded tensors are parts of a mapped file, and later writes to it must not reach a kernel.
             held[place] = self._buffers[place] = held[place].clone()
         self.crossover, self.plan, self._weight = 0, "", None
         derived = {name: torch.empty(0, device=device) for name in DERIVED}
@@ -276,7 +276,7 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """A new copy of W as the dense layer stores it; writes into it are lost.
 
-        While the layer is being loaded the copy has no values, and transformers takes it for initialized.
+        While the layer is being loaded the copy has no values, and transformers treats it as initialized.
         """
         if self.loading:
             weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
@@ -294,7 +294,7 @@ class PackedLinear(nn.Module):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the weight in memory, with what `prepare` adds for the kernels of the device."""
+        """Bytes of the weight in memory, with the buffers that `prepare` adds for the device."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:

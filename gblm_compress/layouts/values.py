@@ -1,7 +1,7 @@
 """Kinds of values: how a layout stores the weights that its mask chooses.
 
-`held` is {buffer: tensor} of a packed weight. Levels of 8 bits are stored one for each bit of the mask. 4 bits are a
-place in a table of 16 levels, two to a byte, the low half first. The places of each word of the mask begin a new byte.
+`held` is {buffer: tensor} of a packed weight. With 8 bits, each bit of the mask has a level. With 4 bits, it has a
+place in a table of 16 levels; a byte holds two, the low half first. Each word of the mask begins a new byte.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ class Floats:
 
     Attributes:
         names: the buffers on disk. All but the values have a row for each row of the weight.
-        sizes: what `config.json` has beside the shape to make an empty layer.
+        sizes: the keys of `config.json`, besides the shape, that make an empty layer.
     """
 
-    width: int | None = None  # bits of a stored weight; None: those of the dtype
+    width: int | None = None  # bits of a stored weight; None: as many as the dtype
     tolerance = 0.0  # largest difference of a restored weight, relative to the largest weight; 0: bit for bit
     largest_error = float("inf")  # a layer with a larger `error` gets the layout `Layout.exact`
     dtypes: tuple[torch.dtype, ...] = DTYPES  # of the values
-    counted = "nonzeros"  # the key of `sizes` with the number of values, where the shape does not give it
+    counted = "nonzeros"  # the key of `sizes` with the number of values, if the shape does not give it
 
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
@@ -47,7 +47,7 @@ class Floats:
         """Empty buffers, in order of `names`; ModelError for impossible sizes."""
         count, most = sizes.get(self.counted, 0), shape[0] * (shape[1] + bool(self.width))
         if type(count) is not int or not 0 <= count <= most:
-            raise ModelError(f"{self.counted} {count!r} is no number of values of a matrix of shape {list(shape)}")
+            raise ModelError(f"{self.counted} {count!r} is impossible for a matrix of shape {list(shape)}")
         count = shape[0] * shape[1] * (self.width or 8) // 16 if self.mask.fills else count
         values = torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)
         buffers = {
@@ -60,7 +60,7 @@ class Floats:
         return {self.counted: max(0, held["values"].numel() - PADDING)} if self.counts else {}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Pack a weight [rows, columns] in one of `DTYPES`; UsageError where the layout cannot hold it."""
+        """Pack a weight [rows, columns] in one of `DTYPES`; UsageError if the layout cannot hold it."""
         stored = self.mask.choose(weight)
         return self._hold(self.mask.from_words(words(stored), weight.shape[1]), weight[stored], weight.shape)
 
@@ -69,17 +69,17 @@ class Floats:
         return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
 
     def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
-        """A copy of several packed weights, one below the other; UsageError where they have no common form."""
+        """A copy of several packed weights, one below the other; UsageError if they have no common form."""
         values = torch.cat([self.mask.flat(held["values"]) for held in parts])
         others = {name: torch.cat([held[name] for held in parts]) for name in self.names if name != "values"}
         return {**others, "values": self.mask.hold(values, (sum(heights), columns))}
 
     def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        """Ranges of rows and columns, packed anew; UsageError where the layout cannot be cut there."""
+        """Ranges of rows and columns, packed anew; UsageError if the layout cannot be cut there."""
         return self.pack(self._part(held, shape, rows, columns))
 
     def check(self, held: Held, shape: Shape, group: int | None) -> None:
-        """ModelError, beginning with a buffer's name, where kernels must not read the buffers.
+        """ModelError, beginning with a buffer's name, if kernels must not read the buffers.
 
         Stored values may be zero: a cast to a narrower dtype makes some weights zero.
         """
@@ -90,7 +90,7 @@ class Floats:
         self.mask.check_values(held["values"], self.dtypes, shape, count)
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
-        """Whether the unpacked weight is that matrix, within `tolerance`."""
+        """Whether the unpacked weight equals that matrix, within `tolerance`."""
         if not self.tolerance:
             return same_bits(restored, weight)
         return bool((restored - weight).abs().max() <= self.tolerance * weight.abs().max())
@@ -100,7 +100,7 @@ class Floats:
         return share_moved(restored, weight)
 
     def places(self, held: Held) -> Tensor:
-        """The mask's buffer; the values where there is none."""
+        """The mask's buffer, or the values if there is none."""
         return held[self.mask.name or "values"]
 
     def _hold(self, buffer: Tensor, values: Tensor, shape: Shape) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ class Levels(Floats):
     def empty(self, shape: Shape, dtype: torch.dtype, device: str | None, sizes: dict[str, Any]) -> dict[str, Tensor]:
         group = sizes.get("group")
         if group is not None and (type(group) is not int or group not in GROUPS):
-            raise ModelError(f"group {group!r} is none of {', '.join(map(str, GROUPS))}, nor null for whole rows")
+            raise ModelError(f"group {group!r} is not one of {', '.join(map(str, GROUPS))}, or null for whole rows")
         scales = torch.empty((shape[0], groups_of(shape[1], group)), dtype=torch.int16, device=device)
         return {"scales": scales, **super().empty(shape, self.dtypes[0], device, sizes)}
 
@@ -185,7 +185,7 @@ class Levels(Floats):
         return levels
 
     def levels_of(self, held: Held, columns: int) -> Tensor:
-        """All levels [rows, columns] in int8; zeros where none is stored."""
+        """All levels [rows, columns] in int8; zero if none is stored."""
         return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
 
     def unpack(self, held: Held, columns: int, dtype: torch.dtype) -> Tensor:
@@ -205,8 +205,8 @@ class Levels(Floats):
         if group is not None:
             if columns.start % group or (columns.stop % group and columns.stop != shape[1]):
                 raise UsageError(
-                    f"columns {columns.start} to {columns.stop - 1}: scales are shared by {group} columns, and the "
-                    "layout can be cut at multiples of that only"
+                    f"columns {columns.start} to {columns.stop - 1}: {group} columns share a scale, so the layout "
+                    "can be cut only at their multiples"
                 )
             scales = scales[:, columns.start // group : -(-columns.stop // group)]
         grid = Grid(scales.clone(), self.table(held).clone(), group)  # not parts of a mapped file
@@ -219,8 +219,7 @@ class Levels(Floats):
         check_tensor("scales", scales, (torch.int16,), (shape[0], groups_of(shape[1], group)))
         if not bool(((scales >= 0) & (scales < _INFINITE)).all()):
             raise ModelError(
-                "scales: not all are finite numbers of at least 0 in float16; the weights are too large, or the file "
-                "is damaged"
+                "scales: some are negative or not finite in float16; the weights are too large, or the file is damaged"
             )
         if not scales.any() and self.levels_of(held, shape[1]).any():  # cast to int16, all are zero
             raise ModelError("scales: all are zero; the file is damaged, or they are not stored as int16")
@@ -233,13 +232,13 @@ class Levels(Floats):
         return torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=held["scales"].device)
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
-        """Whether each weight is the point of the grid that is nearest to that of the matrix, and zeros are 0."""
+        """Whether each weight is the grid point nearest to the matrix's weight, and zeros are 0."""
         scales = held["scales"].view(torch.float16)
         grid = Grid(scales, self.table(held), group_of(weight.shape[1], scales.shape[1]))
         return same_bits(restored, rounded(weight.float(), weight != 0, grid).to(weight.dtype))
 
     def error(self, restored: Tensor, weight: Tensor) -> float:
-        """As of `Floats`; infinite where a group of four needs a zero and the table has none."""
+        """As in `Floats`; infinite if a group of four needs a zero and the table has none."""
         zeros = restored[weight == 0] if self.mask.fills else weight[:0]
         return super().error(restored, weight) if same_bits(zeros, torch.zeros_like(zeros)) else float("inf")
 
@@ -260,7 +259,7 @@ class Levels(Floats):
 class Places(Levels):
     """Weights as scale · level, stored as places in a table of 16 levels. Needs a mask.
 
-    The buffer `levels` is [1, 16], or [rows, 16] where layers were stacked.
+    The buffer `levels` is [1, 16], or [rows, 16] after layers were stacked.
     """
 
     kind = "int4"
@@ -321,21 +320,21 @@ def groups_of(columns: int, group: int | None) -> int:
 
 
 def group_of(columns: int, groups: int) -> int | None:
-    """The columns that share a scale, None for all of a row; ModelError where rows cannot have so many groups."""
+    """The columns that share a scale, None for a whole row; ModelError if rows cannot have so many groups."""
     found = [group for group in (None, *GROUPS) if groups_of(columns, group) == groups]
     if not found:
-        raise ModelError(f"scales: {groups} for each row; rows of {columns} columns have no such number of groups")
+        raise ModelError(f"scales: {groups} for each row; rows of {columns} columns cannot have so many groups")
     return found[0]
 
 
 def scale_of(scales: Tensor, columns: int) -> Tensor:
-    """The scale of every weight in float32, [rows, columns], or [rows, 1] where a row has one."""
+    """The scale of every weight in float32, [rows, columns], or [rows, 1] if a row has one."""
     halves = scales.view(torch.float16)
     return Grid(halves, halves, group_of(columns, scales.shape[1])).scale_of(columns)
 
 
 def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
-    """What kernels subtract [rows] in float32: Σ scale · level of a row, or Σ level where the row has one scale."""
+    """The correction in kernels, [rows] in float32: Σ scale · level of a row, or Σ level if the row has one scale."""
     rows, columns = levels.shape
     group = group_of(columns, scales.shape[1])
     if group is None:
@@ -345,7 +344,7 @@ def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
 
 
 def _bytes_before(mask: Tensor) -> tuple[Tensor, Tensor, int]:
-    """For each word of the mask: how many bits it has, and the byte at which its places begin; and bytes of all."""
+    """For each word of the mask its bits and the byte where its places begin; then the bytes of all words."""
     counts = row_counts(mask.reshape(-1, 1))
     sizes = (counts + 1) // 2
     ends = torch.cumsum(sizes, 0)
@@ -353,7 +352,7 @@ def _bytes_before(mask: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _addresses(counts: Tensor, starts: Tensor) -> Tensor:
-    """The half of a byte that has the place of each bit of the mask [nonzeros]."""
+    """The half byte that holds the place of each bit of the mask [nonzeros]."""
     first = 2 * starts - (torch.cumsum(counts, 0) - counts)
     return first.repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device)
 

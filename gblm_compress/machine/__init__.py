@@ -30,7 +30,7 @@ MEASUREMENTS = "measurements.json"  # in the cache folder: {machine: {what: resu
 
 CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
 KEPT_DAYS = 30  # since its last use, for a text or an export in the cache
-LONGEST_MAKING_S = 3600.0  # that a process waits for another that makes the same folder of the cache
+LONGEST_MAKING_S = 3600.0  # wait while another process makes the same folder of the cache
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache. Where it is missing, one process makes it and others wait."""
+    """A folder of the cache. If it is missing, one process makes it and others wait."""
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def keep(path: Path) -> None:
-    """Note that a file or folder of the cache was used, and remove those beside it that nobody used for a while."""
+    """Mark a file or folder of the cache as used, and remove those beside it that are unused for `KEPT_DAYS`."""
     for old in path.parent.iterdir():
         with suppress(OSError):  # another process removed it, or another user owns it
             if old == path:
@@ -95,7 +95,7 @@ def busy_cores(seconds: float = 0.5) -> float:
 def noisy(seen: dict[str, Any]) -> str | None:
     """A warning about figures measured beside other work, if any; `seen` is an environment with `busy_cores`."""
     busy, cores = seen["busy_cores"], seen["cores"]
-    return f"{busy:.1f} of {cores} cores were busy with other work: the figures say little" if busy > QUIET else None
+    return f"{busy:.1f} of {cores} cores were busy with other work: do not trust the figures" if busy > QUIET else None
 
 
 def share_cores() -> None:
@@ -126,7 +126,7 @@ def cpu_flags() -> set[str]:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the CPU or GPU has instructions for bfloat16; False where the system does not say."""
+    """Whether the CPU or GPU has instructions for bfloat16; False if the system does not tell."""
     if device.startswith("cuda"):
         import torch
 
@@ -165,13 +165,13 @@ def version_of(package: str) -> str | None:
 
 
 def last_cache_bytes(caches: Path = _CACHES) -> int:
-    """The size of the largest cache that the first core has or shares; 0 where the system does not say (not Linux)."""
+    """The size of the largest cache that the first core has or shares; 0 if unknown (not on Linux)."""
     said = [path.read_text().strip() for path in caches.glob("index*/size")]
     return max((int(size[:-1]) * _UNITS[size[-1]] for size in said if size and size[-1] in _UNITS), default=0)
 
 
 def replacing(size: int) -> Callable[[], None]:
-    """A function that replaces what a cache of `size` bytes holds, in one thread: torch's stay busy for a while."""
+    """A function that evicts a cache of `size` bytes, in one thread: those of torch stay busy for a while."""
     import numpy as np
 
     memory = np.ones(max(1, 2 * size // 8), np.int64)
@@ -183,12 +183,12 @@ def replacing(size: int) -> Callable[[], None]:
 
 
 def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Callable[[Any], bool]) -> T:
-    """The result of `measure`, or a valid earlier one of `machine` (hardware, versions) and `what` it depends on."""
+    """The result of `measure`, or a valid earlier one for the same `machine` (hardware, versions) and inputs `what`."""
     path = cache_folder() / MEASUREMENTS
     known = recorded(path, machine)
     if what not in known or not is_valid(known[what]):
         known[what] = measure()
-        with suppress(OSError, OutputError):  # without a cache that can be written, only the next start is slower
+        with suppress(OSError, OutputError):  # without a writable cache, only the next start is slower
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = _read(path)  # again: another process may have added to it
             stored[machine] = stored.get(machine, {}) | known

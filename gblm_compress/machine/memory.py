@@ -33,7 +33,7 @@ def peak_memory(device: str) -> Iterator[PeakMemory]:
     if device.startswith("cuda"):
         import torch
 
-        # The counter of a device with a number does not wake CUDA.
+        # The counter of a numbered device does not initialise CUDA.
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
         yield result
@@ -72,19 +72,19 @@ _owned = False
 
 
 def own_process() -> None:
-    """Say that this process is the command line's: its malloc and its environment may be set."""
+    """Mark this process as the command line's own: its malloc and its environment may be set."""
     global _owned
     _owned = True
 
 
 def is_own_process() -> bool:
-    """Whether `own_process` was called; not where a program calls the Python functions."""
+    """Whether `own_process` was called; False in a program that calls the Python functions."""
     return _owned
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep freed memory for the next tensor while the `with` runs, with glibc and after `own_process` alone.
+    """Keep freed memory for the next tensor while the `with` runs, only with glibc and after `own_process`.
 
     glibc maps large tensors one by one, and the system clears every page: a third of a training's time on a CPU.
     """

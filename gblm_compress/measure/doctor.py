@@ -30,7 +30,7 @@ def diagnose() -> list[dict[str, Any]]:
     found = [
         finding("python", platform.python_version(), ""),
         finding("cpu", f"{machine.cpu_name()}, {os.cpu_count()} cores", ""),
-        finding("busy cores", busy, f"`benchmark` says little above {machine.QUIET}"),
+        finding("busy cores", busy, f"`benchmark` is unreliable above {machine.QUIET}"),
     ]
     for name in (*machine.PACKAGES, machine.onnxruntime_package()):
         version, is_triton = machine.version_of(name), name == "triton"

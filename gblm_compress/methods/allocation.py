@@ -1,4 +1,4 @@
-"""Allocation: which pattern and sparsity each layer gets. Add one by listing it in `ALLOCATIONS`."""
+"""Allocations: the pattern and sparsity of each layer. Add one by listing it in `ALLOCATIONS`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BINS, _LOWEST, _HIGHEST = 8192, -160.0, 96.0
 
 @dataclass(frozen=True)
 class Budget:
-    """What one layer may keep; `sparsity` is the fraction of zeros."""
+    """The pattern of one layer; `sparsity` is the fraction of zeros."""
 
     pattern: Pattern
     sparsity: float
@@ -29,8 +29,8 @@ def spread(budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[st
     """Budgets that follow `densities` and keep as many weights in all as `budgets`, which have one pattern.
 
     Each density stays within `DEVIATION` of the layer's own budget; all are moved by one constant until the sum is
-    right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, as long as the sum is not
-    above. N = 1 stays: no layer can have less.
+    right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, while the sum allows
+    it. N is at least 1.
     """
     wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
     n_m = next(iter(budgets.values())).pattern.n_m
@@ -97,7 +97,7 @@ def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
     total = sum(histograms.values())
     above = total.flip(0).cumsum(0).flip(0)  # type: ignore[union-attr]
     first = int((above >= density * above[0]).sum()) - 1
-    # The bin of the threshold is kept in part, in every layer the same part.
+    # The bin of the threshold is kept in part, the same part in every layer.
     part = float((density * above[0] - (above[first] - total[first])) / total[first])  # type: ignore[index]
     return {
         name: float((histogram[first + 1 :].sum() + part * histogram[first]) / histogram.sum())
@@ -107,7 +107,7 @@ def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Allocation(Choice):
-    # (layers that no exception names, mean fraction to keep) -> {name: fraction to keep}; empty: each its own budget
+    # (layers without an exception, mean fraction to keep) -> {name: fraction to keep}; empty: all keep their budgets
     densities: Callable[[Blocks, float], dict[str, float]]
 
 

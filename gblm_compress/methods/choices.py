@@ -1,4 +1,4 @@
-"""What every entry of the registries `METHODS`, `FITS`, `QUANTISERS` and `ALLOCATIONS` declares, and may read."""
+"""The base of all entries of `METHODS`, `FITS`, `QUANTISERS` and `ALLOCATIONS`, and the statistics that they read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Need(Flag):
-    """What must be measured, or have room, for a choice."""
+    """Measurements and memory that a choice needs."""
 
     NOTHING = 0
     ACTIVATIONS = auto()  # `Statistics.activation_norm`
@@ -29,9 +29,9 @@ class Choice:
 
     help: str  # half a sentence for `--help` and the recipe reference
     needs: Need = Need.NOTHING  # measured for it
-    reads: tuple[str, ...] = ()  # keys of `PruneSettings` that others may not read; giving one in vain is refused
-    passes: float = 0.0  # cost beside its statistics, in forward passes over the calibration text
-    synonyms: tuple[str, ...] = ()  # of other tools and papers
+    reads: tuple[str, ...] = ()  # keys of `PruneSettings`; giving one that no choice reads is an error
+    passes: float = 0.0  # cost besides its statistics, in forward passes over the calibration text
+    synonyms: tuple[str, ...] = ()  # in other tools and papers
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -40,10 +40,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration measured of one layer. A field is None where no choice in use needs it.
+    """Measurements of one layer on the calibration text. A field is None if no choice in use needs it.
 
-    `activation_norm` is A_j = sqrt(mean over samples of the sum over tokens of x_j²). The mean is that of the released
-    code of Wanda and GBLM; the papers' ‖X_j‖₂ has none, which in gblm changes the weight of A beside α·G.
+    `activation_norm` is A_j = sqrt(mean over samples of the sum over tokens of x_j²). The mean follows the released
+    code of Wanda and GBLM. The papers' ‖X_j‖₂ has no mean, which in gblm changes the weight of A against α·G.
 
     `gradient_norm` is (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of the dense model's mean loss; p = 1 or 2.
 
@@ -72,12 +72,12 @@ class Statistics:
 
 
 def _measured(value: Tensor | None, need: str) -> Tensor:
-    assert value is not None, f"what reads this must declare {need}"
+    assert value is not None, f"a choice that reads this must declare {need}"
     return value
 
 
 def readers(key: str, registries: Mapping[str, Mapping[str, Choice]]) -> list[str]:
-    """Who reads a key, for example ["method gblm or regional"]; empty for a key that is no choice's own."""
+    """The choices that read a key, for example ["method gblm or regional"]; empty if no choice declares it."""
     found = []
     for kind, registry in registries.items():
         names = [name for name, choice in registry.items() if key in choice.keys]

@@ -1,4 +1,4 @@
-"""KL divergence of predictions over a vocabulary, without its many copies of the logits."""
+"""KL divergence of predictions over a vocabulary, without autograd's many copies of the logits."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits at once, and a few temporaries of as many. Fewer are 3 % faster on a CPU, but call a GPU more often.
+# Logits at a time, beside a few temporaries of that size. Fewer are 3 % faster on a CPU, but call a GPU more often.
 ELEMENTS = 1 << 22
 
 
 def kl_divergence(logits: Tensor, dense: Tensor) -> Tensor:
     """KL(dense ‖ logits) in nats per row, of [rows, classes] each; differentiable once, in `logits` alone.
 
-    The gradient is made with the value, a few rows at a time in float32 or wider. Autograd would keep both predictions
-    in float32, and go over them a dozen times.
+    The gradient is computed with the value, a few rows at a time in float32 or wider. Autograd would keep both
+    predictions in float32, and go over them a dozen times.
     """
     divergence: Tensor = _Divergence.apply(logits, dense)  # type: ignore[no-untyped-call]
     return divergence

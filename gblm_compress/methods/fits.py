@@ -29,7 +29,7 @@ DAMPING = 0.01  # of a Gram matrix's diagonal, relative to its mean (SparseGPT, 
 BLOCK_EPOCHS, BLOCK_RATE = 3, 0.007  # passes at most; Adam's step relative to a layer's root mean square weight
 MODEL_EPOCHS, MODEL_RATE = 3, 0.0005  # the same for the fit of the whole model
 COLUMNS = 128  # between two propagations of the accumulated error to the rest of the matrix
-OPEN_SHARE = 0.9  # Converged rows are put aside once at most this share is left: a copy costs as much as a few sums.
+OPEN_SHARE = 0.9  # Converged rows are dropped once at most this share is open: a copy costs as much as a few sums.
 SWEEPS = 4  # of coordinate descent over all columns
 
 
@@ -68,7 +68,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed:
         raise UsageError(
-            f"the {len(gram)} inputs of a layer depend on each other, and their Gram matrix has no inverse; give more "
+            f"the {len(gram)} inputs of a layer are linearly dependent: their Gram matrix has no inverse; give more "
             "text, or --fit fast"
         )
     return upper.to(gram.dtype)
@@ -81,8 +81,8 @@ def none(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
 def obs(weight: Tensor, keep: Tensor, statistics: Statistics, grid: Grid | None = None) -> Tensor:
     """SparseGPT's error propagation with a given mask (Frantar & Alistarh, arXiv 2301.00774, Algorithm 1).
 
-    Column by column, the columns to the right undo the effect of pruning on the output as well as they can; with a grid
-    they also undo that of rounding (section 3.5).
+    Column by column, the columns to the right compensate for pruning in the output, and with a grid also for rounding
+    (section 3.5).
     """
     factor = inverse_factor(statistics.moments())
     return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1, grid)[0]
@@ -97,7 +97,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -
     import torch
 
     factor = inverse_factor(gram)
-    # Damping alone would make an input that is always zero look as powerful as it is itself.
+    # An input that is always zero would have the power of the damping.
     sharpness = torch.where(gram.diagonal() == 0, 0.0, factor.diagonal().reciprocal())
 
     def choose(start: int, end: int, current: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ def least_squares(
 
     Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of (w − ŵ)ᵀ H (w − ŵ) + λ‖w −
     ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the preconditioner D, from the masked
-    weights on. A row is done when its residual r has fallen to `tolerance` of that at the start, measured as √(rᵀD⁻¹r),
-    in which inputs of any power count alike. Rows that are done are soon left out.
+    weights on. A row is done when its residual r, measured as √(rᵀD⁻¹r), has fallen to `tolerance` of its start. Inputs
+    of any power count alike in this measure. Rows that are done are soon dropped.
     """
     import torch
 
@@ -152,7 +152,7 @@ def least_squares(
     inverse_diagonal = hessian.diagonal().reciprocal()
     mask = keep.to(weight.dtype)
     solution = torch.empty_like(weight)
-    rows = torch.arange(len(weight), device=weight.device)  # those that `current` and what follows hold
+    rows = torch.arange(len(weight), device=weight.device)  # in `current` and the tensors below
     current = weight * mask
     residual = ((weight - current) @ hessian).mul_(mask)
     direction = residual * inverse_diagonal
@@ -187,7 +187,7 @@ def least_squares(
 def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
     """Coordinate descent on the grid (QuantEase, arXiv 2309.01885, Algorithm 1) for a given mask.
 
-    From the nearest grid points on, column by column each survivor goes to the grid point with the least damped
+    It starts at the nearest grid points. Column by column, each survivor moves to the grid point with the least damped
     reconstruction error while all others stay. No step raises the error.
     """
     hessian = damped(statistics.moments())
@@ -212,10 +212,10 @@ def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics,
 @dataclass(frozen=True)
 class FitChoice(Choice):
     apply: Callable[[Tensor, Tensor, Statistics], Tensor]  # (W, mask, statistics) -> weight
-    # (W, weight of `apply`, mask, statistics, grid) -> values; without, fitted survivors go to their nearest points
+    # (W, weight of `apply`, mask, statistics, grid) -> values; None: fitted survivors go to their nearest points
     on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, Grid], Tensor] | None = None
     moves: bool = True  # survivors change their values
-    fits_block: bool = False  # then the layers of a block are fitted together to the output of the dense block
+    fits_block: bool = False  # then the layers of a block are fitted together, to the dense block's output
     fits_model: bool = False  # at the end all survivors are fitted to the dense model's predictions
 
 

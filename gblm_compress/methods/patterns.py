@@ -1,4 +1,4 @@
-"""Sparsity patterns: groups of weights in which those of the highest score survive. A mask's `True` means *keep*."""
+"""Sparsity patterns: in each group of weights, the highest scores survive. `True` in a mask means *keep*."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNSTRUCTURED = "unstructured"
 PER_MATRIX = "unstructured-per-matrix"
 DENSE = "dense"
 N_M = "[1-9][0-9]{0,4}:[1-9][0-9]{0,4}"
-FEW = 16  # scores in a group up to which comparing all pairs is faster than selecting
+FEW = 16  # largest group in which comparing all pairs is faster than selecting
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Pattern:
         return int(n), int(m)
 
     def sparsity(self, requested: float | None) -> float:
-        """The fraction of zeros: implied by N:M and dense, else `requested` or 0.5; `UsageError` if that cannot be."""
+        """The fraction of zeros: implied by N:M and dense, else `requested` or 0.5; `UsageError` if both differ."""
         if requested is not None and not 0.0 < requested < 1.0:
             raise UsageError(f"sparsity is {requested}; give a fraction between 0 and 1, for example 0.5")
         if self.n_m is None and self.name != DENSE:
@@ -65,7 +65,7 @@ class Pattern:
         return self.n_m is None or in_features % self.n_m[1] == 0
 
     def mask(self, score: Tensor, weight: Tensor, sparsity: float, before: int = 0) -> Tensor:
-        """The weights to keep, of the highest score; all [out_features, in_features]. Magnitude breaks ties.
+        """True for the highest scores; all tensors are [out_features, in_features]. Magnitude breaks ties.
 
         `before`: columns whose mask is chosen already; the fraction `sparsity` of zeros holds for all together.
         """
@@ -95,7 +95,7 @@ class Pattern:
 
 
 def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
-    """Mark exactly `keep` of the largest scores in every row of [groups, size].
+    """Mark exactly the `keep` largest scores in every row of [groups, size].
 
     Ties of the score go to the larger magnitude, ties of both to the lower index.
     """

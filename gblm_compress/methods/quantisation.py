@@ -1,8 +1,8 @@
-"""Quantisers: the grids of few values that a quantised weight W [rows, columns] may take.
+"""Quantisers: grids of the few values that a quantised weight W [rows, columns] may take.
 
 A weight on a grid is scale · level. Scales are float16, one for a row or for neighbouring columns of a row. Levels are
 int8, the same for a whole layer. int8 has -127 … 127. int4 has 16, chosen for the layer: pruning leaves a gap around
-zero, on which evenly spaced levels would waste some.
+zero, where evenly spaced levels would be wasted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 LARGEST = 127
 LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}  # {kind of grid: number of levels}
-GROUPS = (32, 64, 128)  # columns that may share a scale, beside all of a row
+GROUPS = (32, 64, 128)  # columns that may share a scale, besides a whole row
 LEAST_SCALE, MOST_SCALE = 2.0**-21, 65504.0  # below the least, float16 may change a scale by a sixteenth
-EVEN = tuple(range(-8, 8))  # levels of int4 where nothing is known of the inputs
-# of the scale that would hold a group's largest weight: smaller ones cut it off
+EVEN = tuple(range(-8, 8))  # levels of int4 if the inputs are unknown
+# trial scales, relative to the one that holds a group's largest weight; they clip it
 SHRINKS = tuple(1 - step / 40 for step in range(13))
 
 
@@ -37,11 +37,11 @@ class Grid:
     group: int | None  # columns that share a scale; None for a row
 
     def scale_of(self, columns: int) -> Tensor:
-        """The scale of every weight, [rows, columns] in float32, or [rows, 1] where a row has one."""
+        """The scale of every weight, [rows, columns] in float32, or [rows, 1] if a row has one."""
         return self.spread(self.scales.float(), columns)
 
     def spread(self, values: Tensor, columns: int) -> Tensor:
-        """A value of every scale as one of every weight, [rows, columns], or [rows, 1] where a row has one."""
+        """Values of every scale, repeated for its weights: [rows, columns], or [rows, 1] if a row has one scale."""
         return values if self.group is None else values.repeat_interleave(self.group, 1)[:, :columns]
 
     def of_column(self, column: int) -> Grid:
@@ -84,7 +84,7 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
 def check_scales(
     layer: str, scales: Tensor, advice: str = "add the layer to --ignore, or prune without --quantise"
 ) -> None:
-    """Raise ModelError where float16 does not hold the largest scale of a layer; nearly empty rows are common."""
+    """Raise ModelError if float16 does not hold the largest scale of a layer. Nearly empty rows have tiny ones."""
     largest = float(scales.max())
     if LEAST_SCALE <= largest <= MOST_SCALE or not largest:
         return
@@ -103,7 +103,7 @@ def scales_of(weight: Tensor, group: int | None) -> Tensor:
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
     """The nearest level of every weight, as its place in `grid.levels`: [rows, columns] in uint8.
 
-    Levels part half way. Twice that is an integer, so that a table is enough; it takes a twentieth of a search's time.
+    Levels meet half way. Twice that is an integer, so a table is enough; it takes a twentieth of a search's time.
     """
     import torch
 
@@ -128,9 +128,9 @@ def rounded(weight: Tensor, keep: Tensor, grid: Grid) -> Tensor:
 def straight_through(weight: Tensor, factors: Tensor, grid: Grid) -> Tensor:
     """The survivors on their nearest points of a stretched grid, [rows, columns] in float32, differentiable.
 
-    Gradients pass to the weight as if it had not been rounded (arXiv 1308.3432). Those of a factor are as for learned
-    step sizes (LSQ, arXiv 1902.08153, eq. 3): the point less the weight within the grid, the point beyond it. The
-    weight is zero where pruned; `factors` of the scales are [rows, groups].
+    Gradients pass to the weight as if it had not been rounded (arXiv 1308.3432). Factors [rows, groups] of the scales
+    have the gradients of learned step sizes (LSQ, arXiv 1902.08153, eq. 3): the point less the weight within the grid,
+    the point beyond it. Pruned weights are zero.
     """
     import torch
 
@@ -153,7 +153,7 @@ def _by_group(values: Tensor, group: int | None) -> Tensor:
 
 
 def _half(scales: Tensor) -> Tensor:
-    """Scales in float16; one that is not zero stays above zero."""
+    """Scales in float16; a positive one stays positive."""
     import torch
 
     tiny = torch.finfo(torch.float16).smallest_normal / 1024  # the least above zero
@@ -163,7 +163,7 @@ def _half(scales: Tensor) -> Tensor:
 def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
     """The 16 levels with the least squared error for given scales (k-means in one dimension).
 
-    Exact over a histogram of the integers -127 … 127, by dynamic programming over where the levels part.
+    Exact over a histogram of the integers -127 … 127, by dynamic programming over the borders between levels.
     """
     import torch
 
@@ -173,7 +173,7 @@ def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
     places = ratio.round().clamp(-LARGEST, LARGEST).long() + LARGEST
     mass = torch.zeros(bins, dtype=torch.float64)
     mass.index_add_(0, places.flatten().cpu(), (counts * scale.square()).double().flatten().cpu())
-    mass += mass.sum().clamp(min=1.0) * 1e-12  # so that every level has something to stand for
+    mass += mass.sum().clamp(min=1.0) * 1e-12  # so every level has some mass
     points = torch.arange(-LARGEST, LARGEST + 1, dtype=torch.float64)
     sums = torch.stack([mass, mass * points, mass * points.square()]).cumsum(1)
     before = torch.nn.functional.pad(sums, (1, 0))
@@ -197,7 +197,7 @@ def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Quantiser(Choice):
-    make: Callable[..., Grid] | None = None  # as `make_grid`; None where weights are not rounded
+    make: Callable[..., Grid] | None = None  # as `make_grid`; None if weights are not rounded
     group: int | None = None  # columns that share a scale by default; None for a row
 
 
@@ -219,7 +219,7 @@ def columns_of_a_scale(quantise: str, group: str | int | None) -> int | None:
 
 
 def grid_in_words(quantise: str, group: str | int | None) -> str | None:
-    """The grid of the survivors; None where they are not rounded."""
+    """The grid of the survivors; None if they are not rounded."""
     columns = columns_of_a_scale(quantise, group)
     shared = "row" if columns is None else f"{columns} columns"
     return None if QUANTISERS[quantise].make is None else f"{quantise}, a scale for every {shared}"

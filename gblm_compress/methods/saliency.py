@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """What decides about one layer beside its weight and statistics."""
+    """The inputs of a method besides a layer's weight and statistics."""
 
     layer: str  # its name, for messages
     pattern: Pattern
@@ -31,7 +31,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Selection:
-    """The mask that a method chose, and the fit that it makes meanwhile, if any."""
+    """The mask that a method chose, and the fit that it made along the way, if any."""
 
     keep: Tensor  # [out_features, in_features], True = keep
     fitted: Mapping[str, Tensor] = field(default_factory=dict)  # {fit: weight of W's shape}
@@ -60,9 +60,9 @@ def wanda(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
 def gblm(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
     """|W|·(A + α·G) (Das et al., arXiv 2311.04902, Algorithm 1).
 
-    α is not free of scale, and belongs to A as the released code computes it: A grows with the square root of the
-    tokens in a sample, G with the number of samples (p = 1) or its square root (p = 2). The published α = 100 belongs
-    to 128 samples of 2048 tokens.
+    The best α depends on the calibration size. As the released code computes them, A grows with the square root of
+    the tokens in a sample, G with the number of samples (p = 1) or its square root (p = 2). The published α = 100 is
+    for 128 samples of 2048 tokens.
     """
     return weight.abs() * (statistics.activations() + alpha * statistics.gradients())
 
@@ -76,7 +76,7 @@ def regional(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
 
 
 def by_score(score: Callable[[Tensor, Statistics, float], Tensor]) -> Callable[[Tensor, Statistics, Rule], Selection]:
-    """The method that keeps the highest scores; it raises ModelError where one is NaN or infinite."""
+    """The method that keeps the highest scores; it raises ModelError if one is NaN or infinite."""
 
     def select(weight: Tensor, statistics: Statistics, rule: Rule) -> Selection:
         scores = score(weight, statistics, rule.alpha)

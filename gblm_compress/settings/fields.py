@@ -24,7 +24,7 @@ class OneOf:
 
     @classmethod
     def of(cls, registry: Mapping[str, Any]) -> "OneOf":
-        """The entries of a registry that are there now."""
+        """The present entries of a registry."""
         synonyms = {other: name for name, entry in registry.items() for other in getattr(entry, "synonyms", ())}
         return cls(tuple(registry), synonyms)
 
@@ -51,8 +51,8 @@ Dtype = Annotated[
     ),
 ]
 SELF = "self"
-"""The name of the text that a language model writes when it is pruned or recovered."""
-MANY = 10_000_000  # the most of anything counted; a larger number is a mistake and would exhaust memory
+"""The name of the text that a language model writes for its own pruning or recovery."""
+MANY = 10_000_000  # the largest count; a larger one is a mistake and would exhaust memory
 LEAST_MEMORY = 1_000_000  # bytes; a smaller number lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
 MOST_TOKENS = 10**13
@@ -65,7 +65,7 @@ def _has_unit(value: Any) -> Any:
         re.fullmatch(MEMORY, value) if isinstance(value, str) else not isinstance(value, int) or value >= LEAST_MEMORY
     )
     if not enough:
-        raise ValueError(f"memory {value!r} has no unit, or not one that is known; give for example 4GiB or 4GB")
+        raise ValueError(f"memory {value!r} has no known unit; give for example 4GiB or 4GB")
     return value
 
 
@@ -73,7 +73,7 @@ def _count(value: Any) -> Any:
     """A number of tokens that may be written with a unit: 500k, 2M, 1.5B."""
     if isinstance(value, str):
         if not re.fullmatch(COUNT, value):
-            raise ValueError(f"{value!r} is no number of tokens; give for example 500k, 2M or 1.5B")
+            raise ValueError(f"{value!r} is not a number of tokens; give for example 500k, 2M or 1.5B")
         number = value.rstrip("kKmMbB")
         return round(float(number) * UNITS[value[len(number) :].lower()])
     return value
@@ -81,12 +81,12 @@ def _count(value: Any) -> Any:
 
 def _given(dataset: str) -> str:
     if dataset == SELF:
-        raise ValueError(f"{SELF!r} is text that the model writes to be pruned or trained on; give another text here")
+        raise ValueError(f"{SELF!r} is the model's own text, for pruning and training; give another text here")
     return dataset
 
 
 def budget_of(pattern: str, sparsity: float | None = None) -> Budget:
-    """A pattern with its share of zeros, for validators: ValueError if there is no such pattern, or not so sparse."""
+    """A pattern with its share of zeros, for validators: ValueError if it is unknown or contradicts the share."""
     try:
         parsed = Pattern(pattern)
         return Budget(parsed, parsed.sparsity(sparsity))

@@ -1,4 +1,4 @@
-"""What decides which weights survive and what they become."""
+"""The settings of a pruning: method, pattern, allocation, fit and quantiser."""
 
 import re
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ Group = Annotated[str | int, OneOf((ROW, *GROUPS))]
 GROUP_DEFAULTS = ", ".join(f"{q.group or ROW} with {name}" for name, q in QUANTISERS.items() if q.make is not None)
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
-PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
+PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper; its alpha depends on them
 
 
 def _number(value: Any) -> Any:
@@ -63,7 +63,7 @@ def _number(value: Any) -> Any:
 
 
 def _readers(key: str) -> str:
-    """Who reads a key, in words; empty for a key that all combinations read."""
+    """The choices that read a key, in words; empty if all combinations read it."""
     return ", or ".join(readers(key, REGISTRIES))
 
 
@@ -71,7 +71,7 @@ class OverrideSettings(Settings):
     """An exception for some layers."""
 
     layers: str = Field(description="Shell-style pattern over full layer names.")
-    pattern: PatternOrDense = Field("unstructured", description="As prune.pattern, or dense: left as it is.")
+    pattern: PatternOrDense = Field("unstructured", description="As prune.pattern, or dense to leave them alone.")
     sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
 
     @property
@@ -86,7 +86,7 @@ class OverrideSettings(Settings):
             return value
         if not (parts := re.fullmatch(r"([^=]+)=([^@=]+)(?:@(\d*\.?\d+))?", value)):
             raise ValueError(
-                f"{value!r} is no exception; give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'"
+                f"{value!r} is not an exception; give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'"
             )
         layers, pattern, sparsity = parts.groups()
         return {"layers": layers, "pattern": pattern, "sparsity": sparsity and float(sparsity)}
@@ -101,7 +101,7 @@ class OverrideSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """Everything that decides which weights survive and what they become, apart from the model and the text."""
+    """All settings of a pruning, apart from the model and the text."""
 
     preset: Annotated[PresetName | None, Panel.METHOD] = Field(
         None,
@@ -122,8 +122,8 @@ class PruneSettings(Settings):
     )
     alpha_scale: Annotated[AlphaScale, Panel.NO_OPTION] = Field(
         "published",
-        description="published: alpha as it is; normalised: alpha means at any calibration size what it means at the "
-        "published 128 samples of 2048 tokens.",
+        description="published: alpha as it is; normalised: alpha is rescaled to the calibration size, and acts as at "
+        "the published 128 samples of 2048 tokens.",
     )
     allocation: Annotated[AllocationName | None, Panel.METHOD] = Field(
         None,
@@ -134,7 +134,7 @@ class PruneSettings(Settings):
     rounds: Annotated[Count, Panel.FIT] = Field(
         1,
         description=f"Number of fits of a block, read with {_readers('rounds')}. The mask is "
-        "chosen again before each but the first; pruned weights are updated too (Wanda++).",
+        "chosen again before each fit but the first; pruned weights are updated too (Wanda++).",
     )
     quantise: QuantiserName = Field(
         "none",
@@ -163,7 +163,7 @@ class PruneSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         budget = budget_of(self.pattern, self.sparsity)
-        if self.allocation is None:  # not among the fields that were given, so that recipes are repeated as given
+        if self.allocation is None:  # not marked as given, so recipes are repeated as given
             free = Need.GRADIENTS in METHODS[self.method].needs and budget.pattern.n_m is None
             self.__dict__["allocation"] = "sensitivity" if free else "uniform"
         preset = PRESETS.get(self.preset or "", {})
@@ -188,23 +188,23 @@ class PruneSettings(Settings):
 
     @property
     def grid(self) -> str | None:
-        """In words; None where survivors are not rounded."""
+        """In words; None if survivors are not rounded."""
         return grid_in_words(self.quantise, self.group)
 
     @property
     def read(self) -> frozenset[str]:
-        """Which of the keys that not all combinations read are read by this one."""
+        """The keys that this combination reads and others may not."""
         return frozenset(key for choice in self.choices for key in choice.keys)
 
     @property
     def block_needs(self) -> Need:
-        """Measured of each block when it is pruned."""
+        """Measured for each block when it is pruned."""
         method, fit, quantiser, _ = self.choices
         return method.needs | fit.needs | quantiser.needs
 
     @property
     def needs(self) -> Need:
-        """Measured at all: of each block, and before, for the allocation."""
+        """Measured for each block, or before for the allocation."""
         return self.block_needs | self.allocates.needs
 
     @property
@@ -246,7 +246,7 @@ class PruneSettings(Settings):
         return self.alpha * samples_factor * (sequence_length / published_length) ** 0.5
 
     def budgets(self, names: list[str]) -> dict[str, Budget]:
-        """Before an allocation. UsageError: an override matches none."""
+        """Budgets before an allocation. UsageError if an override matches no layer."""
         budgets = dict.fromkeys(names, self.uniform_budget)
         for override in self.overrides:
             if not (matches := [name for name in names if override.matches(name)]):

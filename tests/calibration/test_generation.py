@@ -221,7 +221,7 @@ def test_no_evaluation_start_or_disjoint_text_is_the_models_own() -> None:
         (GenerateSettings, "starts", "self"),
         (RecoverSettings, "disjoint_from", ("self",)),
     ):
-        with pytest.raises(ValueError, match="'self' is text that the model writes"):
+        with pytest.raises(ValueError, match="'self' is the model's own text"):
             settings(**{key: value})
 
 

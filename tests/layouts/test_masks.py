@@ -96,7 +96,7 @@ def test_each_group_has_six_pairs_of_positions(groups: int) -> None:
             check("sparse24", (1, 4 * groups), positions=positions, values=values)
             taken += 1
         else:
-            with pytest.raises(ModelError, match="positions: 1 bytes hold no two increasing"):
+            with pytest.raises(ModelError, match="positions: 1 bytes lack two increasing"):
                 check("sparse24", (1, 4 * groups), positions=positions, values=values)
     assert taken == (6 if groups % 2 else 36)
 

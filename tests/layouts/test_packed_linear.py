@@ -124,12 +124,12 @@ def test_a_layer_filled_by_hand_is_checked_before_a_kernel_reads_it(layout: str)
     ("changed", "message"),
     [
         *(
-            ({"shape": shape}, "is not one of a matrix")
+            ({"shape": shape}, "does not fit a matrix")
             for shape in ((0, 8), (8,), (8, 8, 8), (8.0, 8), (True, 8), "88")
         ),
-        ({"nonzeros": -1}, "nonzeros -1 is no number of values"),
-        ({"nonzeros": True}, "nonzeros True is no number of values"),
-        ({"nonzeros": 32 * 8 + 1}, "nonzeros 257 is no number of values"),
+        ({"nonzeros": -1}, "nonzeros -1 is impossible"),
+        ({"nonzeros": True}, "nonzeros True is impossible"),
+        ({"nonzeros": 32 * 8 + 1}, "nonzeros 257 is impossible"),
         ({"scales": 2}, "it is described as .*unexpected keyword argument 'scales' .*a newer gblm-compress may have"),
         ({"dtype": 2}, "it is described as .*multiple values for keyword argument 'dtype'"),
         ({"layout": "sparse24"}, "unexpected keyword argument 'nonzeros' for the sparse24 layout"),

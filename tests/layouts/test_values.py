@@ -93,7 +93,9 @@ def test_weights_whose_scales_float16_does_not_hold(layout: str, factor: float) 
     model.layer, model.config = torch.nn.Linear(64, 8, bias=False), type("Config", (), {})()
     model.layer.weight.data = weight = sparse(layout, 8, 64) * factor
     if factor > 1:
-        with pytest.raises(ModelError, match=r"^layer\.scales: not all are finite .* the weights are too large"):
+        with pytest.raises(
+            ModelError, match=r"^layer\.scales: some are negative or not finite .* the weights are too large"
+        ):
             pack_(model, ["layer"], layout)
     else:
         assert pack_(model, ["layer"], layout) == (["layer"], {})
@@ -169,7 +171,7 @@ HALF_INFINITE, HALF_NAN = 0x7C00, 0x7E00
 # {buffer: {message: damages}}
 DAMAGES: dict[str, dict[str, list[Any]]] = {
     "scales": {
-        "not all are finite": [lambda t: t - 0x7FFF, lambda t: t * 0 + HALF_INFINITE, lambda t: t * 0 + HALF_NAN],
+        "negative or not finite": [lambda t: t - 0x7FFF, lambda t: t * 0 + HALF_INFINITE, lambda t: t * 0 + HALF_NAN],
         "needs int16": [lambda t: t[:, :1].repeat(1, 7), lambda t: t[1:], lambda t: t.half()],
         "all are zero": [lambda t: t * 0],
     },
@@ -178,9 +180,9 @@ DAMAGES: dict[str, dict[str, list[Any]]] = {
         "needs int64": [lambda t: t[1:], lambda t: t.int()],
         "bits beyond the last of 100 columns": [lambda t: t | (1 << 40)],
     },
-    "positions": {"no two increasing": [lambda t: t * 0], "needs uint8": [lambda t: t[1:], lambda t: t.int()]},
+    "positions": {"lack two increasing": [lambda t: t * 0], "needs uint8": [lambda t: t[1:], lambda t: t.int()]},
     "patterns": {
-        "do not stand for two of four": [lambda t: t * 0, lambda t: t | 7, lambda t: t | 128],
+        "do not mark two of four": [lambda t: t * 0, lambda t: t | 7, lambda t: t | 128],
         "needs uint8": [lambda t: t[1:], lambda t: t.int()],
     },
     "levels": {
@@ -214,7 +216,7 @@ def test_damaged_tensors_are_refused(layout: str) -> None:
 
 @pytest.mark.parametrize("group", [0, 16, 65, True, 64.0, "64"], ids=repr)
 def test_groups_that_there_are_not(group: Any) -> None:
-    with pytest.raises(ModelError, match="is none of 32, 64, 128"):
+    with pytest.raises(ModelError, match="is not one of 32, 64, 128"):
         PackedLinear("int8", (4, 100), False, torch.float32, group=group)
 
 
@@ -264,7 +266,7 @@ def test_groups_of_2_4_are_not_cut_in_two(layout: str) -> None:
 @QUANTISED
 def test_columns_that_share_a_scale_are_not_cut_apart(layout: str) -> None:
     whole = packed(layout, sparse(layout, 4, 200), group=64)
-    with pytest.raises(UsageError, match="columns 8 to 127: scales are shared by 64 columns, and the layout can be"):
+    with pytest.raises(UsageError, match="columns 8 to 127: 64 columns share a scale, so the layout can be"):
         whole.cut(range(4), range(8, 128))
     for columns in (range(64, 128), range(128, 200), range(200)):
         part = whole.cut(range(1, 3), columns)

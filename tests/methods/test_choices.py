@@ -50,7 +50,7 @@ def test_declared_needs_are_what_is_read(kind: str, name: str) -> None:
     found, expected = (CALLS[kind](name, weight, statistics) for statistics in (Statistics(**given), full))
     assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
     for field in (field for field in FIELDS if FIELDS[field] in needs):
-        with pytest.raises(AssertionError, match="what reads this must declare Need"):
+        with pytest.raises(AssertionError, match="a choice that reads this must declare Need"):
             CALLS[kind](name, weight, Statistics(**given | {field: None}))
 
 

@@ -362,7 +362,7 @@ def test_bad_input_is_told_at_once(train, sparse, tiny, tmp_path) -> None:
 
 
 def test_tokens_and_weights_of_texts_are_read_and_checked() -> None:
-    faults = [(SMALL | {"tokens": 63}, "one step takes 64"), ({"tokens": "2 million"}, "is no number of tokens")]
+    faults = [(SMALL | {"tokens": 63}, "one step takes 64"), ({"tokens": "2 million"}, "is not a number of tokens")]
     faults += [({"data": (f"a.txt={weight}",)}, "weight") for weight in ("0", "-1", "nan", "inf")]
     for given, message in faults:
         with pytest.raises(ValueError, match=message):
