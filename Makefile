@@ -61,6 +61,7 @@ fuzz: install
 
 docs: install
 	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/tables.py
 
 # The site in build/site.
 docs-site: docs

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GENERATED = runpy.run_path(str(ROOT / "docs" / "reference.py"))["GENERATED"]
+TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
 
 
 def test_every_package_on_disk_is_listed() -> None:
@@ -44,6 +45,11 @@ def test_a_checkout_without_links_works(tmp_path) -> None:
 def test_generated_documentation_is_up_to_date(path: str) -> None:
     expected = GENERATED[path]()
     assert (ROOT / path).read_text() == expected, "run: python docs/reference.py"
+
+
+@pytest.mark.parametrize("page", TABLES["PAGES"], ids=lambda page: page.name)
+def test_tables_hold_what_was_measured(page: Path) -> None:
+    assert page.read_text() == TABLES["written"](page), "run: python docs/tables.py"
 
 
 def test_the_readme_names_the_version_of_the_demo_package() -> None:
