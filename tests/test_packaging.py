@@ -52,6 +52,14 @@ def test_tables_hold_what_was_measured(page: Path) -> None:
     assert page.read_text() == TABLES["written"](page), "run: python docs/tables.py"
 
 
+def test_no_table_of_measurements_is_typed() -> None:
+    named = {name for page in TABLES["PAGES"] for _, name in TABLES["MARKED"].findall(page.read_text())}
+    assert named == set(TABLES["TABLES"])
+    pages = (ROOT / "docs" / "results").glob("*.md")
+    typed = {page.name for page in pages if "\n|" in TABLES["MARKED"].sub("", page.read_text())}
+    assert typed == {"encoders.md"}  # no file holds its figures
+
+
 def test_the_readme_names_the_version_of_the_demo_package() -> None:
     from gblm_compress.models.finding import DEMO_INSTALL
 
