@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CHUNK = 128  # queries: few enough to leave out most hidden scores, enough for fast products
 LONGEST = 2048  # tokens in a sample; with more, scores outgrow the caches and torch's kernel is faster
-LARGEST = 32.0  # of larger scores, the error of 8 bits would show; torch's kernel keeps them in float32
-SPECIAL = ("position_bias", "softcap", "s_aux")  # arguments that make attention something else
+LARGEST = 32.0  # in larger scores, bfloat16's error would show; torch's kernel keeps them in float32
+SPECIAL = ("position_bias", "softcap", "s_aux")  # arguments that change attention
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def chunked_attention() -> Iterator[None]:
 def attention(
     module: nn.Module,
     query: Tensor,  # [samples, heads, length, width]
-    key: Tensor,  # [samples, heads of keys and values, length, width]; longer than queries where there is a cache
+    key: Tensor,  # [samples, heads of keys and values, length, width]; longer than queries with a cache
     value: Tensor,  # as the keys
     attention_mask: Tensor | None,
     dropout: float = 0.0,
@@ -43,7 +43,7 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """([samples, length, heads, width of values], None); torch's kernel does what is not causal and in bfloat16."""
+    """([samples, length, heads, width of values], None); torch's kernel does all but causal bfloat16 on a CPU."""
     by_torch = partial(
         sdpa_attention_forward, module, query, key, value, attention_mask,
         dropout=dropout, scaling=scaling, is_causal=is_causal, **others,
@@ -56,7 +56,7 @@ def attention(
     if not plain or not in_bfloat16(query):
         return by_torch()
     scale = width**-0.5 if scaling is None else scaling
-    # The heads that share keys and values stand below each other.
+    # Heads that share keys and values are stacked.
     grouped = query.reshape(samples * key.shape[1], -1, length, width)
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
     hidden = query.new_full((length, length), float("-inf")).triu(1) if whole else query.new_zeros(1, key.shape[2])

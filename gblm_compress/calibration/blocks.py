@@ -36,7 +36,7 @@ class BlockReplay:
         return Block(self._weights.blocks[index], calls, self.hidden, counted, self._ranks)
 
     def advance(self, index: int, into: HiddenStates | None = None) -> None:
-        """Replace the hidden states by the output of block `index`, or write that `into` others."""
+        """Replace the hidden states by the output of block `index`, or write it `into` others."""
         block = self.block(index)
         target = self.hidden if into is None else into
         for sample in range(len(self.hidden)):
@@ -57,7 +57,7 @@ class Block:
         return self.calls[sample].run(self.module, self.inputs[sample])
 
     def without_padding(self, sample: int, states: Tensor) -> Tensor:
-        """The counted tokens of a sample, of anything [1, tokens, …]."""
+        """The counted tokens in `states` [1, tokens, …] of a sample."""
         counted = self.counted[sample]
         return states if counted is None else states[counted]
 
@@ -85,9 +85,11 @@ def _sum_over_inputs(
     sums: dict[str, Tensor] = {}
     got: Counter[str] = Counter()  # tokens
     ran: Counter[str] = Counter()  # in the sample at work
-    latest: tuple[Tensor, Tensor | None, Tensor, set[str]] | None = None  # an input, a sum before and after it, whose
+    latest: tuple[Tensor, Tensor | None, Tensor, set[str]] | None = (
+        None  # an input, the sum before and after it, its layers
+    )
     counted: Tensor | None = None  # of the sample at work
-    whole = True  # the first sample goes through the whole block: who knows whether a layer is called again
+    whole = True  # the first sample goes through the whole block: a layer may be called again
 
     def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal latest
@@ -138,7 +140,7 @@ def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor
     tokens = inputs.reshape(-1, inputs.shape[-1]).float()
     if counted is not None and len(tokens) != counted.numel():
         raise ModelError(
-            f"{name}: the layer reads {len(tokens)} rows of a sample of {counted.numel()} tokens, so that padding "
+            f"{name}: the layer reads {len(tokens)} rows of a sample of {counted.numel()} tokens, so padding "
             "cannot be told from text; give samples without padding, or add the layer to 'ignore'"
         )
     return tokens if counted is None else tokens[counted.flatten()]

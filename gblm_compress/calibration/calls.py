@@ -1,4 +1,4 @@
-"""How a model calls its blocks, recorded sample by sample, and what it does before and after them."""
+"""A model's calls of its blocks, recorded sample by sample, and its work before and after them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -21,7 +21,7 @@ class NoChainError(ModelError):
 
 
 class BlockCalls:
-    """How a model calls its blocks, and what it does before and after them.
+    """A model's calls of its blocks, and its work before and after them.
 
     The arguments of every block (masks, position embeddings, …) are recorded for every sample in a forward pass, in
     which at most the first block computes. The first sample is recorded twice, with other hidden states, to refuse a
@@ -32,18 +32,18 @@ class BlockCalls:
         shapes = {tuple(tensor.shape for tensor in sample.values()) for sample in samples}
         assert len(shapes) == 1, "the samples of a task have one shape: it pads the shorter ones"
         self._weights, self.task, self.samples = weights, task, samples
-        self.counted = [_counted(sample) for sample in samples]  # which tokens are no padding; None if all are counted
+        self.counted = [_counted(sample) for sample in samples]  # False for padding; None if all tokens are counted
         _check_own_weights(weights)
         with weights.outer(), weights.block(0) as first_block:
             first = _record_calls(weights, task.arguments(samples[0]), first_block)
             _check_same_arguments(first, _record_calls(weights, task.arguments(samples[0]), first_block, negate=True))
-            # A tensor that the first block gives beside the hidden states may be an argument of the others.
+            # A tensor that the first block returns beside the hidden states may be an argument of the others.
             like = None if _holds_tensor(first[0].beside) else first
             recorded = [first]
             for sample in samples[1:]:
                 calls = _record_calls(weights, task.arguments(sample), first_block, like)
                 recorded.append([_shared(call, of_first) for call, of_first in zip(calls, first, strict=True)])
-            # For each block those of each sample: one object where they equal those of the first.
+            # [block][sample]; samples share the first one's object if they are equal.
             self.calls = [list(of_block) for of_block in zip(*recorded, strict=True)]
             self.tokens = counted_tokens(self.counted, self.embed(0))  # of all samples
 
@@ -61,14 +61,14 @@ class BlockCalls:
         return reached[0]
 
     def loss_gradient(self, sample: int, hidden: Tensor) -> Tensor:
-        """The gradient of a sample's loss to `hidden`, the last block's output; needs `weights.outer()`."""
+        """The gradient of a sample's loss by `hidden`, the last block's output; needs `weights.outer()`."""
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
             prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
             if self.task.generates and prediction.shape[:2] != hidden.shape[:2]:
                 raise ModelError(
                     f"{type(self._weights.model).__name__} gives {list(prediction.shape)} for hidden states "
-                    f"{list(hidden.shape)}, not a prediction for each token, so that there is no gradient to measure; "
+                    f"{list(hidden.shape)}, not a prediction for each token, so there is no gradient to measure; "
                     "choose a method without gradients, such as --method wanda"
                 )
             return prediction
@@ -124,7 +124,7 @@ def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
 class Call:
     arguments: dict[int | str, Any]  # by place or name
     hidden: int | str | None  # place or name of the hidden states, which `arguments` lack; None if they hold them
-    beside: tuple[Any, ...] | None = None  # what the block returns beside the hidden states
+    beside: tuple[Any, ...] | None = None  # returned beside the hidden states
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         return _states(self.returned(block, hidden))
@@ -136,7 +136,7 @@ class Call:
 
 
 class ForwardEnded(Exception):
-    """Ends a forward pass once it has shown what it was run for."""
+    """Ends a forward pass once its purpose is served."""
 
 
 def _by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:
@@ -161,9 +161,9 @@ def _record_calls(
     like: list[Call] | None = None,
     negate: bool = False,
 ) -> list[Call]:
-    """How the model calls each of its blocks; `NoChainError` if they form no chain.
+    """The model's calls of its blocks; `NoChainError` if they form no chain.
 
-    Only the first block computes. The others return the negative of their input, which the next must take.
+    Only the first block computes. The others return the negative of their input; the next block must take it.
     """
     model, blocks = weights.model, weights.blocks
     calls: list[Call] = []
@@ -221,7 +221,7 @@ def _check_same_arguments(first: list[Call], second: list[Call]) -> None:
     for index, (one, other) in enumerate(zip(first, second, strict=True)):
         for name, value in one.arguments.items():
             if not _same(value, other.arguments.get(name)):
-                raise NoChainError(f"block {index}: its argument {name!r} depends on what blocks before it compute")
+                raise NoChainError(f"block {index}: its argument {name!r} depends on the results of blocks before it")
 
 
 def _shared(call: Call, first: Call) -> Call:
@@ -260,7 +260,7 @@ def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator
 
 
 class WholeCalls(BlockCalls):
-    """As `BlockCalls`, with the module around the blocks as the only one."""
+    """As `BlockCalls`, with the module around the blocks as the only block."""
 
     def __init__(self, weights: ResidentWeights, task: Task, samples: Sequence[Sample]) -> None:
         self._weights, self.task, self.samples = weights, task, samples
@@ -271,7 +271,7 @@ class WholeCalls(BlockCalls):
         self.tokens = counted_tokens(self.counted, self.embed(0))
 
     def embed(self, sample: int) -> Tensor:
-        """Stands for hidden states; nothing reads it."""
+        """A placeholder for hidden states; nothing reads it."""
         return torch.zeros_like(_states(self._like))
 
     def _record(self, sample: Sample) -> Call:
@@ -312,7 +312,7 @@ def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | N
 
 
 def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[Weights, BlockCalls]:
-    """How a model calls its blocks, and its weights by those blocks: its own, or all of them as one.
+    """The weights and calls of a model by block: its own blocks, or all of them as one.
 
     Some architectures pass on more than hidden states, change their size, repeat blocks or share weights between them.
     Then the only block is the module around them: all layers are measured in the dense model at once.

@@ -1,10 +1,10 @@
-"""Gradient norms of the dense model's weights, in one of two orders, to the same bits. Each gradient is freed at once.
+"""Gradient norms of the dense model's weights, in one of two orders with the same bits. Each gradient is freed at once.
 
 Block by block: all samples go forward; then, from the last block to the first, each block is computed again, and
-backward. Memory: all hidden states, and of one block a sample's activations and the float32 sums.
+backward. Memory: all hidden states, and one block's float32 sums and activations of a sample.
 
-Sample by sample: each goes through all blocks and back, in three quarters of the operations. Memory: of all blocks a
-sample's activations and the float32 sums.
+Sample by sample: each goes through all blocks and back, in three quarters of the operations. Memory: all blocks'
+float32 sums and activations of a sample.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ OfBlock = tuple[int, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class GradientPass:
-    """Measures gradients of the dense model; sample by sample, all of it must be in memory."""
+    """Measures gradients of the dense model; sample by sample, the whole model must be in memory."""
 
     weights: Weights
     calls: BlockCalls

@@ -23,12 +23,12 @@ from gblm_compress.machine import has_bfloat16
 
 TIMEOUT = timedelta(minutes=30)  # for the work of another rank
 BEAT, SILENCE = 1.0, timedelta(seconds=40)  # Every rank joins a sum each second; one that is silent for so long is lost
-NOTICED = 10.0  # seconds in which a rank that waits for another sees by itself that this one is gone
+NOTICED = 10.0  # seconds for a waiting rank to see by itself that another is gone
 T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those of the run. `Ranks()` is a run of one process, which communicates nothing."""
+    """This process within the run. `Ranks()` is a run of one process, which communicates nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size, self._device = rank, size, device
@@ -45,7 +45,7 @@ class Ranks:
         return samples[first:end]
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks; all ranks must ask for the same ones in the same order."""
+        """Replace each tensor by its sum over all ranks; all ranks must pass the same ones in the same order."""
         for tensor in tensors:
             self._together(distributed.all_reduce, tensor)
 
@@ -54,7 +54,7 @@ class Ranks:
         self._together(distributed.reduce, tensor, owner)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor on all ranks by that of `owner`."""
+        """Replace a tensor on all ranks by the owner's."""
         self._together(distributed.broadcast, tensor, owner)
 
     def wait(self) -> None:
@@ -69,7 +69,7 @@ class Ranks:
         return self.total(int(yes)) == self.size
 
     def check_same(self, given: dict[str, Any]) -> None:
-        """Raise UsageError on all ranks where these values, which JSON can hold, are not the same on all."""
+        """Raise UsageError on all ranks if these values, plain for JSON, differ between ranks."""
         sums = [zlib.crc32(json.dumps(one, sort_keys=True).encode()) for one in given.values()]
         own = torch.tensor(sums, device=self._device)
         first = own.clone()
@@ -82,7 +82,7 @@ class Ranks:
             )
 
     def _together(self, act: Callable[..., Any], *arguments: Any) -> None:
-        """Do what all ranks do; one rank alone does nothing."""
+        """Run a collective operation; a single rank skips it."""
         if self.size == 1:
             return
         try:
@@ -91,10 +91,10 @@ class Ranks:
             raise RankError(self.lost(error)) from error
 
     def lost(self, error: RuntimeError) -> str:
-        why = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # gloo says where in its code, and more
+        why = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's lines of code and details
         return (
             f"rank {self.rank} of {self.size}: another process of the run ended or does not answer ({why}); its own "
-            "message is further up. The same command with --resume goes on from what is kept"
+            "message is further up. The same command with --resume continues from the kept work"
         )
 
 
@@ -102,7 +102,7 @@ class Ranks:
 def joined(device: str, given: dict[str, Any]) -> Iterator[Ranks]:
     """The ranks that torchrun has started, or the only one.
 
-    `UsageError` if they have different versions or were `given` different things, `RankError` if they lose each other.
+    `UsageError` if their versions or `given` values differ, `RankError` if they lose each other.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -126,7 +126,7 @@ def joined(device: str, given: dict[str, Any]) -> Iterator[Ranks]:
 
 
 def _watch(ranks: Ranks, group: distributed.ProcessGroup, leaves: threading.Event) -> None:
-    """Until a rank leaves, see that all are alive; end this process where one is not."""
+    """Check that all ranks are alive until one leaves; end this process if one is lost."""
     left = torch.zeros(())
     try:
         while not left:
@@ -139,7 +139,7 @@ def _watch(ranks: Ranks, group: distributed.ProcessGroup, leaves: threading.Even
 
 
 def faster_dtype(device: str, group: Ranks) -> str:
-    """bfloat16 where the devices of all ranks have instructions for it, else float32."""
+    """bfloat16 if the devices of all ranks have instructions for it, else float32."""
     return "bfloat16" if group.every(has_bfloat16(device)) else "float32"
 
 
@@ -154,6 +154,6 @@ def processes_here() -> int:
 
 
 def device_of_rank(device: str) -> str:
-    """`cuda` as the GPU of this process, where torchrun has started one for each."""
+    """`cuda` becomes this process's GPU if torchrun has started it."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "cuda" and local is not None else device

@@ -1,6 +1,6 @@
 """Weights and hidden states of a model whose blocks are worked on one by one: in memory, or in files.
 
-`with weights.block(i):` makes one block ready for use, `with weights.outer():` what is outside the blocks.
+`with weights.block(i):` makes one block ready for use, `with weights.outer():` everything outside the blocks.
 """
 
 from collections import defaultdict
@@ -41,7 +41,7 @@ class StreamedWeights:
     """A model on disk, from `loading.load_skeleton`; only the block at work is in memory.
 
     Changes to a block's weights are lost when its `with` ends. For a GPU the next block is read while one runs; on a
-    CPU the pages of the file are used as they are where the dtype allows.
+    CPU the pages of the file are used as they are if the dtype allows.
     """
 
     def __init__(self, source: ModelSource, model: Any, device: str) -> None:
@@ -52,7 +52,7 @@ class StreamedWeights:
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._reader, self._reads_ahead = ThreadPoolExecutor(1), self._device.type == "cuda"
         self._latest = 0
-        self._finite = set[str]()  # what was read and checked
+        self._finite = set[str]()  # parameters that were read and checked
         groups = _tied_parameters(self.model)
         shared = [name for group in groups for name in group if len({self._block_of(one) for one in group}) > 1]
         if any(self._block_of(name) for name in shared):
@@ -131,7 +131,7 @@ Weights = ResidentWeights | StreamedWeights
 
 
 def _tied_parameters(model: nn.Module) -> list[list[str]]:
-    """The names of all parameters; those that share one tensor together."""
+    """The names of all parameters, grouped by the tensor that they share."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -186,7 +186,7 @@ class HiddenStates(Sequence[Tensor]):
         before, path = self._files.get(index), self._pool.new_file()
         save_file({"states": states.cpu().contiguous()}, path)
         self._files[index] = path
-        if before is not None:  # not overwritten: somebody may still read a tensor that is mapped to it
+        if before is not None:  # not overwritten: a tensor mapped to it may still be read
             before.unlink()
 
     def release(self) -> None:
@@ -199,9 +199,9 @@ class HiddenStates(Sequence[Tensor]):
 
 
 def verify(written: ModelSource, offload: bool = False) -> None:
-    """Check the tensors of a pruned folder, and what its users will load; `VerificationError` names the first fault.
+    """Check a pruned folder's tensors, as stored and as loaded; `VerificationError` names the first fault.
 
-    `offload` loads block by block, where the model does not fit in memory.
+    `offload` loads block by block, for a model that does not fit in memory.
     """
     grids.verify(written)
     layers = manifest.read(written.folder)["layers"]

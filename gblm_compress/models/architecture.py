@@ -1,4 +1,4 @@
-"""Where a transformers model keeps the weights that can be pruned: `Linear` and `Conv1D` layers in a list of blocks."""
+"""The prunable weights of a transformers model: `Linear` and `Conv1D` layers in a list of blocks."""
 
 import inspect
 import re
@@ -25,7 +25,7 @@ _MULTIPLIES: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies by one weight matrix that can be pruned."""
     kind = type(module)
-    if isinstance(module, nn.Linear) and kind not in _MULTIPLIES:  # tried on small numbers in place of its weight
+    if isinstance(module, nn.Linear) and kind not in _MULTIPLIES:  # tried with a small weight
         x, weight = torch.arange(10.0).view(2, 5).sin(), torch.arange(15.0).view(3, 5).cos()
         small = copy(module)
         small._parameters = {"weight": nn.Parameter(weight), "bias": None}
@@ -57,7 +57,7 @@ def cache_argument(model: nn.Module) -> str:
     known = ("cache", "past_key_values", "state")  # of transformers 5.20 and later, of earlier ones, of RWKV
     if name := next((name for name in known if name in inspect.signature(model.forward).parameters), None):
         return name
-    raise ModelError(f"{type(model).__name__} takes none of {', '.join(known)}, so that it cannot go on from a cache")
+    raise ModelError(f"{type(model).__name__} takes none of {', '.join(known)}, so it cannot continue from a cache")
 
 
 def cache_kinds(config: Any) -> set[str]:
@@ -113,7 +113,7 @@ def prunable_layers(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[dict
 
 
 def linear_weights(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[tuple[str, int, str | None]]:
-    """(name, size, why it is not pruned or None) of all weights that hidden states are multiplied by.
+    """(name, size, why it is not pruned or None) of all weights that multiply hidden states.
 
     Fused experts and routers have names of parameters, others of layers.
     """

@@ -46,7 +46,7 @@ class _Group:
 
 
 class _Names:
-    """How tensors of files and of a model make each other. Keeps no parameter of the model alive."""
+    """The mapping between tensors of files and of a model. Keeps no parameter of the model alive."""
 
     def __init__(self, model: Any) -> None:
         self.views = fused_weights(model)
@@ -81,7 +81,7 @@ class _Names:
         return found
 
     def whole(self, name: str) -> str:
-        """A name as the whole model has it: files of a bare backbone lack its prefix, or have one too many."""
+        """A name in the whole model: files of a bare backbone lack its prefix, or have an extra one."""
         with_prefix, without = f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")
         return next((one for one in (name, with_prefix, without) if one in self._known), name)
 
@@ -183,7 +183,7 @@ class Checkpoint:
         return ModelError(f"{name} holds values beyond the range of {dtype}; give --dtype float32 or bfloat16")
 
     def rewrite(self, folder: Path, changed: Callable[[str], Tensor | None]) -> None:
-        """Write the checkpoint to `folder`; `changed` gives a tensor's new value, or None where it stays."""
+        """Write the checkpoint to `folder`; `changed` gives a tensor's new value, or None to keep it."""
         weight_map = {}
         written = _latest(lambda group: self._changed(group, changed))
         for path in self.files:

@@ -1,7 +1,7 @@
 """Mixtures of experts: fused experts as linear layers of each expert, which share their memory.
 
-transformers keeps the experts of a mixture in parameters [experts, …]. Here a module that computes the same has
-`Linear` layers with views of them: `experts.3.down_proj`. So each layer sees the tokens routed to its expert.
+transformers keeps the experts of a mixture in parameters [experts, …]. Here an equivalent module has `Linear`
+layers with views of them: `experts.3.down_proj`. So each layer sees the tokens routed to its expert.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -46,12 +46,12 @@ class Experts(nn.Module):
         for expert in range(self.count):
             layers = {part.layer: _linear(fused, part, expert, self.count) for part in parts}
             self.add_module(str(expert), nn.ModuleDict(layers))
-        for name, module in fused.named_children():  # a norm behind the experts, say
+        for name, module in fused.named_children():  # a norm after the experts, say
             if not any(part.weight.startswith(f"{name}.") for part in parts):
                 self.add_module(name, module)
         rest = copy(fused)
         rest._parameters = {}
-        object.__setattr__(self, "rest", rest)  # no submodule of this one
+        object.__setattr__(self, "rest", rest)  # not as a submodule
 
     @property
     def runs_all(self) -> bool:
@@ -201,7 +201,7 @@ def run_all_(model: nn.Module) -> None:
 
 
 def fused_weights(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """{name of a tensor of an expert: (name of the fused tensor, the view of it that this is)}."""
+    """{name of a tensor of an expert: (name of the fused tensor, function that views its part)}."""
     found: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
     for path, module in experts_of(model).items():
         for expert in range(module.count):

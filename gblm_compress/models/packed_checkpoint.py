@@ -31,7 +31,7 @@ from gblm_compress.storage.records import read_json
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a packed checkpoint.
 
-    layers: {layer: `PackedLinear.description()`, and "layout" where it has another}; embeddings: {embedding: the layer
+    layers: {layer: `PackedLinear.description()`, and "layout" if it has another}; embeddings: {embedding: the layer
     whose rows it looks up}; experts: paths of mixtures with experts as layers, whose tensors have the model's names.
     """
 
@@ -91,7 +91,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return [] if self.quantization_config.experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # transformers marks what it has loaded, and fills all else as if it were to be trained
+        # transformers marks loaded tensors, and initialises all others as for training
         optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
         for name, tensor in model.state_dict(keep_vars=True).items():
             missing = not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
@@ -219,14 +219,14 @@ def own_layer(embedding: str) -> str:
 
 
 def pack_tables_(model: Any, layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Replace head and embedding in place, where they are plain and the layout can hold them.
+    """Replace head and embedding in place, if they are plain and the layout can hold them.
 
     Returns {packed layer: dense weight} and {embedding: the layer whose rows it looks up}.
     """
     head, embedding = head_and_embedding(model)
     names = {id(module): name for name, module in model.named_modules()}
     tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
-    plain = type(embedding) is nn.Embedding  # others scale what they look up
+    plain = type(embedding) is nn.Embedding  # others scale the rows
     dense: dict[str, Tensor] = {}
     embeddings: dict[str, str] = {}
     if type(head) is nn.Linear and (plain or not tied) and (packed := _packed(head, layout)):
@@ -256,7 +256,7 @@ def dense_embedding(model: nn.Module, name: str) -> nn.Embedding:
 
 
 def look_up_(model: Any, embeddings: dict[str, str]) -> None:
-    """Let embeddings look up rows of packed layers of their shape, in place, and transformers tie none of them."""
+    """Make embeddings look up rows of packed layers of their shape, in place, and untie them for transformers."""
     for name, layer in embeddings.items():
         if layer == own_layer(name):
             continue

@@ -72,6 +72,6 @@ class ModelSource:
 
 
 class Outline(ModelSource):
-    """A model on the hub whose weights are not here: its files hold headers alone."""
+    """A model on the hub without its weights: the files hold headers alone."""
 
     fingerprint = ""

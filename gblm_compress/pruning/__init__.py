@@ -1,1 +1,1 @@
-"""Pruning a model: the walk over its blocks, and what an interrupted run keeps."""
+"""Pruning a model: the walk over its blocks, and the work that an interrupted run keeps."""

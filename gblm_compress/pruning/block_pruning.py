@@ -19,7 +19,7 @@ from gblm_compress.settings import PruneSettings
 from gblm_compress.training.fits import How, reconstruct_
 from gblm_compress.training.weights import write_
 
-FEW_TOKENS = 32  # An expert with fewer tokens is pruned by magnitude: its statistics say little.
+FEW_TOKENS = 32  # An expert with fewer tokens is pruned by magnitude: its statistics are unreliable.
 _BY_MAGNITUDE = {"method": "magnitude", "fit": "none"}
 
 
@@ -30,7 +30,7 @@ class LayerResult:
     nonzeros: int  # as they are stored
     transposed: bool  # stored as (in_features, out_features)
     by_magnitude: bool = False  # because its expert got too few tokens
-    # of `fits.output_error` on the calibration text; None if not measured, or if all survivors were fitted since
+    # `fits.output_error` on the calibration text; None if not measured, or if all survivors were fitted since
     output_error: float | None = None
     survivors: int = 0  # before they were rounded, to a grid or to the dtype of the file; some may have become zero
 
@@ -43,14 +43,14 @@ class Target:
 
 @torch.no_grad()
 def prune_block_(
-    block: Block | None,  # None for a method that looks at no text
+    block: Block | None,  # None for a method that reads no text
     layers: dict[str, nn.Module],
-    gradients: dict[str, Tensor],  # in the stored layout of the weights, where the method needs them
+    gradients: dict[str, Tensor],  # in the stored layout of the weights, if the method needs them
     settings: PruneSettings,
     budgets: dict[str, Budget],
-    target: Target | None = None,  # needed where the block is fitted
+    target: Target | None = None,  # needed if the block is fitted
 ) -> tuple[dict[str, LayerResult], dict[str, Grid]]:
-    """Prune the layers of one block in place: {name: its result}, and {name: grid} where survivors lie on one.
+    """Prune the layers of one block in place. Returns {name: result}, and {name: grid} of rounded layers.
 
     A layer that never ran on the text stays as it is. An expert with few tokens is pruned by magnitude.
     """
@@ -70,7 +70,7 @@ def prune_block_(
     for name, layer in layers.items():
         values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], own[name])
         survivors[name] = count_nonzeros(values)
-        write_(layer, values, None if settings.fits_blocks else grid)  # a fit of the block rounds what it leaves
+        write_(layer, values, None if settings.fits_blocks else grid)  # the block's fit rounds its own result
         if grid is not None:
             grids[name] = grid
 
@@ -103,7 +103,7 @@ def prune_block_(
 def _with_few_tokens(
     block: Block | None, layers: dict[str, nn.Module], statistics: dict[str, Statistics]
 ) -> frozenset[str]:
-    """Layers of experts with few tokens; where gradients alone are measured, those with none."""
+    """Layers of experts with few tokens; if only gradients are measured, those with none."""
     if block is None:
         measured = {name: one.gradient_norm for name, one in statistics.items()}
         return frozenset(name for name, norm in measured.items() if norm is not None and not norm.any())
@@ -116,7 +116,7 @@ def _with_few_tokens(
 def _prune_layer(
     weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings
 ) -> tuple[Tensor, Grid | None]:
-    """The fitted weight [out_features, in_features] in float32, and the grid that it is to be rounded to."""
+    """The fitted weight [out_features, in_features] in float32, and the grid for its rounding."""
     selection, fit = METHODS[settings.method].select(weight, statistics, rule), FITS[settings.fit]
     fitted = selection.fitted.get(settings.fit)
     if fitted is None:
@@ -125,7 +125,7 @@ def _prune_layer(
     make = QUANTISERS[settings.quantise].make
     if make is None:
         return fitted, None
-    norm = statistics.activation_norm  # where it is measured for something else: no grid asks for text
+    norm = statistics.activation_norm  # measured for another choice, if at all: no grid asks for text
     importance = None if norm is None else norm.square()
     grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
     check_scales(rule.layer, grid.scales)

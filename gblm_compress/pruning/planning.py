@@ -1,4 +1,4 @@
-"""What is decided before a pruning: budgets, dtypes, what goes to memory or disk, and the cost."""
+"""Decisions before a pruning: budgets, dtypes, placement in memory or on disk, and the cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ from gblm_compress.tasks.causal_lm import LOSS_TOKENS
 from gblm_compress.tasks.task import Sample, Task
 
 FIT_BYTES = 24  # per weight that Adam fits: master, gradient, two moments, best so far, a copy for products
-GRID_BYTES = 12  # more where it is rounded: gradients before rounding, and what the scales' gradients need
+GRID_BYTES = 12  # more if it is rounded: gradients before rounding, and temporaries of the scales' gradients
 ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
 FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
-READS = 400  # times that a CPU reads the float32 weights while it ranks, saves and verifies them, whatever the text
+READS = 400  # reads of the float32 weights by a CPU while it ranks, saves and verifies them, for any text
 SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
 
 
@@ -73,9 +73,9 @@ def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budg
 
 
 def choose_dtypes(requested: str, source: ModelSource, settings: PruneSettings, device: str, group: Ranks) -> list[str]:
-    """The dtype to compute in, and that of products in fits.
+    """The dtype of the computation, and the dtype of products in fits.
 
-    On a CPU a bfloat16 checkpoint is computed in bfloat16 where the CPUs have instructions for it.
+    On a CPU a bfloat16 checkpoint is computed in bfloat16 if the CPUs have instructions for it.
     """
     fast = ranks.faster_dtype(device, group)
     products = "float32" if requested == "float32" else fast
@@ -109,7 +109,7 @@ class Size:
         heads = int(np.max(first_of(config, HEADS) or 0))
         inner = int(np.max(first_of(config, ("intermediate_size",)) or 4 * hidden))
         tokens, length = first_of(config, ("vocab_size",)) or 0, calibration.sequence_length
-        vocabulary = tokens if loading.task_of(source).generates else 0  # of whose logits there are many
+        vocabulary = tokens if loading.task_of(source).generates else 0  # other models have few logits
         self.checkpoint = source.bytes_on_disk
         self.weights = source.bytes_on_disk // stored * itemsize
         self.outside_blocks = 2 * tokens * hidden * itemsize
@@ -139,7 +139,7 @@ class Size:
         return (self.outside_blocks + self.block if offload else self.weights) + self.working
 
     def peak(self, placement: Placement) -> int:
-        """Bytes of memory at most, hidden states included, beside those of the program itself."""
+        """The most bytes of memory, hidden states included, without the program's own."""
         states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
         of_gradients = self.weights + self.gradients + self.activations if placement.by_sample and self.gradients else 0
         return max(self.held(placement.offload) + min(states, placement.states), of_gradients)
@@ -189,12 +189,12 @@ def passes(settings: PruneSettings) -> float:
 
 
 def _measuring(needs: Need) -> float:
-    """Passes of one walk over the blocks that measures this."""
+    """Passes of a walk over the blocks that measures these needs."""
     return 2.0 * bool(needs & Need.BLOCKS) + 3.0 * (Need.REGIONAL in needs) + 1.0 * (Need.GRAM in needs)
 
 
 def better_fit(settings: PruneSettings, offload: bool = False) -> str | None:
-    """The next fit that does more for the survivors; None if none does."""
+    """The next better fit, if any."""
     fit = FITS[settings.fit]
     if fit.fits_block:
         return None if fit.fits_model or offload else "best"
@@ -219,7 +219,7 @@ class Cost:
 def cost_of(
     source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings, writing: tuple[float, float] = (0, 0)
 ) -> Cost:
-    """`writing`: seconds and bytes that the text takes before, if the model writes it."""
+    """`writing`: seconds and bytes to generate the text, if the model writes it."""
     settings, rate = plan.settings, cost.operations_per_second(plan.device, getattr(torch, dtype))
     weights, times = loading.count_weights(source), passes(plan.settings)
     handling = READS * 4 * weights / cost.bytes_per_second("cpu")

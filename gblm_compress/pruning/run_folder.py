@@ -4,8 +4,8 @@
     run.json                 identity: settings, text, model; hashes of the files; budgets, and results of the layers
     gradients-7.safetensors  gradient norms of block 7, until it is pruned
     block-7.safetensors      the pruned weights of block 7, in the dtype of computation, and their grids
-    distilled-7.safetensors  those after the distillation
-    states/                  hidden states that found no room in memory; worthless after an interruption
+    distilled-7.safetensors  the same after the distillation
+    states/                  hidden states that did not fit in memory; useless after an interruption
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ from gblm_compress.training.checkpoints import Record, Work
 
 class PruningRecord(Record):
     budgets: dict[str, Budget] | None = None
-    blocks: dict[int, dict[str, LayerResult]] = Field({})  # those that are finished
+    blocks: dict[int, dict[str, LayerResult]] = Field({})  # the finished ones
 
 
 class RunFolder(Work[PruningRecord]):
-    """Finished work of a run, which only the first process writes. What is `damaged` is done again."""
+    """Finished work of a run, which only the first process writes. Work that is `damaged` is done again."""
 
     needs_all = False
 
@@ -47,7 +47,7 @@ class RunFolder(Work[PruningRecord]):
         self.write()
 
     def gradients(self, block: int) -> dict[str, Tensor]:
-        """{layer: G} of a block whose gradients were measured, else none."""
+        """{layer: G} of a block; empty unless its gradients were measured."""
         path = self._path(f"gradients-{block}")
         return read_tensors(path) if path.name in self.record.files else {}
 
@@ -97,7 +97,7 @@ class RunFolder(Work[PruningRecord]):
         return read_tensor(self._finished(block), name)
 
     def grids(self, group: int | None) -> dict[str, Grid]:
-        """The grids of all finished blocks, whose scales hold for `group` columns (None: a row)."""
+        """The grids of all finished blocks, whose scales cover `group` columns (None: a row)."""
         found = [grids.read_from(self._finished(block), group) for block in sorted(self.record.blocks)]
         return {name: grid for block in found for name, grid in block.items()}
 

@@ -41,7 +41,7 @@ def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint
 def save(
     folder: Path, source: ModelSource, checkpoint: Checkpoint, processor: Any, run: RunFolder, walked: Walked
 ) -> dict[str, LayerResult]:
-    """Write a folder from `source` and its checkpoint; the results of its layers as they are stored."""
+    """Write a folder from `source` and its checkpoint. Returns the results of its layers as stored."""
     layers, settings = walked.layers, walked.plan.settings
     blocks = {name: index for index, pruned in run.record.blocks.items() for name in pruned}
     on = run.grids(settings.columns_of_a_scale)

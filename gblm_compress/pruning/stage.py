@@ -49,7 +49,7 @@ class InMemory:
     """A transformers model that is pruned on its device and in its dtype; it is put into eval mode."""
 
     model: Any
-    processor: Any = None  # for calibration data, where the method needs them
+    processor: Any = None  # for calibration data, if the method needs them
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class PruneJob:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """On one machine, results of one seed and number of threads differ only in costs."""
+    """Repeats on one machine, with one seed and number of threads, differ only in costs."""
 
-    folder: str | None  # None where a model in memory was pruned in place
+    folder: str | None  # None if a model in memory was pruned in place
     layers: dict[str, LayerResult]
     left_dense: dict[str, LeftDense]  # all other linear weights of the model
     seconds: float
@@ -97,9 +97,9 @@ _Done = tuple[Walked, int, str | None]  # bytes of memory at most, fingerprint o
 def prune(
     job: PruneJob, output: Path | None, progress: Progress, *, resume: bool | None = False, force: bool = False
 ) -> PruneResult:
-    """Prune a model source to a verified Hugging Face folder, or a model in memory where it is.
+    """Prune a model source to a verified Hugging Face folder, or a model in memory in place.
 
-    The output appears whole or not at all. `resume` continues an interrupted run; None: if there is one.
+    The output appears whole or not at all. `resume` continues an interrupted run; None continues one if it exists.
     """
     start, notes = time.perf_counter(), list[str]()
     if isinstance(job.source, InMemory):
@@ -164,7 +164,7 @@ def _to_folder(
             does = "resuming" if run.resumed else "pruning"
             progress.say(f"{does} {source.name} in {dtype} on {device}, {place} …")
             walked, checkpoint = _walk(source, plan, run, dtype, calibration.experts == "all", progress)
-            # The others are done: they do not wait for the first, which may save for longer than they may wait.
+            # The others are done. They do not wait for the first: it may save for longer than their timeout.
             if group.is_first:
                 progress.say("saving …")
                 with outputs.atomic_folder(output, force=force, inside=run.folder) as temporary:
@@ -178,7 +178,7 @@ def _to_folder(
 
 @dataclass(frozen=True)
 class PlanResult(records.Result):
-    """What a pruning would take."""
+    """The predicted cost of a pruning."""
 
     model: str
     weights: int
@@ -292,7 +292,7 @@ def _walk(
 
 
 def _checked(job: PruneJob, source: ModelSource) -> dict[str, Budget]:
-    """The budgets of the layers; raises every reason together why the run is impossible."""
+    """The budgets of the layers; raises all reasons together why the run is impossible."""
     loading.check_model(source, "prune")
     settings, calibration, budgets = job.settings, job.calibration, dict[str, Budget]()
     looks: list[Callable[[], object]] = [
@@ -316,7 +316,7 @@ def _pruned_before(source: ModelSource) -> list[str]:
     zeros = 1 - sum(layer["nonzeros"] for layer in layers) / weights
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers}))
     return [
-        f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so that a lower "
+        f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so a lower "
         "sparsity does nothing: prune the dense model to change method or pattern"
     ]
 
@@ -332,7 +332,7 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
         )
     if walked.whole:
         notes.append(
-            "the blocks of this architecture repeat, share weights or pass more on than hidden states, so that all "
+            "the blocks of this architecture repeat, share weights or pass on more than hidden states, so all "
             "layers were measured in the dense model at once"
         )
     if few := [name for name, layer in layers.items() if layer.by_magnitude]:
@@ -345,14 +345,14 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
     if gone := made_zero(survivors, {name: layer.nonzeros for name, layer in layers.items()}):
         zeroed, worst, share = gone
         notes.append(
-            f"{zeroed:,} of {sum(survivors.values()):,} survivors became zero by rounding, so that fewer weights "
+            f"{zeroed:,} of {sum(survivors.values()):,} survivors became zero by rounding, so fewer weights "
             f"are left than the budget allows; most in {worst} ({share:.1%} of its own)"
         )
     asked = settings.uniform_budget.sparsity
     narrow = [name for name, layer in layers.items() if layer.shape[1] * (1 - asked) < 1]
     if narrow and settings.pattern == UNSTRUCTURED:
         notes.append(
-            f"a row keeps at least one weight, which is more than sparsity {asked:g} leaves in {len(narrow)} layers, "
+            f"a row keeps at least one weight, which is more than sparsity {asked:g} allows in {len(narrow)} layers, "
             f"first {narrow[0]}"
         )
     dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
@@ -361,7 +361,7 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
     extra = sum(layer.nonzeros for layer in layers.values()) + dense - uniform
     if settings.overrides and extra > 0:
         notes.append(
-            f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
+            f"the exceptions keep {extra:,.0f} more weights than {settings.pattern} everywhere would "
             f"({100 * extra / uniform:.1f} %)"
         )
     free = {name: layer.pattern for name, layer in layers.items()} | dict.fromkeys(walked.exceptions, DENSE)

@@ -58,7 +58,7 @@ class Walk:
     run: RunFolder  # finished work, which is not done again
     pool: StatePool  # of hidden states
     progress: Progress
-    calls: BlockCalls | None = None  # where the settings need text
+    calls: BlockCalls | None = None  # if the settings need text
 
     def prune_(self) -> Walked:
         """Prune every block and leave it finished in the run folder. A model in memory is pruned in place."""
@@ -71,7 +71,7 @@ class Walk:
                 weights, calls = calls_of(self.weights, self.plan.task, self.plan.samples)
                 results = replace(self, weights=weights, calls=calls)._blocks_(by_block(weights, layers))
             else:
-                with self.weights.outer():  # is read and so checked, like the blocks
+                with self.weights.outer():  # reads and so checks it, like the blocks
                     pass
                 results = self._blocks_(layers)
         budgets = self.run.record.budgets or {}
@@ -153,7 +153,7 @@ class Walk:
         settings, run = self.plan.settings, self.run
         replay = self._replay() if settings.needs_blocks else None
         dense = self._replay() if settings.fits_blocks else None
-        # The input of a block is needed as long as a block from there on is still to be pruned.
+        # Inputs are needed up to the last block that is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
         tokens = self.calls.tokens if self.calls else 0
         for index in self.progress.track(range(len(layers)), f"pruning ({settings.method})", "blocks", tokens=tokens):

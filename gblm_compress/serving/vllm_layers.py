@@ -1,7 +1,7 @@
 """Packed layers in vLLM: the quantisation method that a packed folder's config.json names.
 
 vLLM merges layers (q, k and v; gate and up) and shards them over processes. Its loaders get numbers in place of
-weights, which shows the rows and columns that a process holds.
+weights, which reveals the rows and columns of a process.
 """
 
 import re
@@ -24,7 +24,7 @@ from gblm_compress.layouts.packed import DTYPES
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.files import SPARSE_METHOD
 
-DENSE = "weight"  # of a part that was not pruned, beside others that were
+DENSE = "weight"  # of an unpruned part beside pruned ones
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 
@@ -67,7 +67,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         described = self._described(prefix)
         if not isinstance(layer, LinearBase):
-            experts = re.compile(rf"{re.escape(prefix)}\.\d+\.")  # that vLLM has in one tensor
+            experts = re.compile(rf"{re.escape(prefix)}\.\d+\.")  # vLLM has them in one tensor
             if inside := [name for name in self.layers if experts.match(name)]:
                 raise ModelError(f"{inside[0]!r} is packed; vLLM has it in a {type(layer).__name__}, which stays dense")
             return None
@@ -75,7 +75,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedLinearMethod()
         layouts = {description.get("layout", self.layout) for description in described}
         if len(layouts) > 1:
-            raise ModelError(f"{prefix}: its parts are packed as {' and '.join(sorted(layouts))}; vLLM has them in one")
+            raise ModelError(f"{prefix}: its parts are packed as {' and '.join(sorted(layouts))}; vLLM merges them")
         return PackedLinearMethod(layouts.pop(), prefix, described)
 
     def _described(self, prefix: str) -> list[dict[str, Any]]:
@@ -85,10 +85,10 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """How vLLM fills and runs a layer that is packed, in part at least.
+    """Fills and runs a layer of vLLM that is packed, at least in part.
 
-    A part is one layer of the folder. When its tensors are there, the share of this process is cut out and stays
-    packed. No mapped file is held, and one layer at a time is dense.
+    A part is one layer of the folder. Once its tensors are there, this process cuts out its share, still packed.
+    No mapped file is held, and one layer at a time is dense.
     """
 
     def __init__(self, layout: str, prefix: str, described: list[dict[str, Any]]) -> None:
@@ -123,7 +123,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _take(self, name: str, parameter: nn.Parameter, tensor: Tensor, shard: Hashable = None) -> None:
         if self._shares is None:
-            raise ModelError(f"{self.prefix}: packed weights cannot be loaded a second time; start vLLM anew")
+            raise ModelError(f"{self.prefix}: packed weights cannot be loaded a second time; restart vLLM")
         read = self._read.setdefault(shard, {})
         read[name] = tensor
         if DENSE in read or all(name in read for name in self.kind.names):
@@ -188,7 +188,7 @@ def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
 
 
 def _places(load: Callable[..., None], dimension: str, size: int, of: int, shard: Hashable) -> Tensor:
-    """For each of `size` rows (or columns) of vLLM's layer its number among `of` of a part, -1 for other parts.
+    """The number of each of `size` rows (or columns) of vLLM's layer among the `of` of a part; -1 for other parts.
 
     `load` is vLLM's loader; `dimension` and `shard` are its names of the dimension and the part.
     """

@@ -1,1 +1,1 @@
-"""What is written to disk, safely: folders that appear whole, locks, sealed records, names and the cache folder."""
+"""Safe writing to disk: folders that appear whole, locks and sealed records."""

@@ -1,4 +1,4 @@
-"""Output folders: whether one may be written, held by one process at a time, and whole or not there at all.
+"""Output folders: checked before the work, held by one process at a time, and whole or absent.
 
 A folder is replaced only if its `gblm_manifest.json` lists all that it holds. Checks raise UsageError before any work
 is done; a folder that cannot be written later raises OutputError.
@@ -25,7 +25,7 @@ from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.storage.records import read_json, write_file
 
 MANIFEST = "gblm_manifest.json"
-FILES, KIND = "files", "kind"  # keys of the manifest: what the folder holds, and what it is
+FILES, KIND = "files", "kind"  # keys of the manifest: the folder's files and its kind
 
 _LONGEST_NAME = 240  # bytes; file systems take 255, and temporary names beside an output are longer
 _NAMELESS_LOCK_S = 5.0  # an owner writes its process number into a new lock at once
@@ -37,8 +37,8 @@ _PROBE = ".gblm-probe-"
 def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool = True) -> Iterator[None]:
     """Hold an output folder for this process while the `with` runs, after checking that it may be written.
 
-    A lock beside it keeps other processes off; what a dead process left half-written is removed. Of several processes
-    on one run, only the `first` writes, and the others check.
+    A lock beside it keeps other processes off; half-written files of a dead process are removed. Of several processes
+    on one run, only the `first` writes; the others check.
     """
     with _locked(folder) if first else nullcontext():
         if first:
@@ -81,7 +81,7 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
         if manifest.exists():
             content = read_json(manifest) | {FILES: sorted(path.name for path in temporary.iterdir())}
             manifest.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        # safetensors creates private files; the mode of the folder, made with mkdir, shows what the umask allows.
+        # safetensors creates private files; the mode of the folder, made with mkdir, follows the umask.
         mode = temporary.stat().st_mode & 0o777
         for path in temporary.rglob("*"):
             path.chmod(mode if path.is_dir() else mode & 0o666)
@@ -103,7 +103,7 @@ def beside(folder: Path, what: str) -> str:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left beside a folder that is locked; a replaced folder that is missed comes back."""
+    """Remove leftovers of a killed process beside a locked folder; a replaced folder comes back if it is missing."""
     aside = folder.with_name(beside(folder, "replaced"))
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
@@ -130,7 +130,9 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     _check_name(folder)
     with _writable(folder):
         if _is_or_holds(folder, Path.cwd()):
-            raise UsageError(f"output {str(folder)!r} is where you are, and would be replaced; give a folder below it")
+            raise UsageError(
+                f"output {str(folder)!r} is the current folder, and would be replaced; give a folder below it"
+            )
         if folder.name in ("", ".."):
             raise UsageError(f"output {str(folder)!r} has no name of its own; give the name of a folder")
         for path in inputs:
@@ -146,11 +148,11 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
 
 
 def _check_name(folder: Path) -> None:
-    """Refuse a name that is too long, or that the libraries that write weights do not take."""
+    """Refuse a name that is too long, or that libraries cannot write weights to."""
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"output {str(folder)!r} is no Unicode name; give one that is") from error
+        raise UsageError(f"output {str(folder)!r} is not a Unicode name; give one that is") from error
     _check_length(folder, f"output {str(folder)!r}")
 
 
@@ -160,7 +162,7 @@ def _check_length(path: Path, named: str) -> None:
 
 
 def check_replaceable(folder: Path, force: bool) -> None:
-    """Refuse a folder that exists and is not empty, where `force` is not given or some of it is not ours."""
+    """Refuse a folder that is not empty, unless `force` is given and all of it is ours."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not found:
         return
@@ -219,7 +221,7 @@ class Document:
         _check_length(path, named)
         with _writable(path):
             if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise UsageError(f"{named} is a link or no file; give another name")
+                raise UsageError(f"{named} is a link or not a file; give another name")
             if not path.parent.is_dir():
                 raise UsageError(f"{named} cannot be written: there is no folder {str(path.parent)!r}")
             if not os.access(path.parent, os.W_OK):
@@ -302,7 +304,7 @@ def lock_beside(folder: Path, wait_s: float = 0.0) -> AbstractContextManager[obj
 
 
 def _in_use(lock: SoftFileLock) -> str | None:
-    """The process of a lock, and the remedy; None where the lock may be taken over."""
+    """The process of a lock, and the remedy; None if the lock may be taken over."""
     marker, pid = Path(lock.lock_file), lock.pid
     age = time.time() - marker.stat().st_mtime
     host = marker.read_text().splitlines()[1] if pid is not None else ""
@@ -322,7 +324,7 @@ def _in_use(lock: SoftFileLock) -> str | None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether nothing is there but locks, and the passing files of a process that is about to work in it."""
+    """Whether nothing is there but locks, and temporary files of a process that is about to work in it."""
     passing = (_PROBE, f".{MANIFEST}.")
     return all(
         path.name.startswith(passing) or (path.name.startswith(".") and path.suffix == ".lock")

@@ -23,12 +23,12 @@ _LARGEST_JSON = 256 << 20
 
 
 def read_json(path: Path, kind: type = dict, *, unique: bool = False) -> Any:
-    """The JSON object, or array where `kind` is list, in a regular file; OSError or ValueError where there is none.
+    """The JSON object, or array if `kind` is list, in a regular file; OSError or ValueError if there is none.
 
-    `unique` refuses an object with a repeated key, of which other readers may take another value.
+    `unique` refuses an object with a repeated key: other readers may take another of its values.
     """
     if not path.is_file():  # never wait for a pipe or read a device
-        raise FileNotFoundError(f"{path.name} is missing or no regular file")
+        raise FileNotFoundError(f"{path.name} is missing or not a regular file")
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MiB")
     try:
@@ -43,7 +43,7 @@ def read_json(path: Path, kind: type = dict, *, unique: bool = False) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("an object has a key twice")
     return content
 
 
@@ -67,10 +67,10 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The content of a record that `write_sealed` wrote; ValueError where any value of it has changed."""
+    """The content of a record that `write_sealed` wrote; ValueError if any value has changed."""
     content = read_json(path)
     if content.pop(SEAL, None) != hash_of(content):
-        raise ValueError("its content is not that of which it states the hash")
+        raise ValueError("its content does not match its hash")
     return content
 
 
@@ -80,7 +80,7 @@ def hash_of(content: Any) -> str:
 
 
 def as_json(content: Any) -> str:
-    """JSON that every reader takes: what is not finite, a perplexity for instance, is null."""
+    """JSON that every reader takes: a number that is not finite becomes null."""
     return json.dumps(_finite(content), indent=2) + "\n"
 
 

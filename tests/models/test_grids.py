@@ -150,12 +150,12 @@ def test_a_changed_or_missing_file_is_no_grid(folder) -> None:
     path = folder.folder / GRIDS
     content = path.read_bytes()
     flip_a_bit(path)
-    with pytest.raises(ModelError, match="not the file of which the manifest states the hash"):
+    with pytest.raises(ModelError, match="does not have the hash that the manifest states"):
         read_grids(folder)
     path.write_bytes(content[:-3])
     with pytest.raises(ModelError, match="damaged safetensors file"):
         read_grids(folder)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ModelError, match="missing or no regular file"):
+    with pytest.raises(ModelError, match="missing or not a regular file"):
         read_grids(folder)

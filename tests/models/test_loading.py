@@ -56,7 +56,7 @@ def test_a_tokenizer_that_is_missing_or_without_its_vocabulary(source) -> None:
         with pytest.raises(ModelError, match="model 'm': .*tokenizer files are missing or do not fit"):
             load_processor(source)
     (source.folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ModelError, match="tokenizer cannot be loaded; copy that of the original model into the folder"):
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded; copy the original model's into the folder"):
         load_processor(source)
 
 

@@ -75,7 +75,7 @@ def layer(**changes: Any) -> dict[str, Any]:
     [
         ("[]", "not an object"),
         ('{"kind": "pruned"}', "base_model: Field required"),
-        ({"layers": {}}, "has its settings and its layers listed"),
+        ({"layers": {}}, "a pruned folder lists its settings and its layers"),
         ({"prune": 5}, "prune: "),
         ({"prune": {"method": ["x |\n# INJECTED"]}}, r'prune.method: .* got \["x |\\n# INJECTED"\]'),
         ({"prune": SETTINGS.model_dump(mode="json") | {"group": 1}}, "prune.group"),

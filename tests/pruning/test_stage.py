@@ -284,7 +284,7 @@ def test_what_dense_exceptions_cost_is_told(pruned) -> None:
     assert reasons == {"left dense by an exception or the allocation": 7, "embedding tied": 1}
     head = result.left_dense["lm_head"].weights
     assert result.linear_weights == 2 * result.weights + head
-    extra = f"the exceptions keep {result.weights // 2:,} weights more than unstructured everywhere would (50.0 %)"
+    extra = f"the exceptions keep {result.weights // 2:,} more weights than unstructured everywhere would (50.0 %)"
     assert result.warnings[0] == extra
 
 

@@ -251,5 +251,7 @@ def test_a_layer_in_a_layout_of_its_own_is_not_merged_with_others(config) -> Non
     layer: Any = fake_vllm.LinearBase(made, DOWN, [(None, 16, 1)], COLUMNS)
     layer.load(None, **packed("bitmask", matrix(16)))
     assert same_bits(finished(layer), matrix(16))
-    with pytest.raises(ModelError, match=r"qkv_proj: its parts are packed as bitmask and bitmask-int8; vLLM has them"):
+    with pytest.raises(
+        ModelError, match=r"qkv_proj: its parts are packed as bitmask and bitmask-int8; vLLM merges them"
+    ):
         fake_vllm.LinearBase(made, QKV_PROJ, QKV, COLUMNS)

@@ -132,9 +132,12 @@ def test_outputs_that_cannot_be(tmp_path) -> None:
             with pytest.raises(UsageError, match=message), reserved(tmp_path / name, force):
                 pass
     assert names(tmp_path) == ["empty", "file", "link"]
-    with pytest.raises(UsageError, match="is no Unicode name"):
+    with pytest.raises(UsageError, match="is not a Unicode name"):
         check_workable(Path("run-\udcff"), "run")
-    for place, message in (("out-\udcff", "is no Unicode name"), ("/proc/new", "'/proc/new' cannot be .* in '/proc'")):
+    for place, message in (
+        ("out-\udcff", "is not a Unicode name"),
+        ("/proc/new", "'/proc/new' cannot be .* in '/proc'"),
+    ):
         with pytest.raises(UsageError, match=message):
             check_output(Path(place), force=False)
 
@@ -299,7 +302,7 @@ def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for folder in (".", "..", "../here"):
-        with pytest.raises(UsageError, match="is where you are"):
+        with pytest.raises(UsageError, match="is the current folder"):
             check_output(Path(folder), force=True)
     check_output(Path("new"), force=False)
 
@@ -335,7 +338,7 @@ def test_a_document_is_replaced_if_it_begins_as_its_kind_does(tmp_path) -> None:
     [
         ("thesis.doc", "heat map .* give a name that ends in .png"),
         ("kept.png", "exists; give another file, or --force"),
-        ("folder.png", "is a link or no file"),
+        ("folder.png", "is a link or not a file"),
         ("nowhere/map.png", "there is no folder"),
         ("kept.png/map.png", "there is no folder"),
     ],
