@@ -38,7 +38,7 @@ from gblm_compress.storage import records
 from gblm_compress.tasks.task import Task
 from gblm_compress.tasks.text import vocabulary_of
 
-PROCESS_BYTES = 600_000_000  # of a model's process, beside the model
+PROCESS_BYTES = 600_000_000  # of a model's process, besides the model
 LOAD_SECONDS = 5.0  # of a process, until its libraries are there
 
 
@@ -50,7 +50,7 @@ class BenchmarkResult(records.Result):
 
 
 class _Lane(NamedTuple):
-    """What dense and pruned must share to be compared; `manifest.weights_of` gives the dtype."""
+    """Only models of one lane are compared; `manifest.weights_of` gives the dtype."""
 
     runtime: str
     dtype: str
@@ -98,7 +98,7 @@ class Contest:
         )
 
     def faults(self) -> list[GblmError]:
-        """Those that show before the work: device, lengths, runtimes, baselines."""
+        """The faults that show before the work: device, lengths, runtimes, baselines."""
         runtimes, tokens = self.settings.runtimes, self.settings.prompt + self.settings.generate
         looks: list[Callable[[], object]] = [partial(loading.choose_device, self.compute.device)]
         for model in (*self.models, *self.baselines):
@@ -227,7 +227,7 @@ def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spr
 def started(
     source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
 ) -> Iterator[tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any]]]:
-    """A model in a process of its own: a function that asks it or raises its error, and what it answers first."""
+    """A model in a process of its own: a function that asks it or raises its error, and its first answer."""
     process = subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -242,7 +242,7 @@ def started(
             line = ""
         if not line:
             code = process.wait()
-            hint = "; it was killed, most likely for want of memory" if code == -9 else ""
+            hint = "; it was killed, most likely for lack of memory" if code == -9 else ""
             raise GblmError(f"the benchmark process of {source.name!r} ended with exit status {code}{hint}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -260,13 +260,13 @@ def started(
 def main() -> None:
     """Load the model of the first request, then answer the others until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # no print of a library must be taken for an answer
+    os.dup2(2, 1)  # a library's print must not be taken for an answer
     silence_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
     try:
         for answer in _answers():
             print(json.dumps(answer), file=answers, flush=True)
-    except Exception as error:  # the parent raises it; a terminal has one program that speaks
+    except Exception as error:  # the parent raises it, so that one program prints
         print(json.dumps(failure(error)), file=answers, flush=True)
 
 
@@ -274,7 +274,7 @@ def _answers() -> Iterator[dict[str, Any]]:
     setup = json.loads(sys.stdin.readline())
     source = ModelSource(setup["name"], Path(setup["folder"]))
     task = loading.task_of(source)
-    # Other runtimes do not say what they take of a GPU: of them the process's own memory counts.
+    # Other runtimes do not report their GPU memory: the process's own memory counts instead.
     with peak_memory(setup["device"] if setup["runtime"] in FOLDER_RUNTIMES else "cpu") as memory:
         passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
         where = setup["dtype"], setup["device"], setup["threads"]

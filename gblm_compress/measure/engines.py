@@ -52,7 +52,7 @@ class GenaiRuntime:
         session: dict[str, Any] = {"intra_op_num_threads": threads}
         place = source.folder
         if source.needs_operator:
-            # It loads a library from the model's folder or the working directory, and this program only its own.
+            # genai loads a library from the model's folder or the working directory; this program allows only its own.
             library = cpu.onnxruntime_library()
             session["custom_ops_library"], place = str(library), library.parent
         self._longest, self._room, self._operators = _checked_length(source), room, source.operators
@@ -107,7 +107,7 @@ def _checked_length(source: ModelSource) -> int:
         if key not in known or known[key] not in (None, text):
             wanted = repr(known[key]) if key in known else "no text"
             raise ModelError(
-                f"{source.name!r}: {path.name} has {key} {text[:80]!r}, where exports have {wanted}; export the model "
+                f"{source.name!r}: {path.name} has {key} {text[:80]!r}, but exports have {wanted}; export the model "
                 "again"
             )
     return longest
@@ -133,7 +133,7 @@ class VllmRuntime:
     """
 
     def __init__(self, source: ModelSource, dtype: str, device: str, threads: int) -> None:
-        # read when vLLM is imported; what the user has set stays. The engine runs in this process, on these cores
+        # read when vLLM is imported; the user's settings stay. The engine runs in this process, on these cores
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
@@ -152,7 +152,7 @@ class VllmRuntime:
         self._params = vllm.SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, detokenize=False)
         try:
             self._llm = vllm.LLM(str(source.folder), dtype=dtype, enable_prefix_caching=False, disable_log_stats=True)
-        except Exception as error:  # vLLM, transformers and torch each raise their own kinds for what does not load
+        except Exception as error:  # vLLM, transformers and torch each raise their own kinds
             raise ModelError(f"{source.name!r}: vLLM cannot load it ({first_line(error)})") from error
         self._engine = self._llm.llm_engine
         self._tokens: dict[str, list[int]] = {}
@@ -174,7 +174,7 @@ class VllmRuntime:
         return self._next(cache + 1), cache + 1
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """Those of the packed layers, merged as in vLLM; its own layers count as dense."""
+        """The kernels of packed layers, merged as in vLLM; its own layers count as dense."""
 
         def count(model: Any) -> dict[str, int]:
             from vllm.model_executor.layers.linear import LinearBase

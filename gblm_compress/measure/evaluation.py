@@ -189,7 +189,7 @@ def evaluate(
     looks += [partial(check_baseline, source, model) for model in dense]
     errors.raise_all(check([source, *dense], settings, progress) + errors.collect(looks))
     task, samples = loading.task_of(source), _samples(source, settings, progress)
-    if not progress.quiet and not isinstance(baseline, Reference):  # which several evaluations share
+    if not progress.quiet and not isinstance(baseline, Reference):  # several evaluations share it
         place = loading.choose_device(device)
         if line := _estimate([source, *dense], samples, loading.choose_dtype(dtype, source, place), place):
             progress.say(line)

@@ -91,7 +91,7 @@ class _Graph:
 
     def _other_interface(self, what: str) -> ModelError:
         return ModelError(
-            f"{self._name!r}: model.onnx is no export of this program: {what}; make it again with "
+            f"{self._name!r}: model.onnx is not an export of this program: {what}; make it again with "
             "`gblm-compress export MODEL -o OUT --format onnx`"
         )
 
@@ -112,7 +112,7 @@ class _Graph:
                 operator = event["args"]["op_name"]
                 ran[turns[0]][f"{operator} ({event['args']['provider']})"] += 1
                 took[turns[0]][part_of(event["name"], operator)] += event["dur"]
-            elif event["name"] == "model_run":  # stands after the operators of its call
+            elif event["name"] == "model_run":  # comes after the operators of its call
                 del turns[0]
         assert not turns
         self._records.cleanup()
@@ -121,7 +121,7 @@ class _Graph:
         self._profiles = {tokens: dict(run.most_common()) for tokens, run in zip(counts, ran[WARM:], strict=True)}
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """{operator (provider): how often it ran} on the largest recorded number of tokens up to that."""
+        """{operator (provider): how often it ran} on the largest recorded number of tokens, at most `tokens`."""
         assert self._profiles, "the runtime must be loaded with `profile`"
         return self._profiles[max((n for n in self._profiles if n <= tokens), default=min(self._profiles))]
 
@@ -280,7 +280,7 @@ class OnnxRuntime(_Graph):
             self._past[name] = ONNX_TYPES[value.type], shape
             self._present.append(present)
         if not self._past:
-            raise self._other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
+            raise self._other_interface(f"it has no input {_PAST}*, so it cannot continue from a cache")
         said = self._session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
         if said is not None and not re.fullmatch(r"[1-9]\d{0,8}", said):
             raise self._other_interface(f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")

@@ -105,8 +105,8 @@ def runtimes_of(source: ModelSource) -> tuple[str, ...]:
 def check_device(source: ModelSource, device: str) -> None:
     if device != "cpu" and source.needs_operator:
         raise UsageError(
-            f"{source.name!r} was exported with --kernels, whose operators run on a CPU alone, and it would be run on "
-            f"{device}; give --device cpu, or export without --kernels"
+            f"{source.name!r} was exported with --kernels, whose operators run only on a CPU, not on {device}; "
+            f"give --device cpu, or export without --kernels"
         )
 
 

@@ -67,7 +67,7 @@ def check_folder(include_path: str | None) -> None:
 
 
 def fingerprint(settings: EvaluateSettings) -> list[Any]:
-    """The versions of lm-eval and of every file in the user's folder: task files include others."""
+    """The version of lm-eval and a hash of every file in the user's folder: task files include others."""
     if not settings.tasks:
         return []
     include_path, hashes = settings.include_path, {}
@@ -154,7 +154,7 @@ def score(answered: Answers, dense: Answers | None = None) -> ZeroShot:
 def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None:
     """The ratio of two mean accuracies over tasks, with a 95 % confidence interval; tasks count alike.
 
-    The models answer the same questions, so that the interval comes from the spread of x − r·y over the questions of
+    The models answer the same questions, so the interval comes from the spread of x − r·y over the questions of
     each task (delta method for the ratio r of paired means). None if the dense model has no right answer, or a task a
     single question.
     """
@@ -171,7 +171,7 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
 
 @contextmanager
 def _calm(progress: Progress) -> Iterator[None]:
-    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars; say it if memory runs out."""
+    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars; report a lack of memory."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     quiet = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()
@@ -184,7 +184,7 @@ def _calm(progress: Progress) -> Iterator[None]:
             raise
         raise NotEnoughMemoryError(
             f"memory ran out while tasks were asked, {BATCH} choices at a time ({first_line(error)}); fewer questions "
-            "(--limit) need no less: give --dtype bfloat16, or --device cpu if it was the GPU's, or tasks with shorter "
+            "(--limit) do not help: give --dtype bfloat16, or --device cpu if it was the GPU's, or tasks with shorter "
             "questions"
         ) from error
     finally:

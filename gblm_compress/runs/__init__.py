@@ -1,1 +1,1 @@
-"""What a user asks for as one run: the recipe, its checks, stages, comparison, gates and report."""
+"""A run: the recipe, its checks, stages, comparison, gates and report."""

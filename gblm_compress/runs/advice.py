@@ -1,7 +1,7 @@
-"""Advice before any pruning: the size and speed that each way to compress a model would have on this machine.
+"""Advice before any pruning: size and speed of each way to compress a model on this machine.
 
 Two models with random weights, of one block and of a few blocks of the model's shapes, are made and timed in every way.
-Size and time are linear in the number of blocks, which gives those of the whole model. Quality is not measured.
+Size and time are linear in the blocks, and so predicted for the whole model. Quality is not measured.
 """
 
 import time
@@ -30,7 +30,7 @@ from gblm_compress.tasks.text import vocabulary_of
 
 PROMPT, WARM_UP, STEPS = 64, 10, 100
 FEW, WEIGHTS = 5, 40_000_000
-"""Least blocks, and weights, that are timed; fewer would drown in noise. A small model is timed whole."""
+"""The fewest blocks, and weights, to time; fewer would drown in noise. A small model is timed whole."""
 WORTH = 1.15
 """A gain below this is not worth the quality that pruning takes."""
 WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
@@ -80,7 +80,7 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
     loading.check_length(source, PROMPT + WARM_UP + STEPS, "the length that is timed")
     blocks = find_blocks(loading.load_skeleton(source))[1]
     if (settings.blocks or 0) > max(2, len(blocks)):
-        raise UsageError(f"blocks {settings.blocks}: model {source.name!r} has {len(blocks)}; give no more than that")
+        raise UsageError(f"blocks {settings.blocks}: model {source.name!r} has {len(blocks)}; give at most that many")
     weights = sum(weight.numel() for weight in blocks[0].parameters())
     few = settings.blocks or max(2, min(max(FEW, WEIGHTS // weights), len(blocks)))
     predictions, left_out = [], {}
@@ -94,7 +94,7 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
                     left_out[way] = str(error)
                 advance()
     if not predictions:
-        raise UsageError(f"nothing can be made of {source.name!r} here: {next(iter(left_out.values()))}")
+        raise UsageError(f"no way works for {source.name!r} here: {next(iter(left_out.values()))}")
     predictions.sort(key=lambda each: each.ms_per_token)
     said = tuple(sentences(predictions))
     return Advice(tuple(predictions), left_out, said, len(blocks), time.monotonic() - start)
@@ -105,7 +105,7 @@ def _cut(source: ModelSource, number: int, settings: AdviseSettings, folder: Pat
     skeleton = loading.load_skeleton(source)
     config = skeleton.config.get_text_config()
     if (blocks := getattr(config, "num_hidden_layers", None)) is None:
-        raise ModelError(f"{type(skeleton).__name__}: its config names no number of blocks, so that it cannot be cut")
+        raise ModelError(f"{type(skeleton).__name__}: its config names no number of blocks, so it cannot be cut")
     for key, value in vars(config).items():
         if isinstance(value, list) and len(value) == blocks:
             setattr(config, key, [value[n % blocks] for n in range(number)])
@@ -136,7 +136,7 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
         slope = max(0.0, of_many - of_few) / (many - few)
         return of_many + slope * (blocks - many)
 
-    # A step of a model that is larger than the cache finds nothing there that the step before it left.
+    # A step of a model larger than the cache finds nothing there from the step before.
     total, cache = int(whole(*size)), last_cache_bytes()
     short, long = (_step_ms(each, dtype, threads, replacing(cache if total > cache else 0)) for each in made)
     # The slope is steepest from a fast small model to a slow large one, least the other way round.
@@ -171,16 +171,16 @@ def sentences(predictions: Sequence[Prediction]) -> Iterator[str]:
     def against(one: Prediction, other: Prediction) -> str:
         if one.high >= other.low:
             ranges = " and ".join(f"{each.name} {each.low:.1f}–{each.high:.1f}" for each in (one, other))
-            return f"cannot tell, for the ranges overlap: {ranges} ms per token; ask again, or measure with `benchmark`"
+            return f"Unclear, as the ranges overlap: {ranges} ms per token; ask again, or measure with `benchmark`"
         return f"{one.name} needs {one.ms_per_token / other.ms_per_token:.2f} times the time of {other.name}"
 
     if pruned and rival and gains(pruned, rival):
-        yield f"Does pruning pay here? {against(pruned, rival)}. `evaluate` tells what it costs in quality."
+        yield f"Does pruning pay here? {against(pruned, rival)}. `evaluate` measures the loss of quality."
     elif quantised and dense and gains(quantised, dense):
         yield f"Does quantisation alone pay here? {against(quantised, dense)}."
     elif rival:
-        yield f"Leave the model as it is: nothing needs clearly less than {rival.name}."
+        yield f"Leave the model as it is: nothing is clearly faster than {rival.name}."
     if busy_cores() > 0.5:
         yield "Other programs were running: ask again on a quiet machine before you trust the times."
     if not cpu.available():
-        yield "This package's kernels were not built, so that packed layers are restored for every product."
+        yield "This package's kernels were not built, so packed layers are unpacked for every product."

@@ -1,4 +1,4 @@
-"""Dense ONNX exports, the baselines of a benchmark. Those that nobody gives are made once, in the cache folder."""
+"""Dense ONNX exports, the baselines of a benchmark. Missing ones are made once, in the cache folder."""
 
 import time
 from dataclasses import replace
@@ -17,7 +17,7 @@ from gblm_compress.storage import records
 
 
 def completed(contest: Contest, progress: Progress) -> Contest:
-    """With the dense ONNX exports that are missing among the baselines, after all checks."""
+    """The contest, with its missing dense ONNX exports among the baselines, after all checks."""
     errors.raise_all(contest.faults())
     wanted = [(dense, settings_of(weights)) for weights, dense in contest.missing().items()]
     errors.raise_all(errors.collect(partial(exporters.check, *each) for each in wanted))

@@ -23,12 +23,12 @@ LETTERS = 18  # of a line of a label
 ALIKE = 0.01  # Shares that differ by less would have the same colour.
 ZEROS = "The fraction of zeros in each pruned layer: a column is a block of the model, a row a projection in it."
 ERRORS = (
-    "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, on "
-    "the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
+    "The error of each layer's output, relative to the output of its dense weights for the same inputs, on the "
+    "calibration text when it was pruned and fitted. Pruning costs most in dark layers."
 )
 LOSS = (
-    "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the training "
-    "weighs it, on text that the training does not see: lower is better. The filled dot was kept."
+    "KL divergence from the dense model's predictions, mixed with the cross-entropy of the text if the training weighs "
+    "it, on text that the training does not see. Lower is better; the filled dot was kept."
 )
 
 
@@ -81,7 +81,7 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
 
 
 def _dots(report: RunReport, figure: str, name: str, title: str, caption: str) -> Chart | None:
-    """A dot with its interval for each time, named by what the rows differ in."""
+    """A dot with its interval for each time; its name has the columns that differ."""
     rows = report.find(figure)
     if len(rows) < 2:
         return None

@@ -156,7 +156,7 @@ def check(grid: Grid, progress: Progress) -> None:
     loading.check_model(source, "compare")
     task = loading.task_of(source)
     if not task.generates:
-        raise UsageError(f"compare measures perplexity, which {task.help} has none of; prune and evaluate it")
+        raise UsageError(f"compare measures perplexity, and {task.help} has none; prune and evaluate it")
     looks: list[Look] = [partial(loading.choose_device, grid.compute.device)]
     if any(method.needs_text for method in methods):
         looks.append(partial(task.data_files, text.dataset))

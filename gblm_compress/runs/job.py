@@ -31,7 +31,7 @@ from gblm_compress.storage import outputs, records
 
 STAGES = ".stages"
 Look = Callable[[], object]
-"""Raises what is in the way of the work, if anything is."""
+"""Raises an error if something prevents the work."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Job:
 
     @cached_property
     def notes(self) -> list[str]:
-        """Why exports are not as the recipe would have them."""
+        """Why exports differ from the recipe."""
         return [note for each in self.recipe.export if (note := exporters.decided(each)[1])]
 
     @cached_property
@@ -203,7 +203,7 @@ def _content(place: Path | None) -> str | None:
 
 
 def data_hash(dataset: str) -> str | None:
-    """A hash of a local dataset's content; None of a dataset that is not local."""
+    """A hash of a local dataset's content; None for a dataset that is not local."""
     digest, paths = hashlib.sha256(), tasks.data_files(dataset)
     for root, path in ((given, below) for given in paths for below in (given, *sorted(given.rglob("*")))):
         if path.is_file():  # its folder may be its label

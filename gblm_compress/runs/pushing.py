@@ -44,7 +44,7 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
 
     Raises:
         UsageError: no such artefact, or the hub refuses it.
-        ModelError: a file or the card is damaged, or is no regular file in the folder.
+        ModelError: a file or the card is damaged, or is not a regular file in the folder.
         VerificationError: the files are not those that the report measured.
         GblmError: the upload fails.
     """
@@ -53,7 +53,7 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
     if artefact not in known or folder.is_symlink() or not folder.is_dir():
         raise UsageError(f"artefact {artefact!r} is not in {str(run)!r}; its artefacts are {', '.join(known)}")
     if repo is not None and not REPO.fullmatch(repo):
-        raise UsageError(f"{repo!r} is no name of a repository; give OWNER/NAME, for example me/my-model-bitmask")
+        raise UsageError(f"{repo!r} is not the name of a repository; give OWNER/NAME, for example me/my-model-bitmask")
     own = {path.relative_to(folder).as_posix(): path for path in verified(report, run, artefact)}
     prepared = PushResult(complete(report, artefact, _card(folder / CARD)), own)
     if repo is None:
@@ -70,12 +70,12 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
             f"the hub refuses {repo!r} ({first_line(error)}); log in with `hf auth login`, with a token that may write "
             "to it"
         ) from error
-    except Exception as error:  # the client, its transports and its ways to upload raise kinds of their own
+    except Exception as error:  # the client and its transports raise many kinds
         raise GblmError(f"the hub does not take {repo!r} ({first_line(error)}); run the same command again") from error
 
 
 def verified(report: RunReport, run: Path, artefact: str) -> list[Path]:
-    """The files of an artefact, after the check that they are those that the report measured."""
+    """The files of an artefact, after the check that the report measured them."""
     from gblm_compress.runs.job import read_record  # loads torch
 
     source, stage = ModelSource(artefact, run / artefact), MADE_BY.get(artefact, f"export {artefact}")
@@ -93,7 +93,7 @@ def verified(report: RunReport, run: Path, artefact: str) -> list[Path]:
 def _card(path: Path) -> str:
     if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_CARD:
         raise ModelError(
-            f"model card {str(path)!r} is missing, a link, no regular file or larger than {LARGEST_CARD >> 20} MiB; "
+            f"model card {str(path)!r} is missing, a link, not a regular file or larger than {LARGEST_CARD >> 20} MiB; "
             f"remove {str(path.parent)!r}, and run the recipe again"
         )
     try:
@@ -104,7 +104,7 @@ def _card(path: Path) -> str:
 
 def complete(report: RunReport, artefact: str, card: str) -> str:
     """The artefact's card, with measurements: tables for people, `model-index` for the hub."""
-    fault = f"the first lines of {artefact}/{CARD}, between '---', are no metadata that the hub reads"
+    fault = f"the first lines of {artefact}/{CARD}, between '---', are not metadata that the hub reads"
     with translated(lambda said: ModelError(f"{fault} ({said}); correct them")):
         found = ModelCard(card, ignore_metadata_errors=True)
         str(found)

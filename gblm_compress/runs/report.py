@@ -42,7 +42,7 @@ class ReportResult:
 
 
 def report(folders: Sequence[Path], output: Path) -> ReportResult:
-    """Write the page of the last of one or two runs, with the changes between two."""
+    """Write the page of the last run; with two runs, it has their differences."""
     with outputs.PAGE.reserved(output, inputs=folders) as write:
         if len(folders) not in (1, 2):
             raise UsageError("give one folder that `gblm-compress run` wrote, or two to compare them, the newest last")
@@ -57,7 +57,7 @@ def write(report: RunReport, output: Path) -> None:
     records.write_file(output / REPORT, records.as_json(report.as_dict()))
     drawn = charts.of(report)
     records.write_file(output / PAGE, html(report, drawn=drawn))
-    with suppress(OSError):  # without the folder no file can be written, which says so
+    with suppress(OSError):  # without the folder, writing into it fails below
         (output / PICTURES).mkdir(exist_ok=True)
     for chart in drawn:
         records.write_file(output / PICTURES / f"{chart.name}.png", chart.picture)
@@ -84,7 +84,7 @@ def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence
 
 
 def _printable(value: Any) -> Any:
-    """Names may have bytes that are no UTF-8."""
+    """Names may have bytes that are not UTF-8."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else printable_lines(value)
 
 

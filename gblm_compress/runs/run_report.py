@@ -111,8 +111,8 @@ def read(folder: Path) -> RunReport:
         fault = error.errors()[0] if isinstance(error, ValidationError) else None
         said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else first_line(error)
         raise UsageError(
-            f"{str(path)!r} is no report that this version reads ({said}); `gblm-compress run` writes it anew, "
-            "and does the stages of another version again"
+            f"{str(path)!r} is not a report that this version reads ({said}); run the recipe again: "
+            "the stages of other versions are repeated"
         ) from error
 
 
@@ -218,7 +218,7 @@ def clear(speedup: Row) -> str:
 
 
 def _quality(report: RunReport, artefact: str, beside: str) -> Tile:
-    """Beside the dense model itself if the dense export was not evaluated."""
+    """Compared with the dense model itself if the dense export was not evaluated."""
     name = next(iter(report.metrics), "")
     own = next((row for row in report.rows if row.figure == name and row.artefact == artefact), None)
     dense = next((row.value for row in report.find(name, beside)), None)

@@ -27,7 +27,7 @@ NAMES = {
 UNMEASURED = "–"
 SMALL = 0.01
 """A figure without an interval counts as the same if it changes by no more than this fraction."""
-MOST = 4  # figures that a note names
+MOST = 4  # figures in a note
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def cell_of(row: Row | None) -> Cell:
         return Cell(UNMEASURED)
     ratio = row.figure.endswith(("speedup", "recovery"))
     mark = clear(row) if ratio else ""
-    text = amount(row.figure, row.value, row.error).removesuffix(" ms")  # which the heading says
+    text = amount(row.figure, row.value, row.error).removesuffix(" ms")  # the heading has the unit
     return Cell(text + (interval(row) if ratio else ""), row.value, mark)
 
 
@@ -94,7 +94,7 @@ PLAIN = (
         "Tasks",
         {"model": "artefact", "task": "part"},
         ("questions", "accuracy", "dense_accuracy", "recovery"),
-        "± is one standard error; the interval of a recovery is one of 95 %.",
+        "± is one standard error; a recovery has its 95 % interval.",
     ),
     (
         "Kernels that ran",
@@ -106,7 +106,7 @@ PLAIN = (
         "Pruned layers",
         {"layer": "part"},
         ("weights", "zeros", "output_error"),
-        "The error is that of the layer's output, relative to its dense weights' output.",
+        "The error of the layer's output, relative to the output of its dense weights.",
     ),
     (
         "Recovery",
@@ -169,7 +169,7 @@ def stages(report: RunReport) -> Table:
 
 
 def changes(before: RunReport, now: RunReport) -> Table:
-    """The changes between two runs, worse figures first; of times within one runtime, dtype and batch."""
+    """The changes between two runs, worse figures first; times within one runtime, dtype and batch."""
     earlier, later = _by_key(before), _by_key(now)
     lines = []
     for key, row in later.items():
@@ -203,7 +203,7 @@ def compared(was: Row, now: Row) -> str:
 
 
 def _by_key(report: RunReport) -> dict[tuple[Any, ...], Row]:
-    """The rows by what two runs compare, without figures that follow from others."""
+    """The rows by their key in two runs, without derived figures."""
     found = {}
     for row in report.rows:
         derived = row.figure in ("bytes_ratio", "retained", "density") or row.figure.endswith("_increase")

@@ -234,7 +234,7 @@ def test_a_plain_graph_takes_the_place_of_a_fused_one_that_does_not_run(tmp_path
 @needs_operator
 @pytest.mark.parametrize("runtime", ["onnxruntime", "genai"])
 def test_operators_of_a_cpu_are_not_run_on_another_device(exported, runtime) -> None:
-    with pytest.raises(UsageError, match="exported with --kernels, whose operators run on a CPU alone, and it would"):
+    with pytest.raises(UsageError, match="exported with --kernels, whose operators run only on a CPU, not on"):
         load_runtime(exported[1]["kernels"][1], "auto", "cuda", 1, runtime=runtime)
 
 
@@ -256,7 +256,7 @@ def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monke
     assert (done.stderr, json.loads(done.stdout)) == ("", expected)
 
 
-NO_TEXT, SESSION = ".*, where exports have no text", "model.decoder.session_options"
+NO_TEXT, SESSION = ".*, but exports have no text", "model.decoder.session_options"
 
 
 @pytest.mark.parametrize(
@@ -264,10 +264,10 @@ NO_TEXT, SESSION = ".*, where exports have no text", "model.decoder.session_opti
     [
         ({f"{SESSION}.custom_ops_library": "evil.so"}, rf"{SESSION}\.custom_ops_library{NO_TEXT}"),
         ({"model.decoder.pipeline": [{"a": {"filename": "a.onnx"}}]}, rf"model\.decoder\.pipeline{NO_TEXT}"),
-        ({"model.decoder.filename": "../other.onnx"}, r"filename '\.\./other\.onnx', where exports have 'model\.onnx'"),
+        ({"model.decoder.filename": "../other.onnx"}, r"filename '\.\./other\.onnx', but exports have 'model\.onnx'"),
         # the library would pass it to printf
-        ({"model.decoder.inputs.past_key_names": "%s%n"}, "past_key_names '%s%n', where exports have 'past_key"),
-        ({"model.decoder.outputs.present_value_names": ["%s"]}, r"outputs\.present_value_names .*, where exports have"),
+        ({"model.decoder.inputs.past_key_names": "%s%n"}, "past_key_names '%s%n', but exports have 'past_key"),
+        ({"model.decoder.outputs.present_value_names": ["%s"]}, r"outputs\.present_value_names .*, but exports have"),
         ({"model.context_length": float("inf")}, r"no genai_config\.json .*'float' object"),
         ({"search.top_k": True}, "onnxruntime-genai cannot load it"),
         (lambda config: config.replace('"search": {', '"search": {}, "search": {'), "has a key twice"),

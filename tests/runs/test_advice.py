@@ -44,7 +44,7 @@ def predictions(times: tuple[float, float, float], spread: float) -> list[Predic
 
 
 PAYS = "Does pruning pay here? "
-CANNOT_TELL = f"{PAYS}cannot tell, for the ranges overlap: pruned 2.9–5.6 and quantised 4.3–8.4 ms per token; ask"
+CANNOT_TELL = f"{PAYS}Unclear, as the ranges overlap: pruned 2.9–5.6 and quantised 4.3–8.4 ms per token; ask"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ CANNOT_TELL = f"{PAYS}cannot tell, for the ranges overlap: pruned 2.9–5.6 and 
         ((10, 6, 4), 1.1, f"{PAYS}pruned needs 0.67 times the time of quantised. `evaluate`"),
         ((10, 6, 4), 1.4, CANNOT_TELL),
         ((10, 6, 5.9), 1.1, "Does quantisation alone pay here? quantised needs 0.60 times the"),
-        ((10, 9.5, 9.9), 1.01, "Leave the model as it is: nothing needs clearly less than quantised."),
+        ((10, 9.5, 9.9), 1.01, "Leave the model as it is: nothing is clearly faster than quantised."),
     ],
 )
 def test_the_words_follow_from_the_figures_and_their_ranges(times, spread, said) -> None:
@@ -65,7 +65,7 @@ def test_a_model_of_few_positions_or_one_block(tmp_path, monkeypatch) -> None:
     with pytest.raises(UsageError, match="has 64 positions; the length that is timed is 174"):
         advise(saved(tiny_family("gpt2", n_positions=64), tmp_path / "short"), AdviseSettings(), progress=QUIET)
     source = saved(tiny_family("gpt2", n_layer=1, n_positions=256), tmp_path / "one")
-    with pytest.raises(UsageError, match="blocks 3: model 'one' has 1; give no more than that"):
+    with pytest.raises(UsageError, match="blocks 3: model 'one' has 1; give at most that many"):
         advise(source, AdviseSettings(blocks=3), progress=QUIET)
     with pytest.raises(ValueError, match="threads"):
         AdviseSettings(threads=1025)

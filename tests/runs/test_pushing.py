@@ -82,8 +82,8 @@ def linked(path: Path) -> None:
         ("README.md", Path.unlink, ModelError, "model card '.*README.md' is missing"),
         ("README.md", linked, ModelError, "model card '.*README.md' is missing, a link"),
         ("README.md", lambda path: path.write_bytes(b"\xff"), ModelError, "is not UTF-8"),
-        ("README.md", lambda path: path.write_text("---\na: [\n---\n"), ModelError, "no metadata that the hub reads"),
-        ("README.md", lambda path: path.write_text("---\ntags: 5\n---\n"), ModelError, "no metadata that the hub"),
+        ("README.md", lambda path: path.write_text("---\na: [\n---\n"), ModelError, "are not metadata that the hub reads"),
+        ("README.md", lambda path: path.write_text("---\ntags: 5\n---\n"), ModelError, "are not metadata that the hub"),
     ],
 )
 def test_nothing_is_sent_of_an_artefact_that_is_not_what_was_measured(run, name, damage, kind, message) -> None:

@@ -156,7 +156,7 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
 def test_a_report_that_is_none_or_of_impossible_figures_is_refused(tmp_path) -> None:
     cases = {
         "{}": "recipe: Field required", "[": "Expecting value", "[]": "it holds a list",
-        '{"rows": 3}': "is no report that this version reads",
+        '{"rows": 3}': "is not a report that this version reads",
     }  # fmt: skip
     whole = as_json(report().as_dict())
     for figure, value in product(("bytes", "bytes_ratio", "weights"), (0, -1, None)):
