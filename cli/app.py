@@ -36,8 +36,8 @@ error arose.
 """
 
 STOPPED = (
-    "interrupted; no half-written output is left: run the same command again (prune and recover with --resume, to go "
-    "on from what is finished)"
+    "interrupted; no half-written output is left: run the same command again (with --resume, prune and recover "
+    "continue from the finished work)"
 )
 
 app = typer.Typer(
@@ -70,10 +70,10 @@ def program(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    # A stream may be closed before the program begins.
+    # A stream may be closed before the program starts.
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal has not
+        if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     own_process()
     try:
@@ -106,7 +106,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _unforeseen(error: Exception) -> int:
-    if is_interrupted():  # libraries make errors of their own of it
+    if is_interrupted():  # libraries turn Ctrl-C into errors of their own
         _print(STOPPED)
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader has gone, as `head` does
@@ -128,7 +128,7 @@ def _in_words(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({said}); make room, and run the same command again", OutputError.exit_code
     if isinstance(error, OSError):
-        return f"the system refuses ({said})", GblmError.exit_code
+        return f"the system reports an error ({said})", GblmError.exit_code
     if isinstance(error, RecursionError):
         return f"an input is nested too deeply ({said})", GblmError.exit_code
     return f"a fault of this program; please report it ({type(error).__name__}: {said})", GblmError.exit_code

@@ -18,12 +18,12 @@ from gblm_compress.errors import GateError, GblmError, UsageError, together
 from gblm_compress.settings import Panel, Settings
 from gblm_compress.settings.fields import MANY, choices_of
 
-TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
+TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # by their names in JSON; others are text
 METAVARS = {
     "set": "KEY=VALUE", "push_to_hub": "OWNER/NAME", "overrides": "LAYERS=PATTERN[@SPARSITY],...",
     "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "heat_map", "junit", "summary"), "<path>"),
 }  # fmt: skip
-JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
 ALL = "--help-all"
 # Some versions of Typer carry their own click: take the class from where its exceptions are.
 NoSuchOption: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
@@ -38,7 +38,7 @@ def _all_options(context: typer.Context, wanted: bool) -> None:
 
 
 HELP_ALL = Annotated[
-    bool, typer.Option(ALL, callback=_all_options, is_eager=True, help="Show all options, also the rare ones.")
+    bool, typer.Option(ALL, callback=_all_options, is_eager=True, help="Show all options, including the rare ones.")
 ]
 
 
@@ -80,7 +80,7 @@ class PanelCommand(TyperCommand):
         formatter.write(f"\nExample:\n  {self.epilog}\n" if self.epilog else "")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """UsageError: all arguments that are missing, and the example."""
+        """UsageError lists all missing arguments, and the example."""
         try:
             return super().parse_args(ctx, list(args))
         except NoSuchOption as error:
@@ -170,8 +170,8 @@ def _options(part: Part) -> list[Parameter]:
 def _option(settings: type[Settings], field: str, name: str, schema: dict[str, Any]) -> Parameter:
     described = settings.model_fields[field]
     kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
-    schema = kinds[0] if len(kinds) == 1 else {}  # a field of several types is text, which the settings read
-    if True in schema.get("enum", ()):  # what else there is, recipes and Python can give
+    schema = kinds[0] if len(kinds) == 1 else {}  # a field of several types is text, and the settings parse it
+    if True in schema.get("enum", ()):  # other values are for recipes and Python
         schema = {"type": "boolean"}
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
@@ -179,7 +179,7 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
     choices = () if kind is bool else tuple(map(str, choices_of(settings, field).values))
     default = described.get_default(call_default_factory=True)
 
-    def complete(incomplete: str) -> list[str]:  # of a list, its last part
+    def complete(incomplete: str) -> list[str]:  # completes the last part of a list
         return [incomplete[: incomplete.rfind(",") + 1] + choice for choice in choices]
 
     option = typer.Option(
@@ -196,7 +196,7 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
 
 
 def _help(description: str, choices: tuple[str, ...], schema: dict[str, Any]) -> str:
-    """The description, then the choices and the range if it does not name them."""
+    """The description, then the range, and the choices that it does not name."""
     explained = set(choices) <= set(re.findall(r"[\w-]+", description))
     named = "" if explained else f" [{', '.join(choices)}]"
     low = [f"{schema[key]}{sign}" for key, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if key in schema]

@@ -23,7 +23,7 @@ from gblm_compress.settings.fields import SELF
 from gblm_compress.storage import outputs, records
 
 Arguments = Mapping[str, Any] | None
-WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
+WIDTH_OF_FILES = 160  # columns, if the output is not a terminal
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
 NEXT = "next: gblm-compress "
 NOT_YET = "The folder is neither smaller nor faster than the dense model until you export it."
@@ -44,7 +44,7 @@ def show(command: str, result: Any, as_json: bool, given: Arguments = None, view
 
 
 def views(command: str) -> list[Parameter]:
-    """What a user may ask of a command's summary: its keywords."""
+    """The keywords of a command's summary, which a user may ask for."""
     return list(signature(SUMMARIES[command]).parameters.values())[1:] if command in SUMMARIES else []
 
 
@@ -141,7 +141,7 @@ def plan(c: dict[str, Any]) -> list[Any]:
 
 def advise(c: dict[str, Any]) -> list[Any]:
     columns = "way = {name} | >weights = {bytes:bytes} | >ms per token = {ms_per_token:.1f} ({low:.1f}–{high:.1f})"
-    notes = [f"note: {way} cannot be had: {reason}" for way, reason in c["left_out"].items()]
+    notes = [f"note: {way} does not work here: {reason}" for way, reason in c["left_out"].items()]
     return [_table(columns, c["predictions"]), *c["sentences"], *notes]
 
 
@@ -303,7 +303,7 @@ def run(result: Any) -> list[Any]:
 def validate(c: dict[str, Any]) -> list[Any]:
     if not c["valid"]:
         return []
-    absent = [f"not looked at before the run, as it is not on this machine yet: {name}" for name in c["unchecked"]]
+    absent = [f"not checked before the run, as it is not on this machine yet: {name}" for name in c["unchecked"]]
     return [
         f"{c['path']}: valid",
         *(f"• {stage}" for stage in c["stages"]),
@@ -352,7 +352,7 @@ def _manifest(folder: str) -> dict[str, Any]:
 
 
 def _dense_of(made: str) -> str:
-    """The dense model of a folder made here, by a name that finds it again; a manifest names no place on this disk."""
+    """The dense model of a folder made here, or MODEL if no name finds it; manifests have no paths of this disk."""
     name = _manifest(made).get("base_model", {}).get("name") or "MODEL"
     return name if name in TRIALS or "/" in name or Path(name).is_dir() else "MODEL"
 
@@ -370,7 +370,7 @@ def _planned(_: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """On the part for evaluation of the text that was given, if that has one; on `demo` if none was given."""
+    """On the evaluation part of the given text, if it has one; on `demo` if none was given."""
     text = given.get("calibration", SELF)
     options = _flags(
         dataset="demo" if text == SELF else text if text in ("demo", "wikitext2", "c4") else None,
@@ -381,10 +381,7 @@ def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...
 
 
 def _go_on(model: str, is_text: bool = False) -> tuple[str, ...]:
-    """From a dense model to a pruned one, from that to an export, and from that to its time.
-
-    Nothing follows a dense export: a benchmark would hold it against another one like it.
-    """
+    """Prune a dense model, export a pruned one, time an export. Nothing follows a dense export, which is a baseline."""
     made = _manifest(model)
     kind = made.get("kind")
     if kind is None:
@@ -417,7 +414,7 @@ def _push(run: str, best: str | None) -> tuple[str, ...]:
 
 
 def _timed(models: Sequence[str], baseline: str) -> tuple[str, ...]:
-    """A timed export is evaluated next; a timed folder is exported."""
+    """Evaluate a timed export; export a timed folder."""
     model = models[0]
     return _evaluate(model, baseline, {}) if _manifest(model).get("kind") == "export" else _go_on(model)
 
@@ -438,4 +435,4 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "validate": lambda _, given: ("run", given["recipe"], *(f"--set={change}" for change in given.get("set", ()))),
     "doctor": lambda c, _: ("run", "quickstart") if c["ok"] else (),
 }
-"""The words of the next command, from a result and the given arguments. MODEL is a dense model without a name."""
+"""The words of the next command, from a result and the given arguments. MODEL stands for an unknown dense model."""

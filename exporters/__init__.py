@@ -29,7 +29,7 @@ START_SECONDS = 8.0  # imports and the runtime's start
 
 @dataclass(frozen=True)
 class ExportResult(records.Result):
-    """Bytes are those of weights and graphs on disk, `checks` the results of verification."""
+    """Bytes of weights and graphs on disk; `checks` are the results of verification."""
 
     format: str
     folder: str
@@ -66,7 +66,7 @@ def _estimate(source: ModelSource, settings: ExportSettings) -> str:
 
 
 def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:
-    """Make `kernels` true or false where it is auto. A note says if the zeros save no time here, and why."""
+    """Make `kernels` true or false if it is auto. A note says why, if the zeros save no time here."""
     if settings.kernels == "auto":
         try:
             cpu.onnxruntime_library()
@@ -84,7 +84,7 @@ def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:
-    """Raise what makes an export impossible, without loading weights.
+    """Raise an error if the export is impossible, without loading weights.
 
     Args:
         source: the model, or the dense one that it will be made from; None if it does not exist yet.
@@ -103,7 +103,7 @@ def check_grid(group: int | None, settings: ExportSettings) -> None:
     if settings.group is not None:
         raise UsageError(f"group {settings.group}: the model was pruned onto grids of {own}; leave --group out")
     if settings.format == "onnx" and settings.quantise and not settings.kernels:
-        raise UsageError(f"the model was pruned onto grids of {own}, which ONNX Runtime does not have; add --kernels")
+        raise UsageError(f"the model was pruned onto grids of {own}, which ONNX Runtime lacks; add --kernels")
 
 
 def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
@@ -117,7 +117,7 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
 
 
 def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights with so few zeros that a mask, of a bit for each weight, takes more bytes than they save."""
+    """Refuse weights with so few zeros that a mask, with a bit for each weight, takes more bytes than they save."""
     total = sum(weight.numel() for weight in weights.values())
     zeros = total - sum(map(count_nonzeros, weights.values()))
     width = 8 * next(iter(weights.values())).element_size()
@@ -129,7 +129,7 @@ def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
 
 
 def zeros_of_rounding(before: Mapping[str, int], after: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Entries of the checks: the fraction of nonzeros after a rounding, and how many weights it made zero.
+    """Entries of the checks: the fraction of nonzeros after a rounding, and the number of weights that became zero.
 
     Args:
         before, after: the nonzeros of each rounded layer.
@@ -153,7 +153,7 @@ def check_nonzeros(source: ModelSource, weights: Mapping[str, Tensor]) -> None:
         stated, kept = layers[name]["nonzeros"], count_nonzeros(weight)
         if 2 * kept < stated:
             raise ModelError(
-                f"{name}: {stated - kept} of its {stated} nonzeros would be zero, as float16 does not hold such small "
+                f"{name}: {stated - kept} of its {stated} nonzeros would be zero: float16 does not hold such small "
                 "numbers; export in float32 or bfloat16"
             )
 

@@ -35,9 +35,9 @@ from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import outputs
 
 DATA = GRAPH + ".data"
-# For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
+# For programs without Python, and for onnxruntime-genai, which loads a library from the model's folder.
 LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-LENGTHEN = 5  # A graph with a recurrence is verified on a longer text, with more tokens than a chunk.
+LENGTHEN = 5  # A graph with a recurrence is verified on more tokens than a chunk has.
 
 _LOADING = """\
 import onnxruntime
@@ -67,7 +67,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
         if task.generates:
             onnx_plain.check(source, skeleton.config)
     elif reason := onnx_fused.why_not(skeleton):
-        raise ModelError(f"{source.name!r}: there is no fused graph of it, export with --graph plain; {reason}")
+        raise ModelError(f"{source.name!r}: it has no fused graph, export with --graph plain; {reason}")
     if settings.kernels:
         for name in manifest.pruned_layers(source, skeleton) if patterns is None else patterns:
             if (width := weight_matrix(skeleton.get_submodule(name)).shape[1]) % WORD:
@@ -85,8 +85,8 @@ def export(
 ) -> dict[str, Any]:
     """Write a folder of `model.onnx`, its data, processor and configs, verified in ONNX Runtime; returns the checks.
 
-    Where a fused graph that nobody asked for cannot be made or run, a plain one takes its place, with the reason among
-    the checks. A bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With
+    If a fused graph by default cannot be made or run, a plain one takes its place, with the reason among the checks. A
+    bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With
     `kernels`, float16 is the dtype of the weights alone, and a model that was never pruned runs on the dense operator.
     """
     stored = dtype_of(source, settings)
@@ -110,7 +110,7 @@ def export(
         if settings.graph or graph == "plain" or is_out_of_memory(error):
             raise
         reason = first_line(error)
-    progress.say(f"the plain graph takes the place of the fused one: {reason}")
+    progress.say(f"a plain graph replaces the fused one: {reason}")
     return write("plain", reason)
 
 
@@ -130,7 +130,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the verified folder of a model whose `layers` were pruned, with a fused or plain graph; the checks."""
     task, stored = loading.task_of(source), dtype_of(source, settings)
-    half = settings.kernels and stored == "float16"  # of the weights only: the arithmetic is float32
+    half = settings.kernels and stored == "float16"  # the weights only: the arithmetic is float32
     dtype = "float32" if half else stored
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)

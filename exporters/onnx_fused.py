@@ -29,7 +29,7 @@ _NAMES = "Ernie4_5 Gemma Gemma2 Gemma3 Granite HunYuanDenseV1 Llama Mistral Nemo
 # Tested in tests/exporters/test_onnx_fused.py.
 ARCHITECTURES = frozenset(f"{name}ForCausalLM" for name in _NAMES.split())
 
-# Also right with sliding windows.
+# These are also right with sliding windows.
 WINDOWED = frozenset(
     f"{name}ForCausalLM" for name in ("Gemma2", "Gemma3", "Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
 )
@@ -41,16 +41,16 @@ _ROPE_TYPES = {
     "LlamaForCausalLM": {"llama3"},
 }
 
-_WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, and it has others"}
+_WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, but it has others"}
 
-# For the CPU the builder has no GroupQueryAttention in float16; the graph for CUDA has, and runs on the CPU as well.
+# The builder has GroupQueryAttention in float16 for CUDA only; that graph runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
 _OPSET = 21  # of ONNX Runtime 1.20
-# Prefixes of the names of rotary tables, and the operators that make them.
+# {prefix of a rotary table's name: the operator that makes it}
 TABLES = {"cos_cache": "Cos", "sin_cache": "Sin"}
-_ROUNDINGS = 4  # Float32 roundings by which an angle may differ: programs compute powers differently.
+_ROUNDINGS = 4  # Float32 roundings that an angle may differ by: programs compute powers differently.
 # Nothing is fetched, no code of a model is run, and every layer has the whole cache. Norms of queries and keys are
-# nodes of their own, because inside attention they are for CUDA only.
+# separate nodes: inside attention they are for CUDA only.
 _OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false", "fuse_qk_norm_gqa=false")
 
 
@@ -58,15 +58,15 @@ def why_not(model: nn.Module) -> str | None:
     """Why the model has no fused graph; None if it has one."""
     name, config = type(model).__name__, model.config
     if name not in ARCHITECTURES:
-        exist = f"there are fused graphs of {', '.join(sorted(ARCHITECTURES))}"
+        exist = f"fused graphs exist for {', '.join(sorted(ARCHITECTURES))}"
         return f"{name}: {_WRONG.get(name, exist)}"
     known = {"DynamicLayer", "DynamicSlidingWindowLayer"} if name in WINDOWED else {"DynamicLayer"}
     if others := cache_kinds(config) - known:
-        return f"{name}: a cache of {', '.join(sorted(others))} does not come out right"
+        return f"{name}: a cache of {', '.join(sorted(others))} would give wrong results"
     rope = getattr(config, "rope_parameters", None) or {}
     types = {each["rope_type"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each}
     if others := types - {"default"} - _ROPE_TYPES.get(name, set()):
-        return f"{name}: a rotary embedding of type {', '.join(sorted(others))} is not known to come out right"
+        return f"{name}: a rotary embedding of type {', '.join(sorted(others))} is not known to work"
     return None
 
 
@@ -80,7 +80,7 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", given, "-o", built, *_ARGUMENTS[dtype]]
     command += ["-c", folder / "cache", "--extra_options", *_OPTIONS]
     if type(model).__name__ == "Phi3ForCausalLM":
-        command += ["fuse_mlp_gate_up=true"]  # as they are one layer of the model
+        command += ["fuse_mlp_gate_up=true"]  # one layer in the model
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
     )
@@ -93,7 +93,7 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
             f"({said}); export with --graph plain"
         )
     program = ir.load(built / "model.onnx")
-    # The builder adds the commit of whatever git repository its environment lies in.
+    # The builder adds the commit of the git repository around its environment.
     program.producer_version = (program.producer_version or "").partition("+")[0]
     config = json.loads((built / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["provider_options"] = []
@@ -124,13 +124,13 @@ def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope and "sliding_attention" in rope:
         local = rope["sliding_attention"]["rope_theta"]
         made["rope_parameters"] = {**rope, **rope["full_attention"], "rope_local_base_freq": local}
-    if config["architectures"] == ["SmolLM3ForCausalLM"]:  # it is a Llama in which some layers have no rotary embedding
+    if config["architectures"] == ["SmolLM3ForCausalLM"]:  # a Llama in which some layers have no rotary embedding
         made["architectures"] = ["LlamaForCausalLM"]
     return made
 
 
 def _ask_for_no_more(program: ir.Model) -> None:
-    """Set the oldest operator set that has the operators, and drop empty inputs, so that ONNX Runtime 1.20 loads it."""
+    """Set the oldest sufficient operator set, and drop empty inputs, so that ONNX Runtime 1.20 loads the graph."""
     latest, needed = program.opset_imports[""], 1
     for node in program.graph:
         if node.domain == "" and onnx.defs.has(node.op_type):

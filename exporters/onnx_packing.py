@@ -28,8 +28,8 @@ from gblm_compress.layouts.packed_linear import PackedLinear
 
 DOMAIN, VERSION = "gblm", 3
 MASK, VALUES, STARTS, SCALES, LEVELS = ".mask", ".nonzeros", ".starts", ".scales", ".levels"
-ROWS = ".rows"  # of a weight that is stored as [out_features, in_features]
-MAX_WEIGHTS = 8  # that one node multiplies by
+ROWS = ".rows"  # suffix of a weight that is stored as [out_features, in_features]
+MAX_WEIGHTS = 8  # of one node
 
 
 def encode_initializers_(program: ir.Model, names: list[str]) -> None:
@@ -65,9 +65,9 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
 
 
 def encode(weight: Any) -> tuple[Any, Any] | None:
-    """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None if it would not become smaller.
+    """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None if it would not shrink.
 
-    Bit b of byte i says whether element 8·i + b, in row-major order, is stored.
+    Bit b of byte i marks element 8·i + b, in row-major order, as stored.
     """
     alive = weight.reshape(-1) != 0
     mask = np.packbits(alive, bitorder="little").reshape(-1, 1)
@@ -139,7 +139,7 @@ def _use_packed(
         used_by = {f"{node.op_type} input {index}" for node, index in dense.uses()}
         if used_by != {"MatMul input 1"} or weight.shape[1] % WORD:
             raise ModelError(
-                f"{name}: {operator} takes the place of a MatMul whose in_features is a multiple of {WORD}; this "
+                f"{name}: {operator} replaces only a MatMul whose in_features is a multiple of {WORD}; this "
                 f"weight has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export with "
                 "--sparse"
             )
@@ -188,5 +188,5 @@ def _as_stored(name: str, array: Any, dtype: Any) -> Any:
     """A copy of the array in another dtype, which must lose nothing."""
     made = array.astype(dtype, order="C", copy=True)
     if not np.array_equal(made.astype(array.dtype), array):
-        raise VerificationError(f"{name}: its numbers are not those of {np.dtype(dtype).name}")
+        raise VerificationError(f"{name}: {np.dtype(dtype).name} does not hold its numbers")
     return made

@@ -33,13 +33,13 @@ _DIMENSIONS: dict[str, list[str | None]] = {
     "attention_mask": ["batch_size", "total_sequence_length"],
     "logits": ["batch_size", "sequence_length", None],
 }
-# The same without a cache, by the number of dimensions.
+# The same without a cache, by number of dimensions.
 _SEQUENCE, _IMAGE = ("batch_size", "sequence_length", "width"), ("batch_size", "num_channels", "height", "width")
 _CACHE_NAME = re.compile(r"\w+\.\w+\.layers\.(\d+)\.(keys|values|conv_states|recurrent_states)(?:\.(\d+))?")
 # {part of a layer's cache: its name in onnxruntime-genai}
 _PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
-_GENAI_STATES = ("lfm2",)  # Families with other states that onnxruntime-genai 0.18 runs, by their `layer_types`.
+_GENAI_STATES = ("lfm2",)  # Families whose other states onnxruntime-genai 0.18 runs, by their `layer_types`.
 _UNLIMITED = 1 << 20  # Context length of a model without a limit of positions.
 # Classes of caches that the exporter can trace.
 _KINDS = {
@@ -89,7 +89,7 @@ def _forward(model: Any, source: ModelSource) -> ir.Model:
     task = task_of(type(model))
     with _tracing(model, source):
         program = _graph_of(model, dict(task.example(model.config)), task.varying_axes)
-    # optimum's classes take the first output, and a pooler that nobody asks for would be computed
+    # Optimum's classes take the first output, and an unused pooler would be computed.
     program.graph.outputs[:] = [value for value in program.graph.outputs if value.name == task.output]
     slim_(program)
     for value in (*program.graph.inputs, *program.graph.outputs):
@@ -116,7 +116,7 @@ def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> i
 
 @contextmanager
 def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
-    """Silence the tracer, and raise a ModelError for whatever is raised within."""
+    """Silence the tracer, and raise a ModelError for any error within."""
     before, what = logging.root.manager.disable, f"transformers' ONNX exporter does not manage {type(model).__name__}"
     logging.disable(logging.WARNING)
     try:
@@ -129,7 +129,7 @@ def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
 
 
 def _fold_windows_(program: ir.Model, config: Any) -> None:
-    """Make the width of sliding windows a constant instead of a part of the cache, which keeps all tokens."""
+    """Make the width of sliding windows a constant, not a part of the cache; the cache keeps all tokens."""
     from transformers import DynamicCache
 
     layers, graph = DynamicCache(config=config).layers, program.graph
@@ -223,7 +223,7 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
 
 
 def note_limit(folder: Path, name: str) -> int | None:
-    """Find the most tokens that a graph with a recurrence reads at once, and write it into its metadata; None if all.
+    """The most tokens that a graph with a recurrence reads at once, also written to its metadata; None if unlimited.
 
     Tracing keeps one chunk of a recurrence. `OnnxRuntime` reads longer texts in several calls.
     """

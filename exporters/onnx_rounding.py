@@ -1,6 +1,6 @@
 """Weights as levels of 8 or 4 bits in ONNX graphs: for this package's operators, or for ONNX Runtime's.
 
-`Blocks` are for its MatMulNBits, `Channels` for its DynamicQuantizeMatMul. Both store zeros like other weights.
+`Blocks` are for ONNX Runtime's MatMulNBits, `Channels` for its DynamicQuantizeMatMul. Both store zeros, too.
 """
 
 import logging
@@ -68,10 +68,7 @@ def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dens
 
 
 def _packer(source: ModelSource, settings: ExportSettings, is_dense: bool) -> Callable[[str, Tensor, bool], Any]:
-    """A function that packs a weight [out_features, in_features] in float32, of a layer or of a table.
-
-    It raises ModelError where float16 does not hold the scales.
-    """
+    """A function that packs a weight [out_features, in_features]; ModelError if float16 cannot hold the scales."""
     if not settings.kernels:
         bits, group = 8 if settings.quantise == "int8" else 4, settings.group or GROUP
         channels = by_channels(source, settings)
@@ -98,13 +95,13 @@ def _packer(source: ModelSource, settings: ExportSettings, is_dense: bool) -> Ca
 
 
 def by_channels(source: ModelSource, settings: ExportSettings) -> bool:
-    """Whether layers are `Channels`: for the many tokens of a forward pass they are twice as fast as `Blocks`."""
+    """Whether layers become `Channels`: for the many tokens of a forward pass they are twice as fast as `Blocks`."""
     return settings.quantise == "int8" and not settings.kernels and not loading.task_of(source).generates
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A weight [rows, columns] in blocks, with the interface of packed layers: scale · (level - half of all levels).
+    """A weight [rows, columns] in blocks, with the interface of packed layers: scale · (level - 2^(bits - 1)).
 
     Attributes:
         levels: unsigned [rows, blocks, bytes of a block]; with 4 bits the first is the lower half of a byte.
@@ -124,7 +121,7 @@ class Blocks:
     @classmethod
     def from_dense(cls, weight: Tensor, bits: int, group: int) -> Self:
         """The weight rounded by ONNX Runtime's quantizer, symmetrically: zeros stay zeros."""
-        handler = logging.NullHandler()  # while the root logger has one, the import does not set it up
+        handler = logging.NullHandler()  # with a handler there, the import does not configure the root logger
         logging.root.addHandler(handler)
         from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
@@ -140,7 +137,7 @@ class Blocks:
         return cls(levels, scales, parts[0].bits, parts[0].columns)
 
     def dense_weight(self) -> Tensor:
-        """[rows, columns] in float32, without -0.0; VerificationError where the arrays do not fit each other."""
+        """[rows, columns] in float32, without -0.0; VerificationError if the arrays do not fit each other."""
         rows, blocks, size = self.levels.shape if self.levels.ndim == 3 else (0, 0, 0)
         group = size * 8 // self.bits
         if self.scales.shape != (rows, blocks) or not 0 <= blocks * group - self.columns < group:
@@ -174,7 +171,7 @@ class Blocks:
             centred, last = tape.op("Sub", [widened(tape, found), centre]), stored("last", [-1])
             scaled = tape.op("Mul", [centred, tape.op("Unsqueeze", [scale, last])])
             flat = tape.op("Reshape", [scaled, stored("flat", [0, 0, blocks * size * 8 // self.bits])])
-            # the filling of the last block is cut off
+            # without the padding of the last block
             return tape.op("Slice", [flat, stored("first", [0]), stored("columns", [self.columns]), last])
 
         return Rows(multiply, read)
@@ -204,7 +201,7 @@ class Channels:
         return cls(*(np.concatenate([getattr(part, name) for part in parts], -1) for name in ("levels", "scales")))
 
     def dense_weight(self) -> Tensor:
-        """As of `Blocks`."""
+        """As in `Blocks`."""
         if self.levels.ndim != 2 or self.scales.shape != self.levels.shape[1:]:
             raise _unfit(self)
         return torch.from_numpy((self.levels * self.scales + np.float32(0)).T)
@@ -248,7 +245,7 @@ def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks | Channels], table
     if left := sorted(packed.keys() & program.graph.initializers.keys()):
         users = {node.op_type for node, _ in program.graph.initializers[left[0]].uses()}
         raise ModelError(
-            f"{left[0]}: levels take the place of the weight of a MatMul, and this weight is used by "
+            f"{left[0]}: levels can replace only the weight of a MatMul, and this weight is used by "
             f"{', '.join(sorted(users))}; export to bitmask-int8 or bitmask-int4"
         )
     program.opset_imports["com.microsoft"] = 1

@@ -1,4 +1,4 @@
-"""Rewriting of traced graphs in operators that ONNX Runtime recognises and fuses; other patterns stay."""
+"""Rewrites traced graphs in operators that ONNX Runtime recognises and fuses; other patterns stay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from onnx_ir.tape import Tape
 
 from gblm_compress.exporters.onnx_weights import constant, replace
 
-TURNED = ".turned"  # of a weight that is stored as [in_features, out_features]
-_START, _END = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # of a slice without one
+TURNED = ".turned"  # suffix of a weight that is stored as [in_features, out_features]
+_START, _END = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # of an open slice
 
 
 def slim_(program: ir.Model) -> None:
@@ -73,7 +73,7 @@ def _transpose(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
 
 
 def _scaled_once(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
-    """(q·a) × (k·b) as (q·ab) × k, because there are as many keys as the cache has tokens."""
+    """(q·a) × (k·b) as (q·ab) × k: the cache has many keys, a step few queries."""
     left, right = (_made_by(value, "Mul") for value in node.inputs)
     if left is None or right is None:
         return None

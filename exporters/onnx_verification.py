@@ -1,4 +1,4 @@
-"""Verification of an ONNX folder before it is put in place: torch's predictions, and the zeros of its layers."""
+"""Verifies an ONNX folder before it is put in place: its predictions and zeros must be the model's in torch."""
 
 import math
 from pathlib import Path
@@ -51,14 +51,14 @@ def verify(
     at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
     expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
     one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
-    # A choice is decided where torch's two largest logits are further apart than twice the largest difference. No
-    # error of that size can turn it. An export that leaves no choice decided is of no use.
+    # A choice is decided if torch's two largest logits are further apart than twice the largest difference: no error
+    # of that size can turn it. An export without decided choices is of no use.
     largest = expected.topk(2).values
     decided = int((largest[:, 0] - largest[:, 1] > 2 * (expected - got).abs().max()).sum())
     if not decided:
         raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {one_by_one:.2e} of the largest logit, more than the choice "
-            f"of any of {GREEDY_TOKENS} tokens bears; export in float32"
+            f"logits of ONNX Runtime and torch differ by {one_by_one:.2e} of the largest logit, too much to "
+            f"decide any of {GREEDY_TOKENS} tokens; export in float32"
         )
     return {
         "logits_relative_difference": max(at_once, one_by_one),
@@ -72,7 +72,7 @@ def verify(
 
 
 def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [GREEDY_TOKENS, vocabulary] of both; both are fed the tokens that the reference chooses."""
+    """Logits [GREEDY_TOKENS, vocabulary] of both, each fed the tokens that the reference chooses."""
     ids, cache, other_cache = prompt, None, None
     expected, got = [], []
     for _ in range(GREEDY_TOKENS):
@@ -151,12 +151,12 @@ def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) 
         mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))
         weight = _unpacked(name, "bitmask", {"mask": mask, "values": torch.tensor(values)})
         if not torch.equal(starts, row_starts(mask)):
-            raise VerificationError(f"{name + STARTS}: does not say where the rows of the mask begin")
+            raise VerificationError(f"{name + STARTS}: does not match the rows of the mask")
         return weight
     alive = np.unpackbits(stored(MASK, "uint8").reshape(-1), bitorder="little").astype(bool)
     if values.shape != (1 + alive.sum(),) or values[0] != 0:
         raise VerificationError(
-            f"{name + VALUES}: shape {list(values.shape)}; the mask has {alive.sum()} bits, which takes one more"
+            f"{name + VALUES}: shape {list(values.shape)}; the mask has {alive.sum()} bits and needs one value more"
         )
     dense = np.zeros(alive.shape, values.dtype)
     dense[alive] = values[1:]

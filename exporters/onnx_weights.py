@@ -1,4 +1,4 @@
-"""The weights of an ONNX graph: where a model's layers are, and how to store them otherwise."""
+"""The weights of an ONNX graph: the places of a model's layers, and other forms to store them."""
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
 
 
 def _layers_of(rows: Any, by_row: dict[bytes, list[tuple[str, Any]]], found: Container[str]) -> dict[str, range]:
-    """{layer: its rows} of weights one below the other, without those `found` before; empty if other rows are there."""
+    """{layer: its rows} of weights one below the other, without those `found` before; empty if there are other rows."""
     layers: dict[str, range] = {}
     start = 0
     while start < len(rows):

@@ -1,6 +1,6 @@
 """Export to sparse PyTorch: packed weights on kernels that use the zeros. One format for each layout in `LAYOUTS`.
 
-After `import gblm_compress` the folder loads with `from_pretrained` of the class that loads its source.
+After `import gblm_compress` the folder loads with its source's class and `from_pretrained`.
 """
 
 from collections.abc import Mapping
@@ -35,8 +35,8 @@ from transformers import {auto_class}, {processor_class}
 
 model = {auto_class}.from_pretrained("THIS FOLDER")
 {processor} = {processor_class}.from_pretrained("THIS FOLDER")"""
-# Largest difference of a logit, relative to the largest logit: the same products are summed in another order and, in
-# 16 bit, rounded to it after every layer.
+# Largest difference of a logit, relative to the largest logit: sums run in another order, and 16-bit results are
+# rounded after every layer.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
@@ -110,7 +110,7 @@ def export(
 
 
 def _run(model: Any, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-    """The prediction, and afterwards the buffers that a folder does not hold."""
+    """The prediction, and the buffers after it that a folder does not hold."""
     prediction = TorchRuntime(model).predict(sample)
     packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear))
     kept = model.state_dict()
@@ -155,7 +155,7 @@ def _verify_run(
     for name in sorted(computed.keys() | buffers.keys()):
         pair = computed.get(name), buffers.get(name)
         if pair[0] is None or pair[1] is None or not same_bits(pair[0], pair[1]):
-            raise VerificationError(f"{name}: the reloaded folder computes another buffer than its source")
+            raise VerificationError(f"{name}: the reloaded folder and its source compute different buffers")
     difference = float((prediction - expected).abs().max() / expected.abs().max())
     tolerance = TOLERANCE[loading.stored_dtype(exported)]
     if not difference <= tolerance:

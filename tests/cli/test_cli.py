@@ -94,7 +94,7 @@ def test_a_recipe_is_validated(program, tmp_path) -> None:
     recipe.write_text("model: owner/model\n")
     done = program("validate", str(recipe))
     assert done.code == 0, done.stderr
-    assert "not looked at before the run, as it is not on this machine yet: model owner/model" in done.stdout
+    assert "not checked before the run, as it is not on this machine yet: model owner/model" in done.stdout
 
 
 def test_the_doctor_finds_packages_and_hardware(program) -> None:
@@ -190,7 +190,11 @@ def of_memory() -> errors.ModelError:
         (of_memory(), 4, "memory ran out ('x': ONNX Runtime cannot load it)"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 4, "memory ran out (libtorch"),
         (OSError(28, "No space left on device", "/x"), 2, "the disk is full ([Errno 28] No space left on device: '/x'"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "the system refuses ([Errno 13] Permission denied: '/x')"),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            1,
+            "the system reports an error ([Errno 13] Permission denied: '/x')",
+        ),
         (RecursionError("maximum"), 1, "nested too deeply (maximum)"),
         (ValueError("a\x1b[2J\nb"), 1, r"ValueError: a\x1b[2J)"),
     ],

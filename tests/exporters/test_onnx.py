@@ -296,5 +296,5 @@ def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, tmp_path
     checks = export(exported[0], tmp_path / "out", **PLAIN)[0].checks
     assert checks["decided_greedy_tokens"] == checks["identical_greedy_tokens"] == 16
     expected[:, 1], got[:, 1] = 1.0, 1.012
-    with pytest.raises(VerificationError, match="more than the choice of any of 32 tokens bears"):
+    with pytest.raises(VerificationError, match="too much to decide any of 32 tokens"):
         export(exported[0], tmp_path / "refused", **PLAIN)

@@ -302,5 +302,5 @@ def test_options_that_do_nothing_are_refused(options, message: str) -> None:
 def test_grids_that_onnx_runtime_does_not_have_are_refused(tiny, monkeypatch) -> None:
     grid = grids.Grid(torch.ones(1, 1), torch.arange(-7, 8, dtype=torch.int8), 64)
     monkeypatch.setattr("gblm_compress.exporters.read_grids", lambda source: {"layer": grid})
-    with pytest.raises(UsageError, match="pruned onto grids of 64, which ONNX Runtime does not have; add --kernels"):
+    with pytest.raises(UsageError, match="pruned onto grids of 64, which ONNX Runtime lacks; add --kernels"):
         check(ModelSource("m", tiny("llama").folder), ExportSettings(format="onnx", quantise="int4"))

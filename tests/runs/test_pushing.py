@@ -82,7 +82,12 @@ def linked(path: Path) -> None:
         ("README.md", Path.unlink, ModelError, "model card '.*README.md' is missing"),
         ("README.md", linked, ModelError, "model card '.*README.md' is missing, a link"),
         ("README.md", lambda path: path.write_bytes(b"\xff"), ModelError, "is not UTF-8"),
-        ("README.md", lambda path: path.write_text("---\na: [\n---\n"), ModelError, "are not metadata that the hub reads"),
+        (
+            "README.md",
+            lambda path: path.write_text("---\na: [\n---\n"),
+            ModelError,
+            "are not metadata that the hub reads",
+        ),
         ("README.md", lambda path: path.write_text("---\ntags: 5\n---\n"), ModelError, "are not metadata that the hub"),
     ],
 )

@@ -46,7 +46,7 @@ INT4 = {"prune": {"quantise": "int4"}}
         ({"evaluate": {"dataset": "demo"}}, "512 positions; sequence length is 2048"),
         ({"recover": {"data": ["gone.txt"]}}, "dataset 'gone.txt': no such file"),
         ({"recover": {"sequence_length": 1024}}, "512 positions; recover.sequence_length is 1024"),
-        ({**INT4, "export": [{"format": "onnx", "quantise": "int4"}]}, "ONNX Runtime does not have; add --kernels"),
+        ({**INT4, "export": [{"format": "onnx", "quantise": "int4"}]}, "ONNX Runtime lacks; add --kernels"),
         ({**INT4, "export": [{"format": "bitmask-int4", "group": 32}]}, "grids of 64; leave --group out"),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
         ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it on cpu: nothing would be timed"),
