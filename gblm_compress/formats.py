@@ -33,11 +33,15 @@ class Format:
     def needs_cuda(self) -> bool:
         return self.layout is not None and LAYOUTS[self.layout].needs_cuda
 
+    @property
+    def needs_zeros(self) -> bool:
+        return self.layout is not None and LAYOUTS[self.layout].needs_zeros
+
 
 def _packed(name: str, layout: Layout) -> Format:
     kernels = " and ".join(device.upper() for device in layout.kernels)
     width = f" in {layout.width} bits" if layout.width else ""
-    weights = "all weights, zeros included," if layout.mask.endswith(":Whole") else "packed weights"
+    weights = "packed weights" if layout.needs_zeros else "all weights, zeros included,"
     help = f"{weights}{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
     pattern = None if layout.width else layout.pattern
     synonyms = tuple(other for other in (name, pattern) if other and other != layout.format)

@@ -32,6 +32,10 @@ class Layout:
         return self.kernels == ("cuda",)
 
     @property
+    def needs_zeros(self) -> bool:
+        return not self.mask.endswith(":Whole")
+
+    @property
     def kind(self) -> "Floats":
         return _kind(self.mask, self.values)
 

@@ -50,7 +50,7 @@ class BenchmarkResult(records.Result):
 
 
 class _Lane(NamedTuple):
-    """Only models of one lane are compared; `manifest.weights_of` gives the dtype."""
+    """Only models of one lane are compared. The dtype is of `manifest.weights_of`, or of the arithmetic of levels."""
 
     runtime: str
     dtype: str
@@ -79,6 +79,8 @@ class Contest:
         for model in self.models:
             stored = manifest.weights_of(model) if model.is_export else None
             own = stored or loading.choose_dtype(self.compute.dtype, model, self.device)
+            if self.settings.float_baseline and own.startswith("int"):
+                own = "float32"
             for runtime in runtimes_of(model):
                 if runtime in self.settings.runtimes:
                     lanes.setdefault(_Lane(runtime, own), []).append(model)

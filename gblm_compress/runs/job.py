@@ -26,7 +26,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.runs.run_report import Outcome
-from gblm_compress.settings import ComputeSettings, ExportSettings, Recipe, RecoverSettings
+from gblm_compress.settings import BenchmarkSettings, ComputeSettings, ExportSettings, Recipe, RecoverSettings
 from gblm_compress.storage import outputs, records
 
 STAGES = ".stages"
@@ -70,6 +70,14 @@ class Job:
         evaluated = (*given.disjoint_from, *([evaluate.dataset] if evaluate else []))
         return given.model_copy(update={"disjoint_from": tuple(dict.fromkeys(evaluated))})
 
+    @cached_property
+    def benchmark(self) -> BenchmarkSettings | None:
+        """The benchmark. Without pruning, a dense model in as many bits would be the export itself."""
+        given = self.recipe.benchmark
+        if given is None or self.recipe.prune is not None:
+            return given
+        return given.model_copy(update={"float_baseline": True})
+
     def artefact(self, name: str) -> ModelSource:
         return ModelSource(name, self.output / name)
 
@@ -78,13 +86,23 @@ class Job:
         return self.artefact("pruned")
 
     @cached_property
-    def pruned(self) -> ModelSource:
-        """The model that is exported and measured: pruned, or recovered."""
+    def exported(self) -> ModelSource:
+        """The model that exports are made of: recovered, pruned, or the dense one."""
+        if self.recipe.prune is None:
+            return self.dense
         return self.artefact("recovered") if self.recipe.recover else self.as_pruned
+
+    @cached_property
+    def measured(self) -> list[ModelSource]:
+        """What is evaluated and timed beside the dense model."""
+        made = [] if self.exported is self.dense else [self.exported]
+        return made + [self.artefact(each.folder_name) for each in self.runnable]
 
     @cached_property
     def patterns(self) -> dict[str, Pattern]:
         """{layer: pattern} of the pruning. Raises a GblmError if a pattern fits no layer."""
+        if self.recipe.prune is None:
+            return {}
         if self.found is None:
             return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
         budgets = uniform_budgets(loading.load_skeleton(self.dense), self.recipe.prune)

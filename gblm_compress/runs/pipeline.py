@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress import errors, tasks
-from gblm_compress.errors import GblmError
+from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine import environment, noisy
 from gblm_compress.measure.evaluation import prepare
 from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here, resolve_model
+from gblm_compress.models.manifest import is_pruned
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.runs import report, rows
@@ -37,10 +38,18 @@ def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
 
 
 def check_model(recipe: Recipe, dense: ModelSource | None, progress: Progress) -> list[GblmError]:
-    unusable = errors.collect([partial(loading.check_model, dense, "prune")]) if dense else []
+    unusable = errors.collect([partial(_check_dense, recipe, dense)]) if dense else []
     job = Job(recipe, None if unusable else dense, ANYWHERE, progress)
     found = unusable + errors.collect(look for stage in stages_of(job) for look in stage.looks)
     return list({str(fault): fault for fault in found}.values())
+
+
+def _check_dense(recipe: Recipe, dense: ModelSource) -> None:
+    loading.check_model(dense, "export" if recipe.prune is None else "prune")
+    if recipe.prune is None and is_pruned(dense.folder):
+        raise UsageError(
+            f"model {dense.name!r} is pruned, and where prune is null it would be the baseline; give the dense model"
+        )
 
 
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
@@ -90,7 +99,7 @@ def _report(job: Job, outcomes: list[Outcome]) -> RunReport:
         rows=measured,
         gates=check_gates(job.recipe.gates, measured),
         model=job.recipe.model.source,
-        method=_method(job.recipe, results["prune"]),
+        method=_method(job.recipe, results.get("prune", {})),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         conditions=_conditions(job, results),
         commands=[f"gblm-compress run {shlex.quote(str(recipe))} -o {shlex.quote(str(job.output))}"],
@@ -99,18 +108,18 @@ def _report(job: Job, outcomes: list[Outcome]) -> RunReport:
 
 def _rows(job: Job, results: dict[str, dict[str, Any]]) -> list[Row]:
     found: list[Row] = []
-    pruned = results["prune"]
+    pruned = results.get("prune", {})
     baselines = exports_of_dense(job)
     exports = [job.artefact(settings.folder_name) for settings in job.exports]
     timings = results.get("benchmark", {"measurements": []})["measurements"]
     evaluated = next((result for name, result in results.items() if name.startswith("evaluate ")), {})
     of_dense = {each: (evaluated[f"baseline_{each}"], None, None) for each in evaluated.get("metrics", ())}
-    for source in sorted([job.dense, job.pruned, *baselines, *exports], key=lambda source: source.is_onnx):
+    for source in sorted([job.dense, job.exported, *baselines, *exports], key=lambda source: source.is_onnx):
         dense = source is job.dense or source in baselines
         name = DENSE if source is job.dense else source.name
         seen, checks = results.get(f"evaluate {name}", {}), results.get(f"export {name}", {}).get("checks", {})
         own = {each: (seen[each], seen[f"{each}_error"], seen[f"baseline_{each}"]) for each in seen.get("metrics", ())}
-        nonzeros = 1.0 if dense else pruned["nonzeros"] / pruned["weights"]
+        nonzeros = 1.0 if dense or not pruned else pruned["nonzeros"] / pruned["weights"]
         model = {
             "model": name,
             "dense": dense,
@@ -122,13 +131,15 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> list[Row]:
         }
         for timing in [each for each in timings if each["model"] == source.name] or [None]:
             found += rows.rows_of({**model, "timing": timing}, job.dense.bytes_on_disk)
-    found += rows.layer_rows(job.as_pruned.name, pruned["layers"])
+    found += rows.layer_rows(job.as_pruned.name, pruned.get("layers", {}))
     if trained := results.get("recover"):
-        found += rows.recovery_rows(job.pruned.name, trained["curve"], trained["best"])
+        found += rows.recovery_rows(job.exported.name, trained["curve"], trained["best"])
     return list(dict.fromkeys(found))
 
 
 def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
+    if recipe.prune is None:
+        return "exports of the dense model"
     zeros = 1 - pruned["nonzeros"] / pruned["weights"]
     pattern = "" if recipe.prune.pattern == "unstructured" else f", {recipe.prune.pattern}"
     fit = f", fit {recipe.prune.fit}" if recipe.prune.fit else ""
@@ -139,15 +150,19 @@ def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
 
 def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
     recipe, here, found = job.recipe, environment(), {}
-    if recipe.prune.needs_text:
+    if recipe.prune is None:
+        found["pruning"] = "none: the dense model is exported as it is, and is the baseline"
+    elif recipe.prune.needs_text:
         text = recipe.calibration
         size = f"{text.samples} samples of {text.sequence_length} tokens"
         found["calibration"] = f"{text.dataset}: {size}, seed {text.seed}"
-    if evaluation := results.get(f"evaluate {job.pruned.name}"):
+    if evaluation := results.get(f"evaluate {job.measured[0].name}"):
         size = f"{evaluation['windows']} {evaluation['sample']}s of at most {evaluation['sequence_length']} tokens"
         note = f" ({said})" if (said := evaluation.get("note")) else ""
         found["evaluation"] = f"{evaluation['dataset']}: {size}{note}"
-    if settings := recipe.benchmark:
+    if settings := job.benchmark:
+        if settings.float_baseline:
+            found["baseline of speed"] = "the dense model in float32, of exports in 8 and 4 bits too"
         here = results["benchmark"]["environment"]
         found["timing"] = (
             f"a prompt of {settings.prompt} tokens, {settings.generate} generated; {settings.repeats} rounds after "
@@ -162,6 +177,6 @@ def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
     found["packages"] = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
     if job.notes:
         found["kernels"] = "; ".join(job.notes)
-    if notes := results["prune"].get("warnings"):
+    if notes := results.get("prune", {}).get("warnings"):
         found["note"] = "; ".join(notes)
     return found

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -131,6 +131,10 @@ def describe_fault(fault: Any, model: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"{where}: missing; it is required"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "model_type" and isinstance(location[-1], str):
+        section = _model_at(model, location[:-1]).model_fields[location[-1]]
+        optional = type(None) in get_args(section.annotation)
+        message = f"a section is a mapping of keys{', or null to leave it out' if optional else ''}"
     message = message[0].lower() + message[1:]
     given = "" if fault["type"] == "value_error" else f", got {_shortened(json.dumps(fault['input'], default=str))}"
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):

@@ -128,6 +128,9 @@ def junit(report: RunReport) -> str:
         errors="0",
         time=f"{sum(stage.seconds for stage in report.stages if not stage.reused):.3f}",
     )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in report.conditions.items():
+        ElementTree.SubElement(properties, "property", name=name, value=printable(value))
     for gate in report.gates:
         case = ElementTree.SubElement(suite, "testcase", classname=gate.gate, name=printable(gate.subject))
         if not gate.passed:

@@ -31,17 +31,18 @@ from gblm_compress.training.recovery import Recovery, check_kind, recover
 
 def stages_of(job: Job) -> list[Stage]:
     recipe = job.recipe
-    stages = [_prune(job)]
+    stages = [] if recipe.prune is None else [_prune(job, recipe.prune)]
     if job.recover is not None:
         stages.append(_recover(job, job.recover))
     stages += [_export(job, settings) for settings in job.exports]
     stages += [_export(job, settings, of_dense=True) for settings in timed_against(job)]
     if recipe.evaluate is not None:
-        stages += [_evaluate(job, recipe.evaluate, settings) for settings in (None, *job.runnable)]
+        folder = [] if recipe.prune is None else [None]
+        stages += [_evaluate(job, recipe.evaluate, settings) for settings in (*folder, *job.runnable)]
         rounded = [settings for settings in timed_against(job) if settings.quantise]
         stages += [_evaluate(job, recipe.evaluate, settings, of_dense=True) for settings in rounded]
-    if recipe.benchmark is not None:
-        stages.append(_benchmark(job, recipe.benchmark))
+    if job.benchmark is not None:
+        stages.append(_benchmark(job, job.benchmark))
     return stages
 
 
@@ -56,22 +57,33 @@ def _exported(job: Job, settings: ExportSettings, of_dense: bool) -> ModelSource
 def timed_against(job: Job) -> list[ExportSettings]:
     """The exports of the dense model for the benchmark, one for each timed format and dtype.
 
-    They compute as the pruned ones do: in float32 on float16 weights where `kernels` do.
+    They compute as the others do: in float32 on float16 weights where `kernels` do.
     """
-    recipe = job.recipe
-    timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
-    found = []
+    if job.benchmark is None:
+        return []
+    timed, found = set(job.benchmark.runtimes) - set(FOLDER_RUNTIMES), []
     for settings in job.runnable:
-        if timed & set(FORMATS[settings.format].runtimes):
-            known = job.found or settings.dtype != "auto"
-            half = settings.kernels and known and exporters.dtype_of(job.dense, settings) == "float16"
-            stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
-            found.append(ExportSettings(format=settings.format, **stored))
+        if not timed & set(FORMATS[settings.format].runtimes):
+            continue
+        if settings.quantise and job.benchmark.float_baseline:
+            found.append(_in_float32(job, settings.format))
+            continue
+        known = job.found or settings.dtype != "auto"
+        half = settings.kernels and known and exporters.dtype_of(job.dense, settings) == "float16"
+        stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
+        found.append(ExportSettings(format=settings.format, **stored))
     return list(dict.fromkeys(found))
 
 
-def _prune(job: Job) -> Stage:
-    settings, text, place = job.recipe.prune, job.recipe.calibration, job.as_pruned.folder
+def _in_float32(job: Job, format: str) -> ExportSettings:
+    """The export in float32, named as that in the checkpoint's own dtype if it is the same."""
+    own = ExportSettings(format=format)
+    is_other = job.found and exporters.dtype_of(job.dense, own) != "float32"
+    return ExportSettings(format=format, dtype="float32") if is_other else own
+
+
+def _prune(job: Job, settings: PruneSettings) -> Stage:
+    text, place = job.recipe.calibration, job.as_pruned.folder
     texts, length = ((text.dataset,), text.sequence_length) if settings.needs_text else ((), 0)
     what = PruneJob(job.dense, settings, text, job.compute, job.recipe.resources)
     return Stage(
@@ -88,21 +100,21 @@ def _prune(job: Job) -> Stage:
 
 def _recover(job: Job, settings: RecoverSettings) -> Stage:
     looks = job.looks_at(settings.datasets, settings.sequence_length, "recover.sequence_length")
-    what = Recovery(job.as_pruned, job.dense, job.pruned.folder, settings, job.device, force=True)
+    what = Recovery(job.as_pruned, job.dense, job.exported.folder, settings, job.device, force=True)
     return Stage(
         name="recover",
         does=f"train the pruned model on {settings.tokens:,} tokens",
         reads=(job.as_pruned, job.dense),
         texts=settings.datasets,
         decides=lambda: [settings, job.device],
-        place=job.pruned.folder,
+        place=job.exported.folder,
         looks=[*looks, partial(check_kind, job.dense)] if job.found else looks,
         work=partial(recover, what, job.progress, resume=None),
     )
 
 
 def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage:
-    source = job.dense if of_dense else job.pruned
+    source = job.dense if of_dense else job.exported
     artefact = _exported(job, settings, of_dense)
 
     def patterns() -> Mapping[str, Pattern]:
@@ -111,11 +123,12 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
 
     looks: list[Look] = [
         lambda: exporters.check(job.found, settings, patterns()),
-        lambda: _check_allocation(job.recipe.prune, settings, patterns()),
         partial(_check_made, job),
     ]
-    if job.recipe.prune.grid is not None and not of_dense:
-        looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
+    if (pruning := job.recipe.prune) is not None and not of_dense:
+        looks.append(lambda: _check_allocation(pruning, settings, patterns()))
+        if pruning.grid is not None:
+            looks.append(partial(check_grid, pruning.columns_of_a_scale, settings))
 
     return Stage(
         name=f"export {artefact.name}",
@@ -132,7 +145,7 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
 
 def _check_made(job: Job) -> None:
     """Refuse gates on an export that this machine makes only without kernels, under another name."""
-    made = {job.pruned.name, *(each.folder_name for each in job.exports)}
+    made = {job.exported.name, *(each.folder_name for each in job.exports)}
     for gates in job.recipe.gates:
         if gates.artefact not in (None, *made):
             raise UsageError(f"gates.artefact {gates.artefact!r} is not made: {'; '.join(job.notes)}")
@@ -150,13 +163,13 @@ def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: 
 
 def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, of_dense: bool = False) -> Stage:
     """Evaluate an export, or the pruned model if None. Only torch answers tasks."""
-    source = job.pruned if export is None else _exported(job, export, of_dense)
+    source = job.exported if export is None else _exported(job, export, of_dense)
     in_torch = export is None or FORMATS[export.format].runtime == "torch"
     settings = asked if in_torch else asked.model_copy(update={"tasks": ()})
     looks: list[Look] = [] if in_torch else [partial(check_onnx_provider, job.device)]
-    if export is None:
+    if source == job.measured[0]:  # for all
         models = [job.dense] if job.found else []
-        looks = [lambda: raise_all(evaluation.check(models, settings, job.progress)), partial(_check_gates, job)]
+        looks += [lambda: raise_all(evaluation.check(models, asked, job.progress)), partial(_check_gates, job)]
 
     shared = {"baseline": job.reference, "progress": job.progress, **job.compute.model_dump()}
     by = f" and by {', '.join(settings.tasks)}" if settings.tasks else ""
@@ -175,8 +188,9 @@ def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
     """Refuse gates on an artefact that is not evaluated, or not timed if there are `timed` runtimes."""
     done, needs = ("evaluated", "evaluate") if timed is None else ("timed", "benchmark")
     exports = {each.folder_name: each for each in job.exports}
+    known = (job.exported.name, *exports)
     for gates in job.recipe.gates:
-        if gates.artefact not in (job.pruned.name, *exports) or not any(GATES[name] == needs for name in gates.limits):
+        if gates.artefact not in known or not any(GATES[name] == needs for name in gates.limits):
             continue
         named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
         runtimes = FORMATS[made.format].runtimes if made else ("torch",)
@@ -189,25 +203,25 @@ def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
 
 
 def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
-    models = [job.pruned, *(job.artefact(each.folder_name) for each in job.runnable)]
     baselines, length = [job.dense, *exports_of_dense(job)], settings.prompt + settings.generate
     return Stage(
         name="benchmark",
         does=f"benchmark in {' and '.join(settings.runtimes)}",
-        reads=(*baselines, *models),
+        reads=(*baselines, *job.measured),
         decides=lambda: [settings, job.compute.dtype, job.device, environment()],
         looks=[
             *job.looks_at((), length, "benchmark.prompt plus generate"),
             partial(_check_runtimes, job, settings),
             partial(_check_gates, job, settings.runtimes),
         ],
-        work=partial(benchmark, Contest(models, baselines, settings, job.compute), job.progress),
+        work=partial(benchmark, Contest(job.measured, baselines, settings, job.compute), job.progress),
     )
 
 
 def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
     able = [FORMATS[each.format].runtimes for each in job.runnable]
-    if not (timed := set(FOLDER_RUNTIMES).union(*able).intersection(settings.runtimes)):
+    folder = set() if job.recipe.prune is None else set(FOLDER_RUNTIMES)
+    if not (timed := folder.union(*able).intersection(settings.runtimes)):
         raise UsageError(
             f"benchmark.runtimes is {' and '.join(settings.runtimes)} alone, and no export runs in it on {job.device}: "
             "nothing would be timed; name other runtimes, or another model.device"

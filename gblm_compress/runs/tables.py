@@ -150,7 +150,7 @@ def speed(report: RunReport) -> Table:
     ]
     if len(dtypes) == 1:
         del labels["dtype"]
-        notes.append(f"All compute in {dtypes.pop()}.")
+        notes.append(f"All are compared with dense {dtypes.pop()}.")
     names = {row.artefact for row in timed}
     if untimed := [row.artefact for row in report.find("bytes") if row.artefact not in names]:
         notes.append(f"Not timed: {', '.join(untimed)}.")

@@ -1,12 +1,12 @@
 """A whole run and its gates, and a grid of methods."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gblm_compress.formats import FORMATS
+from gblm_compress.formats import FORMATS, Format
 from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.quantisation import QUANTISERS
@@ -26,6 +26,8 @@ from gblm_compress.settings.stages import (
 Above0 = Annotated[float | None, Field(gt=0)]
 AtLeast0 = Annotated[float | None, Field(ge=0)]
 Share = Annotated[float | None, Field(ge=0, le=1)]
+Fault = tuple[tuple[str | int, ...], str]
+"""The place of a fault, and the fault in words."""
 
 
 def _limit(help: str) -> Any:
@@ -146,7 +148,10 @@ class Recipe(Settings):
     calibration: CalibrationSettings = Field(
         default_factory=CalibrationSettings, description="Text for the statistics."
     )
-    prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
+    prune: PruneSettings | None = Field(
+        default_factory=PruneSettings,
+        description="The pruning itself; null leaves it out, and exports the dense model as it is.",
+    )
     recover: RecoverSettings | None = Field(
         None, description="Training of the pruned model; the trained one is then exported and measured."
     )
@@ -174,33 +179,61 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for gates in self.gates:
-            self._check_gates(gates)
-        if len(set(self.export)) < len(self.export):
-            raise ValueError("the same export is listed twice")
+        if faults := [*self._faults()]:
+            listed: Any = [
+                {"type": "value_error", "loc": where, "input": None, "ctx": {"error": said}} for where, said in faults
+            ]
+            raise ValidationError.from_exception_data(type(self).__name__, listed)
         return self
 
-    def _check_gates(self, gates: GateSettings) -> None:
+    def _faults(self) -> Iterator[Fault]:
+        """What one section says against another."""
+        if len(set(self.export)) < len(self.export):
+            yield ("export",), "the same export is listed twice"
+        if self.prune is None:
+            yield from self._faults_without_pruning()
+        for number, gates in enumerate(self.gates):
+            for key, said in self._faults_of_gates(gates):
+                yield ("gates", number, key), said
+
+    def _faults_without_pruning(self) -> Iterator[Fault]:
+        unpruned = "needs a pruned model, and prune is null; leave it out, or prune"
+        if self.recover:
+            yield ("recover",), unpruned
+        if not self.export:
+            yield ("prune",), "null without an export leaves nothing to do; list one in 'export'"
+        for number, export in enumerate(self.export):
+            asked = {"format": FORMATS[export.format].needs_zeros, "sparse": export.sparse, "kernels": export.kernels}
+            for key in (key for key, is_asked in asked.items() if is_asked):
+                yield ("export", number, key), f"{export.format if key == 'format' else key} {unpruned}"
+        in_torch = any(format.runtime == "torch" for format in self._made.values())
+        if self.evaluate and self.evaluate.tasks and not in_torch:
+            yield ("evaluate", "tasks"), "tasks are asked in torch only, where no export runs; leave them out"
+        if self.benchmark and self.benchmark.float_baseline is False:
+            yield ("benchmark", "float_baseline"), "false needs a pruned model, and prune is null; leave it out"
+
+    @property
+    def _made(self) -> dict[str, Format]:
+        return {export.folder_name: FORMATS[export.format] for export in self.export}
+
+    def _faults_of_gates(self, gates: GateSettings) -> Iterator[tuple[str, str]]:
         sections = {
             "evaluate": (self.evaluate, "an 'evaluate' section"),
             "tasks": (self.evaluate and self.evaluate.tasks, "an 'evaluate' section with tasks"),
             "benchmark": (self.benchmark, "a 'benchmark' section"),
         }
-        for name in gates.limits:
+        folders = () if self.prune is None else ("recovered",) if self.recover else ("pruned",)
+        if gates.artefact not in (None, *folders, *self._made):
+            made = ", ".join((*folders, *self._made))
+            yield "artefact", f"{gates.artefact!r} is no artefact of the recipe, which makes {made or 'none'}"
+        if gates.artefact and not gates.limits:
+            yield "artefact", "would do nothing: it is read with a gate"
+        for name, limit in gates.limits.items():
             given, section = sections.get(GATES[name], (True, ""))
             if not given:
-                raise ValueError(f"gate {name} needs {section}")
-        formats = {export.folder_name: FORMATS[export.format] for export in self.export}
-        made_first = "recovered" if self.recover else "pruned"
-        if gates.artefact not in (None, made_first, *formats):
-            made = ", ".join((made_first, *formats))
-            raise ValueError(f"gates.artefact {gates.artefact!r} is no artefact of the recipe, which makes {made}")
-        if gates.artefact is None:
-            for name, limit in gates.limits.items():
-                if name.endswith("speedup") and limit < 1:
-                    raise ValueError(f"{name} below 1 allows a slow-down: say of which artefact, with gates.artefact")
-        elif not gates.limits:
-            raise ValueError("gates.artefact would do nothing: it is read with a gate")
-        asked = [name for name in gates.limits if GATES[name] == "tasks"]
-        if asked and gates.artefact in formats and formats[gates.artefact].runtime != "torch":
-            raise ValueError(f"gate {asked[0]} is on {gates.artefact}, and tasks are asked in torch only")
+                yield name, f"needs {section}"
+            if gates.artefact is None and name.endswith("speedup") and limit < 1:
+                yield name, "below 1 allows a slow-down: say of which artefact, with gates.artefact"
+            made_as = self._made.get(gates.artefact or "")
+            if GATES[name] == "tasks" and made_as and made_as.runtime != "torch":
+                yield name, f"tasks are asked in torch only, where {gates.artefact} does not run"

@@ -300,6 +300,11 @@ class BenchmarkSettings(Settings):
         description="Runtimes: torch and vllm (in an environment of its own) for Hugging Face folders, onnxruntime and "
         "genai (onnxruntime-genai) for ONNX exports.",
     )
+    float_baseline: Annotated[bool | None, Panel.MORE] = Field(
+        None,
+        description="Time ONNX exports in 8 and 4 bits against the dense model in float32, not in as many bits: the "
+        "speed-up is then that of rounding too. If unset: where a recipe prunes nothing.",
+    )
     threads: Annotated[Threads | None, Panel.RESOURCES] = Field(
         None, description="CPU threads; as many as torch uses if unset."
     )

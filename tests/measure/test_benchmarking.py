@@ -1,6 +1,7 @@
 """A benchmark: what is compared with what, and the process that times a model, where everything is an answer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,9 @@ def test_weights_are_timed_against_those_of_the_same_kind_and_arithmetic(tiny, t
         contest(other).baseline_of(packed, own)
     dense = tiny("llama")
     assert contest(other, dense).missing() == {lane: dense} and contest(dense, same).missing() == {}
+    settings = contest().settings.model_copy(update={"float_baseline": True})
+    over_floats = replace(contest(dense, same), settings=settings).missing()
+    assert over_floats == ({"float32": dense} if lane == "int8" else {})
 
 
 def test_no_model_in_the_asked_runtime(tiny, progress) -> None:

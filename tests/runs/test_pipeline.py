@@ -119,6 +119,22 @@ def test_an_export_in_few_bits_is_held_against_the_dense_model_in_as_many(tmp_pa
     assert shares["bitmask-int4"] == sum(left) / result.stages[0].result["weights"]
 
 
+def test_without_pruning_exports_are_held_against_the_dense_model(tmp_path) -> None:
+    name, dense = "onnx-quantise-int8", "dense-onnx"
+    gates = f"gates=[{{max_mean_kl: 0.1, max_bytes_ratio: 0.9}}, {{artefact: {name}, min_decode_speedup: 99}}]"
+    exports = "export=[{format: onnx, quantise: int8}]"
+    result = pipeline.run(smoke("prune=null", exports, gates), tmp_path, QUIET)
+    assert [gate.gate for gate in result.gates if gate.passed] == ["max_mean_kl", "max_bytes_ratio"]
+    assert [gate.gate for gate in result.failed_gates] == ["min_decode_speedup"]
+    assert {(row.artefact, row.dense) for row in result.rows} == {("dense", True), (dense, True), (name, False)}
+    assert 0 < result.find("mean_kl", name)[0].value < 0.1 and result.find("decode_speedup", name)
+    assert result.find("perplexity", name)[0].baseline == result.find("perplexity", "dense")[0].value
+    assert {row.dtype for row in result.find("tpot_ms")} == {"float32"}
+    assert run_report.verdict(result).beside == dense and result.method == "exports of the dense model"
+    assert "is the baseline" in result.conditions["pruning"] and "is the baseline" in report.junit(result)
+    assert redone(pipeline.run(smoke("prune=null", exports, gates), tmp_path, QUIET)) == set()
+
+
 def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(tmp_path, monkeypatch) -> None:
     """A run ends in the second block's pruning; the next one of the same recipe does only that block."""
     original = walk.prune_block_

@@ -69,9 +69,9 @@ ONNX = "export: [{format: onnx}]\n"
             "is no artefact of the recipe, which makes pruned, onnx",
         ),
         ("benchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
-        ("gates: {artefact: pruned}", "gates.artefact would do nothing"),
+        ("gates: {artefact: pruned}", "gates.0.artefact: would do nothing"),
         (f"{GATES}: {{max_mean_k: 1}}", "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean"),
-        ("gates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gate max_tpot_ms needs a 'benchmark' section"),
+        ("gates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gates.0.max_tpot_ms: needs a 'benchmark' section"),
         ("gates:\n  - max_bytes: 1GB\n  - max_bytes: 1", "r.yaml:4: gates.1.max_bytes: memory 1 has no known unit"),
         (f"{GATES}: {{min_task_accuracy: 0.5}}", "needs an 'evaluate' section with tasks"),
         (f"evaluate: {{tasks: [piqa]}}\n{ONNX}gates: {{min_task_accuracy: 0.5, artefact: onnx}}", "torch only"),
@@ -79,10 +79,33 @@ ONNX = "export: [{format: onnx}]\n"
         ("prune: {fit: balancd}", "did you mean 'balanced'?"),
         ("benchmark: {runtimes: [torch, ort]}", "did you mean 'onnxruntime'?"),
         ("export: [{format: sparse24}]", "did you mean 'semi-structured'?"),
+        ("prune: none", 'prune: a section is a mapping of keys, or null to leave it out, got "none"'),
+        ("prune: null", "r.yaml:2: prune: null without an export leaves nothing to do"),
+        (f"prune: null\nevaluate: {{tasks: [piqa]}}\n{ONNX}", "evaluate.tasks: tasks are asked in torch only"),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:
     assert message in faults_of(tmp_path, f"model: demo\n{text}\n")
+
+
+def test_all_that_needs_a_pruned_model_is_refused_without_one(tmp_path) -> None:
+    message = faults_of(
+        tmp_path,
+        "model: demo\nrecover: {}\nbenchmark: {float_baseline: false}\nexport:\n  - {format: onnx, kernels: auto}\n"
+        "  - {format: int8}\n  - format: bitmask-int8\n  - {format: onnx,\n     sparse: true}\n"
+        "gates:\n  - {max_bytes: 1GB, artefact: pruned}\n",
+        "prune=null",
+    )
+    unpruned = "needs a pruned model, and prune is null; leave it out"
+    assert message.splitlines() == ["6 faults in the recipe", *(f"{tmp_path}/r.yaml:{said}" for said in (
+        f"2: recover: {unpruned}, or prune",
+        f"5: export.0.kernels: kernels {unpruned}, or prune",
+        f"7: export.2.format: bitmask-int8 {unpruned}, or prune",
+        f"9: export.3.sparse: sparse {unpruned}, or prune",
+        f"3: benchmark.float_baseline: false {unpruned}",
+        "11: gates.0.artefact: 'pruned' is no artefact of the recipe, which makes onnx-kernels, int8, bitmask-int8, "
+        "onnx-sparse",
+    ))]  # fmt: skip
 
 
 def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
@@ -144,6 +167,7 @@ VALID = [
     'model: demo\nprune: {overrides: [{layers: a, pattern: dense}, {layers: b, pattern: "1:4"}]}',
     "model: demo\ncalibration: {samples: 2.0, seed: 1}",
     "model: demo\nresources: {memory: 4GiB, offload: true}",
+    "model: demo\nprune: null\nexport: [{format: onnx, quantise: int8}]",
     "model: demo\nexport: []\nevaluate: null\nbenchmark: {batch: [1, 8], runtimes: [torch]}",
 ]
 INVALID = [
@@ -151,7 +175,7 @@ INVALID = [
     "model: demo\nmodell: demo",
     "model: 3",
     "model: {source: demo, dtype: fp16}",
-    "model: demo\nprune: null",
+    "model: demo\nprune: none",
     "model: demo\nprune: {pattern: 124}",
     'model: demo\nprune: {pattern: "2:04"}',
     'model: demo\nprune: {pattern: "٢:٤"}',

@@ -127,7 +127,8 @@ def test_quality_is_that_of_the_task(name, values, said) -> None:
 def test_junit_and_markdown_name_what_failed() -> None:
     suite = ElementTree.fromstring(documents.junit(report()))
     assert (suite.get("tests"), suite.get("failures"), suite.get("time")) == ("2", "1", "3.250")
-    passed, failed = suite
+    properties, passed, failed = suite
+    assert properties[0].attrib == {"name": "machine", "value": "a CPU, 2 threads, cpu"}
     assert passed.find("failure") is None
     assert failed.find("failure").get("message") == "max_bytes on bitmask: 600.0 kB; at most 500.0 kB is needed"
     lines = documents.markdown(report()).splitlines()

@@ -7,6 +7,7 @@ import pytest
 
 from gblm_compress.kernels import cpu
 from gblm_compress.models.loading import load_model
+from gblm_compress.models.source import ModelSource
 from gblm_compress.runs.job import Job, data_hash
 from gblm_compress.runs.pipeline import check, outlook
 from gblm_compress.runs.stages import stages_of
@@ -129,6 +130,30 @@ def test_kernels_auto_means_where_they_were_compiled(tiny, progress, tmp_path, m
     assert note.startswith("export onnx-quantise-int8 is dense, so zeros save neither bytes nor time; the operator")
     (fault,) = faults(progress, **keys, **gate)
     assert fault == f"gates.artefact 'onnx-kernels-quantise-int8' is not made: {note}"
+
+
+def test_without_pruning_the_dense_model_is_exported_and_its_levels_timed_against_floats(
+    progress, tiny, tmp_path
+) -> None:
+    keys = {"prune": None, "export": [{"format": "onnx", "quantise": "int8"}], "benchmark": SHORT}
+
+    def planned(dense: ModelSource, **more) -> list[str]:
+        return [stage.name for stage in stages_of(Job(recipe(**keys, **more), dense, tmp_path))]
+
+    measured = ["evaluate onnx-quantise-int8", "benchmark"]
+    assert planned(tiny("llama")) == ["export onnx-quantise-int8", "export dense-onnx", *measured]
+    half = ModelSource("half", tmp_path / "half")
+    load_model(tiny("llama"), "float16").save_pretrained(half.folder)
+    assert planned(half) == ["export onnx-quantise-int8", "export dense-onnx-float32", *measured]
+    in_torch = SHORT | {"runtimes": ["torch"]}
+    (fault,) = faults(progress, **keys | {"benchmark": in_torch})
+    assert "no export runs in it on cpu: nothing would be timed" in fault
+    assert faults(progress, **keys | {"benchmark": in_torch, "export": [{"format": "int8"}]}) == []
+
+
+def test_a_pruned_model_is_no_dense_one(progress, pruned) -> None:
+    (fault,) = faults(progress, model=str(pruned().folder), prune=None, export=ONNX)
+    assert fault.endswith("is pruned, and where prune is null it would be the baseline; give the dense model")
 
 
 def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, monkeypatch) -> None:
