@@ -1,6 +1,6 @@
 """Makes the program's commands from the functions of `api`: an option for each parameter and each settings field.
 
-A keyword of a command's summary is an option too; it changes only what is printed.
+A keyword of a command's summary is an option too; it changes only the output.
 """
 
 import re
@@ -25,7 +25,7 @@ METAVARS = {
 }  # fmt: skip
 JSON = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
 ALL = "--help-all"
-# Some versions of Typer carry their own click: take the class from where its exceptions are.
+# Some versions of Typer carry their own click: take the class from the module of its exceptions.
 NoSuchOption: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
 COMMON = ("Arguments", Panel.COMMON.value)
 

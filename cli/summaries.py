@@ -1,4 +1,4 @@
-"""What each command prints at its end: tables, sentences, and the next command."""
+"""The summary that each command prints: tables, sentences, and the next command."""
 
 import math
 import os
@@ -435,4 +435,4 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "validate": lambda _, given: ("run", given["recipe"], *(f"--set={change}" for change in given.get("set", ()))),
     "doctor": lambda c, _: ("run", "quickstart") if c["ok"] else (),
 }
-"""The words of the next command, from a result and the given arguments. MODEL stands for an unknown dense model."""
+"""The words of the next command, from a result and the given arguments. MODEL is an unknown dense model."""

@@ -42,7 +42,6 @@ class ExportResult(records.Result):
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool = False, progress: Progress
 ) -> ExportResult:
-    """Export `source` to `output` with the exporter of `settings.format`."""
     start = time.perf_counter()
     settings, note = decided(settings)
     if note:

@@ -1,7 +1,7 @@
 """The fused ONNX graph of a decoder, by the model builder of onnxruntime-genai. No other module knows the builder.
 
-Attention with its cache and rotary embedding is one operator (GroupQueryAttention), a residual with its norm another,
-and the products of queries, keys and values are one. The builder writes the graph from the weights, without tracing.
+Attention with its cache and rotary embedding is one operator (GroupQueryAttention), and a residual with its norm
+another. Queries, keys and values are one product. The builder writes the graph from the weights, without tracing.
 It runs in a process of its own, because it changes the import path and prints.
 """
 
@@ -144,7 +144,7 @@ def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
     """Replace the tables of rotary embeddings by the operators that make them, in place; other tables stay.
 
     The tables of a Llama with 131,072 positions and heads of 64 take 34 MB. ONNX Runtime folds the operators at load.
-    `frequencies` are those of the model: float32 [pairs] each, in radians a position.
+    `frequencies` of the model are float32 [pairs] each, in radians a position.
     """
     graph = program.graph
     tape = Tape()

@@ -1,6 +1,6 @@
 """The plain ONNX graph of any model that can be traced, by transformers' exporter: one node for each operation.
 
-The names are those of optimum and onnxruntime-genai. No other module knows the exporter, which is experimental.
+Names follow optimum and onnxruntime-genai. No other module knows the exporter, which is experimental.
 """
 
 import io

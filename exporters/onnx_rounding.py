@@ -55,7 +55,7 @@ def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dens
         rounded = layers[name].dense_weight()
         before[name], after[name] = count_nonzeros(weight_matrix(layer)), count_nonzeros(rounded)
         layer.weight.copy_(as_matrix(layer, rounded))
-    tables: dict[int, Any] = {}  # one where head and embedding are tied
+    tables: dict[int, Any] = {}  # one if head and embedding are tied
     for name, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
         weight = module.weight if isinstance(module, nn.Embedding | nn.Linear) else None  # images have neither
         if weight is not None and weight.data_ptr() not in tables:

@@ -336,7 +336,7 @@ def report(
     output: Annotated[FileName, "Page to write."] = "report.html",
     fail_on_regression: Annotated[bool, "Exit with code 6 if a figure of the last run got worse."] = False,
 ) -> "ReportResult":
-    """Write a report page for a run. With two runs, it also shows what changed."""
+    """Write a report page for a run. With two runs, it also shows the changes."""
     from gblm_compress.runs import report as documents
 
     result = documents.report([Path(run) for run in runs], Path(output))

@@ -10,10 +10,10 @@
     │   └── DataError              3  missing, unreadable or too short
     ├── MissingDependencyError     4  hardware or a package is missing
     │   └── NotEnoughMemoryError   4  memory ran out, of the machine or of its GPU
-    ├── VerificationError          5  a written artefact is not what it claims to be
+    ├── VerificationError          5  a written artefact does not match its claims
     └── GateError                  6  a gate of the recipe failed
 
-A message says what is wrong, what was given, what was needed and what to do next.
+A message names the fault, the value given, the value needed and the next step.
 """
 
 import errno

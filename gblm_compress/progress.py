@@ -16,8 +16,6 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Messages and bars of a stage on stderr."""
-
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.console = PlainConsole(stderr=True, quiet=quiet)

@@ -79,8 +79,7 @@ def _sum_over_inputs(
     """{name: a sum over the inputs of a layer} and {name: tokens that it got}, over all processes.
 
     `add` takes the sum so far and an input [tokens, in_features] in float32 without padding. Layers that get the very
-    same input one after the other (queries, keys and values) share one sum. A weight that is used in several places is
-    measured in all of them.
+    same input one after the other (queries, keys and values) share a sum. A weight is measured wherever it is used.
     """
     sums: dict[str, Tensor] = {}
     got: Counter[str] = Counter()  # tokens

@@ -23,8 +23,8 @@ class NoChainError(ModelError):
 class BlockCalls:
     """A model's calls of its blocks, and its work before and after them.
 
-    The arguments of every block (masks, position embeddings, …) are recorded for every sample in a forward pass, in
-    which at most the first block computes. The first sample is recorded twice, with other hidden states, to refuse a
+    The arguments of every block (masks, position embeddings, …) are recorded for every sample in a forward pass.
+    At most the first block computes in it. The first sample is recorded twice, with other hidden states, to refuse a
     model whose block arguments depend on them. `NoChainError` if the blocks cannot be replayed.
     """
 

@@ -40,7 +40,7 @@ class ResidentWeights:
 class StreamedWeights:
     """A model on disk, from `loading.load_skeleton`; only the block at work is in memory.
 
-    Changes to a block's weights are lost when its `with` ends. For a GPU the next block is read while one runs; on a
+    Changes to a block's weights are lost when its `with` ends. For a GPU the next block is read while one runs. On a
     CPU the pages of the file are used as they are if the dtype allows.
     """
 

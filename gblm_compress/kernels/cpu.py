@@ -35,7 +35,7 @@ def library_file() -> Path | None:
 
 @cache
 def library() -> Any:
-    """The compiled kernels on torch's threads; None where the package was installed without a compiler."""
+    """The compiled kernels on torch's threads; None if the package was installed without a compiler."""
     found = library_file()
     if found is None:
         return None
@@ -176,8 +176,8 @@ class Bitmask:
 class Quantised:
     """A weight [rows, columns] as levels of 8 or 4 bits, see quantised.h; for tensors that passed the layout's `check`.
 
-    `values` are int8 levels, or uint8 with two places in `levels` to a byte: for the bits of a mask in order, or for
-    all weights, [rows, words·64].
+    `values` are int8 levels, or uint8 bytes of two places in `levels`. They follow the bits of a mask, or are [rows,
+    words·64].
     """
 
     values: Tensor
@@ -188,7 +188,7 @@ class Quantised:
     group: int  # columns that share a scale; 0: all of a row
     mask: Tensor | None = None  # [rows, words] in int64
     starts: Tensor | None = None  # with a mask: the byte at which each row begins
-    levels: Tensor | None = None  # [1, 16] or [rows, 16] in int8; None where values are levels
+    levels: Tensor | None = None  # [1, 16] or [rows, 16] in int8; None if values are levels
     patterns: Tensor | None = None  # [rows, words·6] in uint8, see `masks`, for 2:4
     tried = (256, 64, 16, 8, 4, 2, 1)
     has_many: ClassVar[Literal[False]] = False

@@ -1,7 +1,7 @@
 """The GPU kernels of the packed layouts, in Triton; `gpu` starts them.
 
-A program computes some output rows over a share of the columns: it restores a block of the packed weight in registers
-and multiplies it by the inputs, on ordinary arithmetic units for one or two tokens, else on tensor cores. If rows
+A program computes some output rows over a share of the columns. It restores a block of the packed weight in registers
+and multiplies it by the inputs: on ordinary arithmetic units for one or two tokens, else on tensor cores. If rows
 are few, several programs share the columns, and their partial sums are added in a fixed order.
 
 `tensors` are values, places, starts, scales, levels; `sizes` are rows, columns, and the strides of the last four.

@@ -216,7 +216,7 @@ def milliseconds(call: Callable[[], Tensor]) -> float:
     spans = [(event(), event()) for _ in range(REPEATS)]
     for _ in range(WARM_UP):
         call()
-    # The device waits until the host has queued everything, so that no gap between launches is measured.
+    # The device waits until the host has queued everything: gaps between launches do not count.
     torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
     for start, end in spans:
         flush.zero_()

@@ -124,7 +124,7 @@ class _TwoOfFour(Mask):
 
 @cache
 def _bytes_of_positions() -> tuple[int, ...]:
-    """The byte of the mask for every byte of positions; 0 where a group's positions do not increase."""
+    """The byte of the mask for every byte of positions; 0 if a group's positions do not increase."""
     pairs = {first | second << 2: 1 << first | 1 << second for second in range(4) for first in range(second)}
     return tuple(pairs.get(byte & 15, 0) | pairs.get(byte >> 4, 0) << 4 for byte in range(256))
 

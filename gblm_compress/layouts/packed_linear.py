@@ -1,6 +1,6 @@
 """`PackedLinear`: a linear layer that holds packed weights only; `PackedEmbedding` looks up its rows.
 
-The product is one operator of torch without other state, so that compilers and CUDA graphs see one call.
+The product is one operator of torch without other state: compilers and CUDA graphs see one call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,8 +73,8 @@ OPERATOR = torch.ops.gblm_compress.linear.default
 class PackedLinear(nn.Module):
     """y = x Wᵀ + b with W [out_features, in_features] packed, for inference. ModelError for impossible sizes.
 
-    The packed tensors are checked before the first use, and again after loading, moving or assignment. Writes in place
-    are not noticed.
+    The packed tensors are checked before the first use, and again after loading, moving or assignment, but not after
+    writes in place.
 
     Args:
         sizes: the layout's own, see `Floats.sizes`.

@@ -137,7 +137,7 @@ class Floats:
 class Levels(Floats):
     """Weights as scale · level, with levels of 8 bits.
 
-    Scales [rows, groups] are the bits of float16 in int16, so that a cast of the model does not change them.
+    Scales [rows, groups] are the bits of float16 in int16, which a cast of the model does not change.
     """
 
     kind = "int8"
@@ -175,7 +175,7 @@ class Levels(Floats):
         grid = grid or make_grid(weight.float(), keep, self.kind, group or self.group)
         levels, table = grid.levels[nearest(weight.float(), grid).int()], grid.levels
         if self.mask.fills:
-            filler = table[min(int((table < 0).sum()), len(table) - 1)]  # zero, or else what `error` finds
+            filler = table[min(int((table < 0).sum()), len(table) - 1)]  # zero; else `error` is infinite
             levels = torch.where(keep, levels, filler)
         buffer = self.mask.from_words(words(stored), weight.shape[1])
         values = self._stored(levels[stored], table, buffer)

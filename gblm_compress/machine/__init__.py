@@ -171,7 +171,7 @@ def last_cache_bytes(caches: Path = _CACHES) -> int:
 
 
 def replacing(size: int) -> Callable[[], None]:
-    """A function that evicts a cache of `size` bytes, in one thread: those of torch stay busy for a while."""
+    """A function that evicts a cache of `size` bytes, in one thread: torch's threads would stay busy."""
     import numpy as np
 
     memory = np.ones(max(1, 2 * size // 8), np.int64)

@@ -26,8 +26,7 @@ class PeakMemory:
 def peak_memory(device: str) -> Iterator[PeakMemory]:
     """Measure the peak while the `with` runs.
 
-    On a CPU the resident set is sampled every 20 ms: the kernel's own high-water mark covers the whole process. On CUDA
-    torch counts what it allocates.
+    On a CPU the resident set is sampled every 20 ms: the kernel's peak never falls. On CUDA torch counts.
     """
     result = PeakMemory()
     if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""The features of this machine and its packages, and what each enables."""
+"""The features of this machine and its packages, and the use of each."""
 
 import os
 import platform

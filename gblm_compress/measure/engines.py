@@ -88,7 +88,7 @@ class GenaiRuntime:
         return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """The operators of the exported graph; the library does not say what it runs."""
+        """The operators of the exported graph; the library does not name its own."""
         return {f"{name} (onnxruntime-genai)": count for name, count in self._operators.items()}
 
 

@@ -1,7 +1,7 @@
 """The evaluation stage: the metrics of a task, such as perplexity, and fidelity to the dense model.
 
 Perplexity follows the protocol of the GPTQ, SparseGPT, Wanda and GBLM papers: the text is joined, tokenized
-whole and cut into non-overlapping windows; each window predicts its tokens 2 … L from those before them.
+whole and cut into non-overlapping windows. Each window predicts its tokens 2 … L from those before them.
 """
 
 import errno

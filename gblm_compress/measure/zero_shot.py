@@ -154,9 +154,8 @@ def score(answered: Answers, dense: Answers | None = None) -> ZeroShot:
 def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None:
     """The ratio of two mean accuracies over tasks, with a 95 % confidence interval; tasks count alike.
 
-    The models answer the same questions, so the interval comes from the spread of x − r·y over the questions of
-    each task (delta method for the ratio r of paired means). None if the dense model has no right answer, or a task a
-    single question.
+    The models answer the same questions. So the interval comes from the spread of x − r·y over the questions of each
+    task (delta method for the ratio r of paired means). None without a right dense answer, or with a single question.
     """
     mean_model, mean_dense = mean([mean(x) for x in model]), mean([mean(y) for y in dense])
     if mean_dense == 0 or any(len(x) < 2 for x in model):

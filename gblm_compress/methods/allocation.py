@@ -29,8 +29,7 @@ def spread(budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[st
     """Budgets that follow `densities` and keep as many weights in all as `budgets`, which have one pattern.
 
     Each density stays within `DEVIATION` of the layer's own budget; all are moved by one constant until the sum is
-    right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, while the sum allows
-    it. N is at least 1.
+    right. For N:M, N ≥ 1 is rounded down, then up again in the layers nearest to the next N, while the sum allows it.
     """
     wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
     n_m = next(iter(budgets.values())).pattern.n_m

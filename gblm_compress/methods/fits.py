@@ -1,7 +1,7 @@
 """Fits: new values of the weights that survive, layer by layer. The fits of blocks are in `training`.
 
-With X [tokens, in_features] a layer's inputs and Ŵ an approximation of its weight W, the layer's reconstruction error
-is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − ŵ), with the Gram matrix H = XᵀX.
+X [tokens, in_features] are a layer's inputs, H = XᵀX is their Gram matrix, and Ŵ approximates the weight W. The layer's
+reconstruction error is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − ŵ).
 
 A fit takes W [out_features, in_features] in float32, the mask of its shape (True = keep) and the layer's `Statistics`.
 It returns the new weight, with exact zeros outside the mask. Add a fit by writing one and listing it in `FITS`.
@@ -39,7 +39,7 @@ def activation_norms_of(gram: Tensor, samples: int) -> Tensor:
 
 
 def damped(gram: Tensor) -> Tensor:
-    """H + λI, λ = `DAMPING` times the mean of H's diagonal, or 1 where H = 0: positive definite for any H."""
+    """H + λI, λ = `DAMPING` times the mean of H's diagonal, or 1 if H = 0: positive definite for any H."""
     import torch
 
     mean = gram.diagonal().mean()
@@ -49,7 +49,7 @@ def damped(gram: Tensor) -> Tensor:
 
 
 def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, the relative error of a layer's output; 0 where that is zero."""
+    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, the relative error of a layer's output; 0 if XWᵀ is zero."""
     change = weight - pruned
     lost, whole = ((matrix @ gram).mul_(matrix).sum().clamp_min(0) for matrix in (change, weight))
     return float((lost / whole).sqrt()) if whole > 0 else 0.0
@@ -58,8 +58,8 @@ def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 def inverse_factor(gram: Tensor) -> Tensor:
     """U, upper triangular with UᵀU = (H + λI)⁻¹ (SparseGPT, arXiv 2301.00774, section 3.3), computed in float64.
 
-    U_jj² is the j-th diagonal entry of the inverse of the Hessian in which the inputs before j are eliminated, and
-    U_j,j: / U_jj the compensation that the remaining weights get when weight j is changed.
+    U_jj² is input j's diagonal entry in the inverse of the Hessian of the inputs from j on. U_j,j: / U_jj is the
+    compensation of the remaining weights for a change of weight j.
     """
     import torch
 
@@ -81,8 +81,7 @@ def none(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
 def obs(weight: Tensor, keep: Tensor, statistics: Statistics, grid: Grid | None = None) -> Tensor:
     """SparseGPT's error propagation with a given mask (Frantar & Alistarh, arXiv 2301.00774, Algorithm 1).
 
-    Column by column, the columns to the right compensate for pruning in the output, and with a grid also for rounding
-    (section 3.5).
+    Column by column, those to the right compensate in the output for pruning, and for rounding to a grid (section 3.5).
     """
     factor = inverse_factor(statistics.moments())
     return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1, grid)[0]
@@ -91,8 +90,8 @@ def obs(weight: Tensor, keep: Tensor, statistics: Statistics, grid: Grid | None 
 def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
     """The weight and mask of SparseGPT (arXiv 2301.00774, Algorithm 1): the mask follows the updated weights.
 
-    The mask is chosen by w²/U_jj², for `N:M` group by group, else 128 columns at a time: over all rows, as published,
-    for `unstructured-per-matrix`, row by row for `unstructured`. Weights of inputs that are always zero go first.
+    The mask is chosen by w²/U_jj²: for `N:M` group by group, else 128 columns at a time. `unstructured-per-matrix`
+    compares all rows, as published, `unstructured` each row. Weights of inputs that are always zero go first.
     """
     import torch
 
@@ -191,7 +190,7 @@ def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics,
     reconstruction error while all others stay. No step raises the error.
     """
     hessian = damped(statistics.moments())
-    # Transposed, so that a column lies in one piece of memory.
+    # Transposed: a column lies in one piece of memory.
     goal, wishes, mask, chosen = (
         matrix.T.contiguous() for matrix in (weight, fitted, keep, rounded(fitted, keep, grid))
     )

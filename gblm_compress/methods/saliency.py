@@ -1,7 +1,7 @@
 """Methods: which weights of a layer survive. Add a method by writing one function and listing it in `METHODS`.
 
-Most give a weight W [out_features, in_features] in float32 a score of its shape; in each group of the pattern the
-lowest scores are pruned. A method that chooses its mask in another way returns a `Selection`, as `obs` does.
+Most give a weight W [out_features, in_features] in float32 a score of its shape. The lowest scores in each group of the
+pattern are pruned. A method that chooses its mask in another way returns a `Selection`, as `obs` does.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ def wanda(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
 def gblm(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
     """|W|·(A + α·G) (Das et al., arXiv 2311.04902, Algorithm 1).
 
-    The best α depends on the calibration size. As the released code computes them, A grows with the square root of
-    the tokens in a sample, G with the number of samples (p = 1) or its square root (p = 2). The published α = 100 is
-    for 128 samples of 2048 tokens.
+    The best α depends on the calibration. In the released code A grows with the square root of the tokens in a sample,
+    G with the samples (p = 1) or their square root (p = 2). The published α = 100 is for 128 samples of 2048 tokens.
     """
     return weight.abs() * (statistics.activations() + alpha * statistics.gradients())
 

@@ -66,7 +66,7 @@ class _Names:
 
     def groups(self, keys: Iterable[str]) -> dict[str, _Group]:
         """{name in the files: its group}."""
-        renamings = deepcopy(self._renamings)  # some remember what they have seen
+        renamings = deepcopy(self._renamings)  # some remember their inputs
         by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
         by_target: dict[str, _Group] = {}
         found = {}
@@ -150,7 +150,7 @@ class Checkpoint:
         return self._names.views.get(name, (name,))[0] in self._group_of
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name in the checkpoint's dtype, mapped to its file where possible."""
+        """The tensor of that name in the checkpoint's dtype, mapped to its file if possible."""
         whole, view = self._names.views.get(name, (name, None))
         if whole not in self._group_of:
             raise ModelError(

@@ -103,6 +103,6 @@ def verify(source: ModelSource) -> None:
         if (off := weight != points).any():
             row, column = off.nonzero()[0].tolist()
             raise VerificationError(
-                f"{name}: {float(weight[row, column]):g} in row {row}, column {column} is no point of its grid; the "
+                f"{name}: {float(weight[row, column]):g} in row {row}, column {column} is not on its grid; the "
                 f"nearest is {float(points[row, column]):g}"
             )

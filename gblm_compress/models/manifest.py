@@ -219,7 +219,7 @@ def check_baseline(model: ModelSource, baseline: ModelSource) -> None:
     for key in _SHAPES:
         if None not in (ours.get(key), theirs.get(key)) and ours[key] != theirs[key]:
             raise UsageError(
-                f"{baseline.name!r} is no baseline of {model.name!r}: its {key} is {theirs[key]!r}, the model's "
+                f"{baseline.name!r} is not a baseline of {model.name!r}: its {key} is {theirs[key]!r}, the model's "
                 f"{ours[key]!r}; give the dense model that it was made from"
             )
     base, origin = (read_if_ours(one.folder).get("base_model") for one in (model, baseline))
@@ -227,6 +227,6 @@ def check_baseline(model: ModelSource, baseline: ModelSource) -> None:
         return
     if base["sha256"] not in ((origin or {}).get("sha256"), baseline.fingerprint):
         raise UsageError(
-            f"{baseline.name!r} is no baseline of {model.name!r}, which was made from {base['name']!r} by its "
+            f"{baseline.name!r} is not a baseline of {model.name!r}, which was made from {base['name']!r} by its "
             f"{MANIFEST}: the contents of the files differ; give that model, or an export of it"
         )

@@ -31,8 +31,8 @@ from gblm_compress.storage.records import read_json
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a packed checkpoint.
 
-    layers: {layer: `PackedLinear.description()`, and "layout" if it has another}; embeddings: {embedding: the layer
-    whose rows it looks up}; experts: paths of mixtures with experts as layers, whose tensors have the model's names.
+    layers: {layer: `PackedLinear.description()`, and "layout" if it has another}. embeddings: {embedding: the layer
+    whose rows it looks up}. experts: paths of mixtures with experts as layers, whose tensors have the model's names.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """True for packed tensors, so that their layer checks their shape, not transformers."""
+        """True for packed tensors: their layer checks their shape, not transformers."""
         layer, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(layer)
         return isinstance(module, PackedLinear) and tensor in module.kind.names
@@ -262,7 +262,7 @@ def look_up_(model: Any, embeddings: dict[str, str]) -> None:
             continue
         embedding, rows = dense_embedding(model, name), dict(model.named_modules()).get(layer)
         if not isinstance(rows, PackedLinear) or embedding.weight.shape != (rows.out_features, rows.in_features):
-            raise ModelError(f"embedding {name!r}: {layer!r} is no packed layer of its shape")
+            raise ModelError(f"embedding {name!r}: {layer!r} is not a packed layer of its shape")
         model.set_submodule(name, PackedEmbedding(rows, own=False))
     gone = {f"{name}.weight" for pair in embeddings.items() for name in pair}
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):

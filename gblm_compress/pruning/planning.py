@@ -45,7 +45,7 @@ class Placement:
 class Plan:
     settings: PruneSettings
     task: Task
-    samples: Sequence[Sample]  # those of this process; empty for a method that needs no text
+    samples: Sequence[Sample]  # of this process; empty for a method that needs no text
     budgets: dict[str, Budget]  # before an allocation
     device: torch.device  # where blocks run
     products: str  # the dtype of products in fits by Adam, float32 or bfloat16

@@ -178,8 +178,6 @@ def _to_folder(
 
 @dataclass(frozen=True)
 class PlanResult(records.Result):
-    """The predicted cost of a pruning."""
-
     model: str
     weights: int
     dtype: str  # of the arithmetic

@@ -25,7 +25,7 @@ from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.files import SPARSE_METHOD
 
 DENSE = "weight"  # of an unpruned part beside pruned ones
-logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows loggers below its own name
 
 
 @register_quantization_config(SPARSE_METHOD)

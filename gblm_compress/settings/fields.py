@@ -154,7 +154,7 @@ class Settings(BaseModel):
 
 
 def choices_of(settings: type[BaseModel], name: str) -> OneOf:
-    """The values of a field, or of the items of a sequence; empty where they are not listed."""
+    """The values of a field, or of the items of a sequence; empty if they are not listed."""
     described = settings.model_fields.get(name)
     annotations = [described.annotation, *described.metadata] if described else []
     for annotation in annotations:

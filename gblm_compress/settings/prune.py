@@ -236,8 +236,8 @@ class PruneSettings(Settings):
     def effective_alpha(self, samples: int, sequence_length: float) -> float:
         """The factor of the gradient term for a calibration of this size.
 
-        The activation term of gblm grows with the square root of the tokens in a sample, the gradient term with the
-        samples (l1) or their square root (l2). Both terms of regional grow alike: its alpha has no scale.
+        The activation term of gblm grows with the square root of the tokens in a sample. The gradient term grows with
+        the samples (l1) or their square root (l2). Both terms of regional grow alike: its alpha has no scale.
         """
         if self.alpha_scale == "published":
             return self.alpha

@@ -69,8 +69,7 @@ def working_in(folder: Path, kind: str) -> Iterator[None]:
 def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; on success it takes `folder`'s place, else it is removed.
 
-    A manifest in it is completed with the list of its files. `inside` is another place for the temporary folder, on the
-    same file system.
+    A manifest in it gets the list of its files. `inside` is another place for the temporary folder, on its file system.
     """
     temporary = (inside or folder.parent) / f"{beside(folder, 'partial-')}{secrets.token_hex(8)}"
     try:

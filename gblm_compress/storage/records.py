@@ -1,4 +1,4 @@
-"""Our own JSON files: written whole or not at all, read within limits, and sealed where they are trusted."""
+"""Our own JSON files: written whole or not at all, read within limits, and sealed if they are trusted."""
 
 import hashlib
 import json

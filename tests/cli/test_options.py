@@ -113,7 +113,7 @@ def test_mistakes_of_a_declaration_fail_at_import() -> None:
 
     def twice(*, settings: EvaluateSettings, others: EvaluateSettings) -> None: ...
 
-    with pytest.raises(TypeError, match="'data_set' is no field of EvaluateSettings; there are dataset, "):
+    with pytest.raises(TypeError, match="'data_set' is not a field of EvaluateSettings: dataset, "):
         command()(misnamed)
     with pytest.raises(ValueError, match="duplicate parameter name: 'dataset'"):
         command()(twice)

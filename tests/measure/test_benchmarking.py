@@ -61,7 +61,7 @@ def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypa
         benchmark(Contest([tiny("llama")], [tiny("qwen2")], settings, compute), progress)
     text = str(found.value)
     assert text.startswith("4 faults") and "device 'gpu9' is not supported" in text
-    assert text.count("prompt plus generate is 604") == 2 and "is no baseline of" in text
+    assert text.count("prompt plus generate is 604") == 2 and "is not a baseline of" in text
 
 
 @pytest.mark.parametrize(

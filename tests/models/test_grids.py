@@ -88,7 +88,7 @@ def swap_zero_and_weight(state) -> None:
         (swap_zero_and_weight, r"breaks pattern 2:4 at row 0, columns 0 to 3: 3 nonzeros"),
         (lambda s: s[f"{LAYER}.weight"][0, :4].zero_(), r"nonzeros were saved, the manifest says \d+"),
         (fill_negative, "holds -0.0"),
-        (leave_the_grid, r"row 0, column \d is no point of its grid; the nearest is"),
+        (leave_the_grid, r"row 0, column \d is not on its grid; the nearest is"),
         (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
         (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5]}), r"has the shape \[5, 64\]"),
     ],

@@ -163,7 +163,7 @@ def test_the_source_is_a_baseline_wherever_it_lies(folder, tiny, tmp_path) -> No
     check_baseline(pruned, pruned)  # it comes from the same model
     build_tiny("llama", tmp_path / "twin", seed=1)
     twin = ModelSource("twin", tmp_path / "twin")
-    with pytest.raises(UsageError, match=r"'twin' is no baseline of 'pruned', which was made from .* by its gblm_m"):
+    with pytest.raises(UsageError, match=r"'twin' is not a baseline of 'pruned', which was made from .* by its gblm_m"):
         check_baseline(pruned, twin)
     (folder / manifest.MANIFEST).unlink()
     check_baseline(pruned, twin)  # nothing but the shapes is known
@@ -180,7 +180,7 @@ def test_the_source_is_a_baseline_wherever_it_lies(folder, tiny, tmp_path) -> No
 def test_another_architecture_is_named_by_its_first_difference(ours, theirs, message, tiny, tmp_path) -> None:
     model = changed(tiny("llama"), tmp_path / "model", **ours)
     other = changed(tiny("llama"), tmp_path / "other", **theirs)
-    with pytest.raises(UsageError, match=rf"'other' is no baseline of 'model': its {message}"):
+    with pytest.raises(UsageError, match=rf"'other' is not a baseline of 'model': its {message}"):
         check_baseline(model, other)
 
 

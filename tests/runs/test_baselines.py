@@ -48,5 +48,5 @@ def test_faults_are_found_before_the_export(tiny, pruned, server, tmp_path) -> N
     (tmp_path / "cache").mkdir()
     export(pruned(), tmp_path / "onnx", format="onnx")
     done = server.run(["benchmark", "onnx", "--baseline", tiny("qwen2").name, *SHORT], tmp_path, tmp_path / "cache")
-    assert done.code == 2 and "is no baseline of 'onnx'" in done.stderr
+    assert done.code == 2 and "is not a baseline of 'onnx'" in done.stderr
     assert not (tmp_path / "cache" / "exports").exists()
