@@ -94,7 +94,7 @@ class Job:
 
     @cached_property
     def measured(self) -> list[ModelSource]:
-        """What is evaluated and timed beside the dense model."""
+        """The artefacts to evaluate and time, besides the dense model."""
         made = [] if self.exported is self.dense else [self.exported]
         return made + [self.artefact(each.folder_name) for each in self.runnable]
 
