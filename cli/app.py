@@ -131,7 +131,7 @@ def _in_words(error: Exception) -> tuple[str, int]:
         return f"the system reports an error ({said})", GblmError.exit_code
     if isinstance(error, RecursionError):
         return f"an input is nested too deeply ({said})", GblmError.exit_code
-    return f"a bug in this program; please report it ({type(error).__name__}: {said})", GblmError.exit_code
+    return f"a fault of this program; please report it ({type(error).__name__}: {said})", GblmError.exit_code
 
 
 def _print(message: str) -> None:

@@ -157,10 +157,10 @@ def recover(c: dict[str, Any]) -> list[Any]:
     columns = ">tokens = {tokens:,} | >training loss = {loss:.4f} | >validation loss = {held_out:.4f}{mark}"
     curve = [look | {"mark": " *" if number == c["best"] else ""} for number, look in enumerate(c["curve"])]
     facts = {
-        "validation loss": f"{c['before']:.4f} before, {c['after']:.4f} after, nats per token",
+        "validation loss": f"{c['before']:.4f} before, {c['after']:.4f} after ({c['loss_unit']})",
         "kept": f"the weights after {curve[c['best']]['tokens']:,} tokens (*)",
         "trained": f"{c['trained']:,} weights at rate {c['rate']:g}; the pattern is verified on disk",
-        "text": f"each window read {c['passes']:.1f} times on average",
+        "data": f"each sample read {c['passes']:.1f} times on average",
         **{f"overlap with {name}": f"{share:.2%}" for name, share in c["overlap"].items()},
     }
     return [_table(columns, curve), _facts(facts, c), NOT_YET]

@@ -34,7 +34,7 @@ WINDOWED = frozenset(
     f"{name}ForCausalLM" for name in ("Gemma2", "Gemma3", "Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
 )
 
-# Rotary embeddings that are right, besides the default; the builder ignores some.
+# Rotary embeddings that are right, beside the default; the builder ignores some.
 _ROPE_TYPES = {
     "GraniteForCausalLM": {"linear"},
     "HunYuanDenseV1ForCausalLM": {"dynamic"},
@@ -89,7 +89,7 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
         if is_out_of_memory(said):
             raise said
         raise ModelError(
-            f"{source.name!r}: onnxruntime-genai's model builder cannot build {type(model).__name__} "
+            f"{source.name!r}: onnxruntime-genai's model builder does not manage {type(model).__name__} "
             f"({said}); export with --graph plain"
         )
     program = ir.load(built / "model.onnx")

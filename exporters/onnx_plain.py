@@ -117,7 +117,7 @@ def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> i
 @contextmanager
 def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
     """Silence the tracer, and raise a ModelError for any error within."""
-    before, what = logging.root.manager.disable, f"transformers' ONNX exporter cannot export {type(model).__name__}"
+    before, what = logging.root.manager.disable, f"transformers' ONNX exporter does not manage {type(model).__name__}"
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
@@ -167,7 +167,7 @@ def _name_values_(program: ir.Model, source: ModelSource) -> None:
 
 def _not_plain(source: ModelSource, what: str | None) -> ModelError:
     return ModelError(
-        f"{source.name!r}: its cache has {what} besides keys, values and states, for which ONNX exports have no inputs "
+        f"{source.name!r}: its cache has {what} beside keys, values and states, for which ONNX exports have no inputs "
         "and outputs; export to a sparse PyTorch format"
     )
 

@@ -37,7 +37,7 @@ class BlockCalls:
         with weights.outer(), weights.block(0) as first_block:
             first = _record_calls(weights, task.arguments(samples[0]), first_block)
             _check_same_arguments(first, _record_calls(weights, task.arguments(samples[0]), first_block, negate=True))
-            # A tensor that the first block returns besides the hidden states may be an argument of the others.
+            # A tensor that the first block returns beside the hidden states may be an argument of the others.
             like = None if _holds_tensor(first[0].beside) else first
             recorded = [first]
             for sample in samples[1:]:
@@ -124,7 +124,7 @@ def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
 class Call:
     arguments: dict[int | str, Any]  # by place or name
     hidden: int | str | None  # place or name of the hidden states, which `arguments` lack; None if they hold them
-    beside: tuple[Any, ...] | None = None  # returned besides the hidden states
+    beside: tuple[Any, ...] | None = None  # returned beside the hidden states
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         return _states(self.returned(block, hidden))
@@ -180,7 +180,7 @@ def _record_calls(
                 raise NoChainError(f"block {len(calls)} does not take the output of the block before it as its input")
             if any(isinstance(value, MutableMapping) and not value for value in call.arguments.values()):
                 raise NoChainError(
-                    f"block {len(calls)} gets an empty mapping, through which blocks pass something on besides the "
+                    f"block {len(calls)} gets an empty mapping, through which blocks pass something on beside the "
                     "hidden states"
                 )
             if like is not None:
@@ -325,7 +325,7 @@ def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[W
             raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give more --memory") from error
         around = _around_blocks(weights, task.arguments(samples[0]))
         if around is None:
-            raise ModelError(f"{reason}, and the model has no decoder besides its head; it cannot be pruned") from error
+            raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from error
         whole = ResidentWeights(weights.model)
         whole.blocks = [around]
         return whole, WholeCalls(whole, task, samples)

@@ -5,7 +5,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -217,7 +217,7 @@ class Author:
         task, config = loading.task_of(self.source), loading.config_of(self.source)
         return task.calibration(processor, config, text.dataset, text.samples, text.sequence_length, text.seed)
 
-    def training(self, processor: Any, dataset: str, settings: RecoverSettings, tokens: int) -> list[Sample]:
+    def training(self, processor: Any, dataset: str, settings: RecoverSettings, tokens: int) -> Sequence[Sample]:
         length = settings.sequence_length
         if dataset == SELF:
             count = tokens // length

@@ -274,7 +274,7 @@ _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 def _openmp_of_torch() -> tuple[int | None, ...]:
     """The entry points `_OPENMP` of torch's runtime; all None, which means one thread, if it has none.
 
-    A preloaded runtime (LD_PRELOAD, as servers do) replaces torch's own.
+    A preloaded runtime (LD_PRELOAD, as servers do) replaces the one that torch brings.
     """
     candidates: list[str | None] = []
     maps = Path("/proc/self/maps")

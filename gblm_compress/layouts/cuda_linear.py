@@ -202,7 +202,7 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
             if bool((call() - expected).abs().max() <= AGREEMENT * expected.abs().max()):
                 times[candidate] = milliseconds(call)
             else:
-                warnings.warn(f"{candidate} computes a wrong product on this GPU and is not used", stacklevel=2)
+                warnings.warn(f"{candidate} computes another product on this GPU and is not used", stacklevel=2)
                 excluded[str(candidate)] = "another product"
         except Exception as error:  # Triton raises many kinds if a tiling needs more than the GPU has
             excluded[str(candidate)] = f"{type(error).__name__}: {first_line(error)}"

@@ -75,7 +75,7 @@ class Floats:
         return {**others, "values": self.mask.hold(values, (sum(heights), columns))}
 
     def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        """Ranges of rows and columns, packed again; UsageError if the layout cannot be cut there."""
+        """Ranges of rows and columns, packed anew; UsageError if the layout cannot be cut there."""
         return self.pack(self._part(held, shape, rows, columns))
 
     def check(self, held: Held, shape: Shape, group: int | None) -> None:

@@ -48,6 +48,6 @@ def diagnose() -> list[dict[str, Any]]:
         without = "without one, semi-structured folders of 16 and 32 bits are unpacked for every product"
         found.append(finding("gpu", f"none that torch {torch.__version__} can use", without))
     for name in onnxruntime.get_available_providers():
-        found.append(finding("onnxruntime provider", name, "listed; each run reports the one it used"))
+        found.append(finding("onnxruntime provider", name, "listed; a run says which one it really used"))
     demo = "here" if demo_file() else f"not here; its first use fetches {DEMO_MB} MB"
     return [*found, finding("demo model", demo, "MODEL 'demo'")]

@@ -31,7 +31,7 @@ PACKAGES = {
 class Runtime(Protocol):
     """A loaded model: it has `predict` if it is evaluated, `prefill` and `decode` if it generates.
 
-    Only torch and ONNX Runtime have `last_logits`.
+    `last_logits` belongs to torch and ONNX Runtime alone.
     """
 
     provider: str  # where it runs, in the runtime's own words

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits at a time, besides a few temporaries of that size. Fewer are 3 % faster on a CPU, but call a GPU more often.
+# Logits at a time, beside a few temporaries of that size. Fewer are 3 % faster on a CPU, but call a GPU more often.
 ELEMENTS = 1 << 22
 
 

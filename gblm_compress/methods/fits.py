@@ -96,7 +96,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -
     import torch
 
     factor = inverse_factor(gram)
-    # An input that is always zero would get the power of the damping.
+    # An input that is always zero would have the power of the damping.
     sharpness = torch.where(gram.diagonal() == 0, 0.0, factor.diagonal().reciprocal())
 
     def choose(start: int, end: int, current: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
     else:
         kept = score >= score.kthvalue(size - keep + 1, dim=1, keepdim=True).values
     tied = (kept.sum(1) != keep).nonzero().squeeze(1)
-    if len(tied):  # a full order is needed only if equal scores straddle the threshold
+    if len(tied):  # only where equal scores straddle the threshold is a full order needed
         by_magnitude = magnitude[tied].argsort(dim=1, descending=True, stable=True)
         by_score = score[tied].gather(1, by_magnitude).argsort(dim=1, descending=True, stable=True)
         winners = by_magnitude.gather(1, by_score[:, :keep])

@@ -58,7 +58,7 @@ class ModelSource:
 
     @property
     def needs_cuda(self) -> bool:
-        """Whether the folder is packed in a layout with kernels for CUDA only."""
+        """Whether the folder is packed in a layout that has kernels for CUDA alone."""
         layout = known(self._quantization.get("layout")) if self.is_packed else None
         return layout is not None and layout.needs_cuda
 

@@ -27,7 +27,7 @@ from gblm_compress.tasks.task import Sample, Task
 FIT_BYTES = 24  # per weight that Adam fits: master, gradient, two moments, best so far, a copy for products
 GRID_BYTES = 12  # more if it is rounded: gradients before rounding, and temporaries of the scales' gradients
 ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
-FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, besides the matrix (22.7 measured)
+FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
 READS = 400  # reads of the float32 weights by a CPU while it ranks, saves and verifies them, for any text
 SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
@@ -135,7 +135,7 @@ class Size:
         self.working = max(at_a_block, at_the_end if settings.fits_model else 0)
 
     def held(self, offload: bool) -> int:
-        """Bytes of memory for weights and work, besides hidden states."""
+        """Bytes of memory for weights and work, beside hidden states."""
         return (self.outside_blocks + self.block if offload else self.weights) + self.working
 
     def peak(self, placement: Placement) -> int:

@@ -27,7 +27,7 @@ ERRORS = (
     "calibration text when it was pruned and fitted. Pruning costs most in dark layers."
 )
 LOSS = (
-    "KL divergence from the dense model's predictions, mixed with the cross-entropy of the text if the training weighs "
+    "The divergence from the dense model's predictions, mixed with the cross-entropy of the text if the training weighs "
     "it, on text that the training does not see. Lower is better; the filled dot was kept."
 )
 
@@ -128,7 +128,7 @@ def _recovery(report: RunReport) -> Chart | None:
     def draw(axes: Any) -> None:
         for shown, face in ((rows, "white"), ([row for row in rows if row.part == "kept"], COLOURS[0])):
             axes.plot([row.tokens for row in shown], [row.value for row in shown], "o-", color=COLOURS[0], mfc=face)
-        axes.set(xlabel="tokens trained on", ylabel="nats per token")
+        axes.set(xlabel="tokens trained on", ylabel="validation loss")
 
     return Chart("recovery", "Learning curve", LOSS, drawn(draw, 2.4)) if len(rows) > 1 else None
 

@@ -65,8 +65,8 @@ class Job:
     def recover(self) -> RecoverSettings | None:
         """The training, which leaves out the text that the run evaluates on."""
         given, evaluate = self.recipe.recover, self.recipe.evaluate
-        if given is None:
-            return None
+        if given is None or (self.found and not loading.task_of(self.found).generates):
+            return given
         evaluated = (*given.disjoint_from, *([evaluate.dataset] if evaluate else []))
         return given.model_copy(update={"disjoint_from": tuple(dict.fromkeys(evaluated))})
 
@@ -94,7 +94,7 @@ class Job:
 
     @cached_property
     def measured(self) -> list[ModelSource]:
-        """The artefacts to evaluate and time, besides the dense model."""
+        """What is evaluated and timed beside the dense model."""
         made = [] if self.exported is self.dense else [self.exported]
         return made + [self.artefact(each.folder_name) for each in self.runnable]
 

@@ -71,7 +71,7 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
             "to it"
         ) from error
     except Exception as error:  # the client and its transports raise many kinds
-        raise GblmError(f"the upload to {repo!r} failed ({first_line(error)}); run the same command again") from error
+        raise GblmError(f"the hub does not take {repo!r} ({first_line(error)}); run the same command again") from error
 
 
 def verified(report: RunReport, run: Path, artefact: str) -> list[Path]:

@@ -108,7 +108,7 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
         texts=settings.datasets,
         decides=lambda: [settings, job.device],
         place=job.exported.folder,
-        looks=[*looks, partial(check_kind, job.dense)] if job.found else looks,
+        looks=[*looks, partial(check_kind, job.dense, settings)] if job.found else looks,
         work=partial(recover, what, job.progress, resume=None),
     )
 

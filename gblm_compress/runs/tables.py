@@ -112,7 +112,7 @@ PLAIN = (
         "Recovery",
         {"tokens": "tokens", "weights": "part"},
         ("held_out_loss",),
-        "KL divergence from dense in nats per token, mixed with the cross-entropy of the text as in the training.",
+        "The divergence from dense, with the training's share of the text's cross-entropy.",
     ),
 )
 """The tables that only list rows: title, labels, figures, note."""

@@ -138,12 +138,12 @@ class RecoverSettings(Settings):
         (Source(dataset="c4"),),
         min_length=1,
         max_length=100,
-        description=f"Texts to train on, each with a weight, for example wiki.txt=0.5,c4=0.5. A text is self (the "
-        f"dense model writes it), {TEXT}.",
+        description="Data to train on, each with a weight, for example wiki.txt=0.5,c4=0.5: self (a dense language "
+        f"model writes the text), {DATA}.",
     )
     tokens: Tokens = Field(2_000_000, description="Tokens to train on: 500k, 2M, … Shorter texts are read again.")
-    sequence_length: Several = Field(512, description="Tokens in a window.")
-    batch: Annotated[Count, Panel.MORE] = Field(8, description="Windows in a step.")
+    sequence_length: Several = Field(512, description="Tokens in a window, or at most in a text.")
+    batch: Annotated[Count, Panel.MORE] = Field(8, description="Windows, texts or images in a step.")
     rate: Annotated[float | None, Panel.MORE] = Field(
         None,
         gt=0,

@@ -22,6 +22,7 @@ class Classes(Task):
     gradients then estimate the diagonal of the Fisher information.
     """
 
+    loss_unit = "nats per sample"
     accuracies: ClassVar[Mapping[str, int]] = {"accuracy": 1}  # metric: top-k
 
     def judged_values(self, config: Any, length: int) -> int:
@@ -61,6 +62,10 @@ class Classification(Classes, PassageTask):
     ) -> list[Sample]:
         rows = passages.drawn(passages.read(dataset, "calibration"), samples, seed, dataset)
         return with_draws(_samples(processor, config, rows, length, pad=True), seed)
+
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+        rows = passages.read(dataset, "calibration")[: tokens // length]
+        return _samples(processor, config, rows, length, pad=True)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         return _samples(processor, config, passages.read(dataset, "evaluation")[:limit], length, pad=False)

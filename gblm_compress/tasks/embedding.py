@@ -34,6 +34,7 @@ class Embedding(PassageTask):
     help = "a model of text embeddings"
     auto_class = "AutoModel"
     output = "last_hidden_state"
+    loss_unit = "1 - cosine with dense"
     companions = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/*")
 
     def __init__(self, pooling: str = "mean") -> None:
@@ -70,6 +71,10 @@ class Embedding(PassageTask):
         texts = _alone(passages.read(dataset, "calibration"))
         chosen = passages.drawn(texts, samples, seed, dataset)
         return with_draws(passages.encode(processor, config, chosen, length, pad=True), seed)
+
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+        texts = _alone(passages.read(dataset, "calibration"))[: tokens // length]
+        return passages.encode(processor, config, texts, length, pad=True)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Pairs of sentences one after the other, "labels" their score; or passages, which have none."""

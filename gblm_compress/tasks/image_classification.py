@@ -70,6 +70,14 @@ class ImageClassification(Classes):
             )
         return with_draws(list(Preprocessed(processor, config, pictures)), seed)
 
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Sequence[Sample]:
+        return Preprocessed(processor, config, read(dataset, "calibration", tokens // length, seed=0))
+
+    def tokens_of(self, config: Any, length: int) -> int:
+        """The patches of an image."""
+        height, width = _size(config)
+        return (height // config.patch_size) * (width // config.patch_size)
+
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
         """Those within a limit are drawn at random, because folders go class by class."""
         return Preprocessed(processor, config, read(dataset, "evaluation", limit, seed=0))

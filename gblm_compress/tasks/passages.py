@@ -60,6 +60,9 @@ class PassageTask(Task):
                 "tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer into the folder"
             )
 
+    def tokens_of(self, config: Any, length: int) -> int:
+        return min(length, positions_of(config))
+
     def timed(self, config: Any, batch: int, length: int, seed: int) -> Sample:
         import torch
 

@@ -47,6 +47,7 @@ class Task(ABC):
     generates: ClassVar[bool] = False  # token by token, with a cache
     varying_axes: ClassVar[int] = 2  # how many first dimensions of a batch vary: samples and their tokens
     sample: ClassVar[str] = "window"  # the name of one sample
+    loss_unit: ClassVar[str] = "nats per token"  # of `divergence`
     reads: ClassVar[str] = text.READS  # what `data_files` takes, for messages
     suffixes: ClassVar[Collection[str]] = text.FILES  # of the files that it takes
 
@@ -82,9 +83,13 @@ class Task(ABC):
     def loss(self, judged: Tensor, sample: Sample) -> Tensor:
         """The loss of one sample, a scalar; `judged` as the method of that name gives it."""
 
-    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Sequence[Sample]:
         """Samples to train on, in the order of the text, of one shape: about so many tokens, or all there are."""
-        raise UsageError(f"there is no training of {self.help}; recover a pruned causal language model")
+        raise UsageError(f"there is no training of {self.help}; models of its kind can be pruned")
+
+    def tokens_of(self, config: Any, length: int) -> int:
+        """Tokens of a sample that is cut to `length`, at most."""
+        return length
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
         raise UsageError(f"there is no evaluation of {self.help}; models of its kind can be pruned")

@@ -12,15 +12,19 @@ from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.progress import Progress
-from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.tasks.task import Sample, Task, on_device
 
 
 @torch.no_grad()
-def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
-    """The judged output of the dense model; with a head, its input [1, tokens, hidden size]: far less than logits."""
-    head = head_and_embedding(model)[0]
+def prediction(model: nn.Module, task: Task, samples: Sequence[Sample]) -> Tensor:
+    """The judged outputs of the dense model [samples, positions, …].
+
+    With a head, its inputs [samples, tokens, hidden size]: far less than logits.
+    """
+    head, sample = head_and_embedding(model)[0], together(samples)
     if head is None:
-        return task.judged(getattr(model(**task.arguments(sample)), task.output), sample)
+        outputs = getattr(model(**task.arguments(sample)), task.output)
+        return torch.stack([task.judged(*each) for each in zip(outputs.split(1), samples, strict=True)])
 
     reached: list[Tensor] = []
 
@@ -34,11 +38,11 @@ def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
 
 
 def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
-    return [prediction(model, task, one) for one in progress.track(samples, "dense predictions", unit="samples")]
+    return [prediction(model, task, [one]) for one in progress.track(samples, "dense predictions", unit="samples")]
 
 
 class Teacher:
-    """The dense model, with a head, during a training."""
+    """The dense model during a training."""
 
     def __init__(
         self,
@@ -50,17 +54,18 @@ class Teacher:
         pool: StatePool | None,  # None to keep no predictions
     ) -> None:
         self._model, self._task, self._samples, self._compute = model, task, samples, compute
+        self._dtype = torch.float32 if head_and_embedding(model)[0] is None else getattr(torch, compute)
         self._places = {index: place for place, index in enumerate(sorted(asked))}
         self._kept = None if pool is None else pool.states(len(self._places))
         self._known: set[int] = set()
 
     def predictions(self, indices: Sequence[int]) -> Tensor:
-        """The head's input [windows, tokens, hidden size]."""
+        """As `prediction`."""
         if self._kept is not None and self._known.issuperset(indices):
             return torch.cat([self._kept[self._places[index]] for index in indices])
-        sample = together([self._samples[index] for index in indices])
-        with autocast(next(iter(sample.values())).device, self._compute):
-            states = prediction(self._model, self._task, sample).to(getattr(torch, self._compute))
+        device = next(self._model.parameters()).device
+        with autocast(device, self._compute):
+            states = prediction(self._model, self._task, cut(self._samples, indices, device)).to(self._dtype)
         if self._kept is not None:
             for row, index in enumerate(indices):
                 self._kept[self._places[index]] = states[[row]]
@@ -87,7 +92,8 @@ class Imitation:
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """The mean loss of samples; nats per token for a language model."""
-        samples, dense = [self.samples[index] for index in indices], self._dense(indices)
+        dense = self._dense(indices)
+        samples = cut(self.samples, indices, dense.device)
         with autocast(dense.device, self._compute):
             own, target = self._outputs(together(samples), dense)
         # `unbind`, because the gradient of a slice of the logits would be padded to all of them.
@@ -105,7 +111,7 @@ class Imitation:
         """Outputs of the pruned and the dense model [samples, …]."""
         head = self._head
         if head is None:
-            return self._run(sample), dense[None]
+            return self._run(sample), dense
         if self._head_is_last:
             own = self._run(sample)
             with torch.no_grad():
@@ -137,6 +143,16 @@ class Imitation:
             return torch.equal(logits, head.forward(found[-1]))
 
 
+def cut(samples: Sequence[Sample], indices: Sequence[int], device: torch.device) -> list[Sample]:
+    """Some samples on a device, without the padding that all of them end with."""
+    found = [on_device(samples[index], device) for index in indices]
+    if "attention_mask" not in found[0]:
+        return found
+    masks = together(found)["attention_mask"]
+    last = int(masks.any(0).nonzero()[-1]) + 1
+    return [{name: one[:, :last] if one.dim() == 2 else one for name, one in each.items()} for each in found]
+
+
 def together(samples: Sequence[Sample]) -> Sample:
     """Concatenate samples of one shape to [samples, tokens]."""
     return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
@@ -147,11 +163,13 @@ def autocast(device: torch.device, compute: str) -> torch.autocast:
 
 
 def check_same_head(teacher: Any, student: Any, name: str) -> None:
-    """Raise UsageError unless head and embedding are equal, in the dense model's dtype."""
+    """Raise UsageError unless head and embedding, where the model has them, are equal in the dense model's dtype."""
     for what, theirs, own in zip(
         ("head", "embedding"), head_and_embedding(teacher), head_and_embedding(student), strict=True
     ):
         one, other = (getattr(module, "weight", None) for module in (theirs, own))
+        if one is None and other is None:
+            continue
         if one is None or other is None or not torch.equal(one, other.to(one.dtype)):
             shapes = " and ".join(str(list(w.shape)) if w is not None else "none" for w in (one, other))
             raise UsageError(

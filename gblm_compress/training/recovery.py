@@ -31,7 +31,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
 from gblm_compress.tasks import files_of
-from gblm_compress.tasks.task import fingerprint, on_device
+from gblm_compress.tasks.task import fingerprint
 from gblm_compress.training.checkpoints import Checkpoints
 from gblm_compress.training.imitation import Imitation, Teacher, check_same_head
 from gblm_compress.training.texts import Windows, windows_of
@@ -59,12 +59,13 @@ class RecoverResult:
     passes: float  # how often a window was read, on average
     overlap: dict[str, float]  # {text of `disjoint_from`: share of its 13-grams that the data holds}
     trained: int  # weights
+    loss_unit: str
     seconds: float  # of all runs
     peak_memory_bytes: int = 0
 
     @property
     def before(self) -> float:
-        """Validation loss at the start, in nats per token."""
+        """Validation loss at the start."""
         return self.curve[0].held_out
 
     @property
@@ -76,11 +77,14 @@ class RecoverResult:
         return {**asdict(self), "before": self.before, "after": self.after}
 
 
-def check_kind(source: ModelSource) -> None:
-    if not (task := loading.task_of(source)).generates:
-        raise UsageError(
-            f"recover trains causal language models, and {source.name!r} is {task.help}; prune with --fit best"
-        )
+def check_kind(source: ModelSource, settings: RecoverSettings) -> None:
+    """Refuse options that are for language models alone."""
+    task = loading.task_of(source)
+    for option, given in (("text_weight", settings.text_weight), ("disjoint_from", settings.disjoint_from)):
+        if given and not task.generates:
+            raise UsageError(
+                f"{option} is for causal language models, and {source.name!r} is {task.help}; leave it out"
+            )
 
 
 def checkpoint_bytes(pruned: ModelSource) -> int:
@@ -115,7 +119,8 @@ def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     passing = 2 * 4 * max(map(math.prod, shapes))  # a weight and its gradient, dense
     tokens = max(TOGETHER, settings.sequence_length)
     activations = ACTIVATIONS * tokens * sum(map(sum, shapes))
-    vocabulary = loading.config_of(teacher).get_text_config().vocab_size
+    generates = loading.task_of(teacher).generates
+    vocabulary = loading.config_of(teacher).get_text_config().vocab_size if generates else 0
     logits = LOGITS * compute.itemsize * tokens * vocabulary
     return weights + rest + passing + activations + logits
 
@@ -124,12 +129,14 @@ def recover(what: "Recovery", progress: Progress, resume: bool | None = False) -
     """Train, write and verify a new folder; `resume` as for `Work`."""
     inputs = [what.source.folder, what.teacher.folder, *files_of(*what.settings.datasets)]
     with outputs.reserved(what.output, what.force, inputs, ranks.is_first_started()):
-        check_kind(what.source)
         looks: list[Callable[[], object]] = [partial(_check_models, what)]
+        looks += [partial(check_kind, what.source, what.settings)]
         looks += [partial(loading.task_of(what.source).data_files, name) for name in what.settings.datasets]
         looks += [partial(loading.check_length, what.source, what.settings.sequence_length)]
         errors.raise_all(errors.collect(looks))
-        settings = what.settings.model_copy(update={"rate": rate_of(what.settings, what.source)})
+        length = loading.task_of(what.source).tokens_of(loading.config_of(what.source), what.settings.sequence_length)
+        chosen = {"rate": rate_of(what.settings, what.source), "sequence_length": length}
+        settings = what.settings.model_copy(update=chosen)
         device = ranks.device_of_rank(loading.choose_device(what.device))
         what = replace(what, settings=settings, device=device)
         with freed_memory_kept(), peak_memory(device) as memory, ranks.joined(device, what.given) as group:
@@ -171,7 +178,7 @@ class Recovery:
         windows = windows_of(Author(self.teacher, self.device, room, group, progress), processor, settings)
         identity = self.given | {
             "compute": compute,
-            "text": fingerprint(windows.samples),
+            "text": fingerprint(windows.samples[index] for index in range(len(windows.samples))),
             "held_out": windows.held_out,
             "device": self.device.partition(":")[0],
         }
@@ -183,11 +190,10 @@ class Recovery:
             student = loading.load_model(self.source, "float32", self.device)
             dense = loading.load_model(self.teacher, compute, self.device)
             check_same_head(dense, student, self.teacher.name)
-            samples = [on_device(sample, self.device) for sample in windows.samples]
             pool = self._pool(windows, dense.config, compute, store)
             weights = self._weights(student, getattr(torch, compute))
-            voice = Teacher(dense, task, samples, windows.used, compute, pool)
-            loss = Imitation(student, task, samples, voice.predictions, compute, settings.text_weight)
+            voice = Teacher(dense, task, windows.samples, windows.used, compute, pool)
+            loss = Imitation(student, task, windows.samples, voice.predictions, compute, settings.text_weight)
             progress.say(
                 f"{'going on with' if store.latest else 'training'} {self.source.name} on {self.device}: "
                 f"{settings.steps:,} steps of {settings.batch} × {settings.sequence_length} tokens, rate "
@@ -223,6 +229,7 @@ class Recovery:
             passes=windows.passes(state.step),
             overlap=windows.overlap,
             trained=trained,
+            loss_unit=task.loss_unit,
             seconds=before.seconds + time.monotonic() - start,
         )
 
@@ -256,8 +263,10 @@ class Recovery:
         """Storage for the dense model's predictions; None if no window is read twice. Checks the disk space."""
         pool, in_files = None, 0
         if windows.passes() > 1:
-            tokens = len(windows.used) * self.settings.sequence_length
-            states = tokens * int(config.get_text_config().hidden_size) * getattr(torch, compute).itemsize
+            task, length = loading.task_of(self.source), self.settings.sequence_length
+            hidden = length * config.get_text_config().hidden_size
+            values = hidden if task.generates else task.judged_values(config, length)
+            states = len(windows.used) * values * getattr(torch, compute).itemsize
             room = int(SHARE_FOR_STATES * psutil.virtual_memory().available) // ranks.processes_here()
             pool = StatePool(store.states, room, torch.device(self.device))
             in_files = states * self.group.size if states > room else 0
@@ -269,7 +278,7 @@ class Recovery:
         """All weights but head and embedding. The pruned layers become the dtype of products."""
         layers = {f"{name}.weight": student.get_submodule(name) for name in manifest.read(self.source.folder)["layers"]}
         on = {f"{name}.weight": grid.to(self.device) for name, grid in grids.read_grids(self.source).items()}
-        tables = {id(module.weight) for module in head_and_embedding(student) if module is not None}
+        tables = {id(getattr(module, "weight", None)) for module in head_and_embedding(student)}
         others = {name: one for name, one in student.named_parameters() if name not in layers and id(one) not in tables}
         weights = Weights(layers, on, others, ranks=self.group)
         for name, parameter in weights.parameters.items():
@@ -313,11 +322,11 @@ def _check_models(what: Recovery) -> None:
     loading.check_model(teacher, "learn from")
     if manifest.is_pruned(teacher.folder):
         raise UsageError(f"teacher {teacher.name!r} is pruned itself; give the dense model that it was pruned from")
-    own, theirs = (loading.config_of(each).get_text_config() for each in (source, teacher))
-    if own.vocab_size != theirs.vocab_size:
+    own, theirs = (getattr(loading.config_of(each).get_text_config(), "vocab_size", 0) for each in (source, teacher))
+    if own != theirs:
         raise UsageError(
-            f"teacher {teacher.name!r} has {theirs.vocab_size} tokens, and the pruned model {own.vocab_size}; give the "
-            "dense model that it was pruned from"
+            f"teacher {teacher.name!r} has {theirs} tokens, and the pruned model {own}; give the dense model that it "
+            "was pruned from"
         )
     device, free = loading.choose_device(what.device), psutil.virtual_memory().available
     compute = getattr(torch, faster_dtype(device, Ranks()))

@@ -1,4 +1,4 @@
-"""The windows of a training, mixed from several texts by weight. The seed alone decides their order."""
+"""The samples of a training, mixed from several datasets by weight. The seed alone decides their order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 
 from gblm_compress.calibration.generation import Author
 from gblm_compress.errors import DataError
+from gblm_compress.models import loading
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample
@@ -22,11 +23,25 @@ MOST_OF_ANOTHER = 10_000_000  # tokens read from a hub dataset in `disjoint_from
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
+class Joined(Sequence[Sample]):
+    """The samples of several datasets, each read when it is asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
+        self._places = [(part, index) for part in parts for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        part, place = self._places[index]
+        return part[place]
+
+
 @dataclass(frozen=True)
 class Windows:
-    """All windows, and the numbers of those that are held out and of those of each step."""
+    """All samples, and the numbers of those that are held out and of those of each step."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     held_out: list[int]
     steps: list[list[int]]
     overlap: dict[str, float]  # {text: share of its 13-grams that the windows hold}
@@ -46,30 +61,30 @@ def windows_of(author: Author, processor: Any, settings: RecoverSettings) -> Win
 
     `DataError` if a text has less than two windows, or overlaps too much with `disjoint_from`.
     """
-    length, needed = settings.sequence_length, settings.steps * settings.batch
+    length, needed, task = settings.sequence_length, settings.steps * settings.batch, loading.task_of(author.source)
     total = sum(source.weight for source in settings.data)
-    samples: list[Sample] = []
     held_out: list[int] = []
-    queues, texts = [], []
+    queues, texts, count = [], [], 0
     generator = torch.Generator().manual_seed(settings.seed)
     for source in settings.data:
         share = source.weight / total
         found = author.training(processor, source.dataset, settings, int(share * needed * length) + length)
         if len(found) < 2:
+            more = "a longer text or a smaller --sequence-length" if task.generates else "more"
             raise DataError(
-                f"dataset {source.dataset!r} holds {len(found) or 'no'} window of {length} tokens, and two are needed: "
-                "one to train on, one to hold out; give a longer text or a smaller --sequence-length"
+                f"dataset {source.dataset!r} holds {len(found) or 'no'} {task.sample} of {length} tokens, and two are "
+                f"needed: one to train on, one to hold out; give {more}"
             )
-        numbers = range(len(samples), len(samples) + len(found))
+        numbers = range(count, count + len(found))
         aside = numbers[::HELD_OUT_EVERY]
         few = max(1, min(len(aside), int(MOST_HELD_OUT * share)))
         held_out += aside[:: -(-len(aside) // few)]
         queues.append(_shuffled([number for number in numbers if number not in aside], generator))
-        samples += found
+        count += len(found)
         texts.append(found)
     order = _mixed([Fraction(source.weight / total) for source in settings.data], queues, needed)
     steps = [order[first : first + settings.batch] for first in range(0, needed, settings.batch)]
-    return Windows(samples, held_out, steps, _overlap(processor, texts, settings.disjoint_from))
+    return Windows(Joined(texts), held_out, steps, _overlap(processor, texts, settings.disjoint_from))
 
 
 def _shuffled(numbers: list[int], generator: torch.Generator) -> Iterator[int]:

@@ -184,7 +184,7 @@ def of_memory() -> errors.ModelError:
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyError("x"), 1, "a bug in this program; please report it (KeyError: 'x')"),
+        (KeyError("x"), 1, "a fault of this program; please report it (KeyError: 'x')"),
         (AssertionError(), 1, "(AssertionError: AssertionError)"),
         (MemoryError(), 4, "memory ran out (MemoryError)"),
         (of_memory(), 4, "memory ran out ('x': ONNX Runtime cannot load it)"),

@@ -213,7 +213,7 @@ def test_what_comes_out_wrong_is_refused(family, more, reason) -> None:
 
 def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(onnx_fused, "_OPTIONS", ("hf_remote=maybe",))
-    with pytest.raises(ModelError, match=r"builder cannot build LlamaForCausalLM \(.+\); export with --graph plain"):
+    with pytest.raises(ModelError, match=r"builder does not manage LlamaForCausalLM \(.+\); export with --graph plain"):
         export(tiny("llama"), tmp_path / "out", format="onnx", graph="fused")
     assert not list(tmp_path.iterdir())
 

@@ -191,7 +191,7 @@ def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypat
     weight = as_kernels_read_it(16, 64)  # too few rows for CUTLASS
     wrong = lambda *_, **__: torch.ones(64, 16).to(torch.bfloat16)  # noqa: E731
     monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
-    with pytest.warns(UserWarning, match="cusparselt:7 computes a wrong product on this GPU"):
+    with pytest.warns(UserWarning, match="cusparselt:7 computes another product on this GPU"):
         times, excluded = cuda_linear.measure(weight, 64)
     assert {candidate.kernel for candidate in times} == {"dense", "triton"}
     assert excluded["cusparselt:7"] == "another product" and "CUTLASS needs multiples" in excluded["cutlass"]

@@ -120,7 +120,7 @@ def test_a_base_model_of_the_hub_stays_and_names_from_outside_are_text() -> None
 def test_a_hub_that_refuses_or_does_not_answer(run: Path) -> None:
     for error, kind, message in (
         (ValueError("403"), UsageError, "the hub refuses 'me/m' .*hf auth login"),
-        (OSError("no route"), GblmError, "the upload to 'me/m' failed .*run the same command again"),
+        (OSError("no route"), GblmError, "the hub does not take 'me/m' .*run the same command again"),
     ):
         with pytest.raises(kind, match=message):
             pushing.push(run, "bitmask", "me/m", api=MagicMock(**{"create_repo.side_effect": error}))

@@ -68,10 +68,11 @@ def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:
     assert message in fault
 
 
-def test_a_model_that_recovery_does_not_train_is_told_before_the_pruning(progress, tmp_path) -> None:
+def test_what_recovery_has_for_language_models_alone_is_told_before_the_pruning(progress, tmp_path) -> None:
     source = families.written(tmp_path / "bert", "bert")
-    found = faults(progress, model=str(source.folder), recover={"sequence_length": 32, "data": ["demo"]})
-    assert any("recover trains causal language models, and" in fault for fault in found)
+    recover = {"sequence_length": 32, "data": ["demo"], "text_weight": 0.5}
+    found = faults(progress, model=str(source.folder), recover=recover)
+    assert any("text_weight is for causal language models, and" in fault for fault in found)
 
 
 def test_a_pattern_within_2_4_has_no_fault(progress) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy
 import pytest
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import load_file
-from torch.nn.functional import kl_div
+from torch.nn.functional import cosine_similarity, kl_div
 
 from gblm_compress.api import export
 from gblm_compress.calibration.generation import Author
@@ -17,10 +20,10 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
 from gblm_compress.models import manifest
-from gblm_compress.models.loading import config_of, load_model, load_processor
+from gblm_compress.models.loading import config_of, load_model, load_processor, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import RecoverSettings
+from gblm_compress.settings import PruneSettings, RecoverSettings
 from gblm_compress.tasks.task import fingerprint
 from gblm_compress.tasks.text import load_text
 from gblm_compress.training import recovery, texts, trainer
@@ -29,7 +32,8 @@ from gblm_compress.training.imitation import Teacher
 from gblm_compress.training.recovery import Recovery, recover
 from gblm_compress.training.texts import grams, windows_of
 from gblm_compress.training.trainer import BETAS, Trainer, schedule_of
-from tests.conftest import CAUSAL_LM, Killed, edit_json, edit_weights, flip_a_bit
+from tests.conftest import CAUSAL_LM, Killed, edit_json, edit_weights, flip_a_bit, prune, saved
+from tests.tasks import families
 
 SMALL = {"sequence_length": 32, "batch": 2, "tokens": 640, "rate": 0.01}
 
@@ -385,3 +389,56 @@ def test_a_model_is_trained_on_what_the_dense_one_writes(train, tiny, tmp_path) 
     assert done.tokens == 640 and len(windows.samples) == 21 and windows.passes() <= 1
     assert all(window["input_ids"][0, 0] == 256 for window in windows.samples)
     assert [source.dataset for source in settings.data] == ["self"]
+
+
+def of_texts(tmp_path, prose) -> tuple[ModelSource, Path]:
+    return families.written(tmp_path / "bert", "bert"), prose
+
+
+def of_images(tmp_path, prose) -> tuple[ModelSource, Path]:
+    generator = numpy.random.default_rng(0)
+    for number in range(128):
+        place = tmp_path / "images" / str(number % 2) / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=numpy.uint8)).save(place)
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = saved(transformers.ViTForImageClassification(config), tmp_path / "vit")
+    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(source.folder)
+    return source, tmp_path / "images"
+
+
+def distance(task, dense, pruned) -> torch.Tensor:
+    """Of one sample's outputs without padding."""
+    if task.output == "logits":
+        return kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
+    return 1 - cosine_similarity(dense.mean(1), pruned.mean(1))[0]
+
+
+@pytest.mark.parametrize("made", [of_texts, of_images])
+def test_encoders_and_classifiers_learn_the_dense_output(made, train, tmp_path, prose) -> None:
+    """The first look is the mean over samples one by one, without padding; training lowers it and keeps the zeros."""
+    (source, data), more = made(tmp_path, prose), {"tokens": 16_384, "batch": 16, "rate": 0.003}
+    prune(source, tmp_path / "pruned", PruneSettings(method="magnitude", fit="none", sparsity=0.7))
+    pruned = ModelSource("pruned", tmp_path / "pruned")
+    result = train(source=pruned, teacher=source, data=data, **more)
+    task, dense, sparse = task_of(source), load_model(source, "float32"), load_model(pruned, "float32")
+    _, windows = windows_for(source, data, **more)
+    expected = []
+    for index in windows.held_out:
+        sample = task.arguments(windows.samples[index])
+        if "attention_mask" in sample:
+            mask = sample["attention_mask"].bool()
+            sample = {name: tensor[mask][None] for name, tensor in sample.items()}
+        with torch.no_grad():
+            outputs = (getattr(model(**sample), task.output) for model in (dense, sparse))
+            expected.append(distance(task, *outputs))
+    assert result.before == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
+    assert result.after < 0.9 * result.before
+    trained = load_model(ModelSource("out", tmp_path / "out"), "float32")
+    for name in manifest.read(tmp_path / "out")["layers"]:
+        before, after = (model.get_submodule(name).weight for model in (sparse, trained))
+        assert not after[before == 0].any() and not torch.equal(before, after)
