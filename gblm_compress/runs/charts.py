@@ -27,8 +27,8 @@ ERRORS = (
     "calibration text when it was pruned and fitted. Pruning costs most in dark layers."
 )
 LOSS = (
-    "The divergence from the dense model's predictions, mixed with the cross-entropy of the text if the training weighs "
-    "it, on text that the training does not see. Lower is better; the filled dot was kept."
+    "The divergence from the dense model's predictions, with the training's share of the text's cross-entropy, on text "
+    "that the training does not see. Lower is better; the filled dot was kept."
 )
 
 
