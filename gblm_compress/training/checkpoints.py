@@ -1,10 +1,10 @@
 """Unfinished work, in a hidden folder beside its output until that is whole; and the checkpoints of a training.
 
 .OUTPUT.recovery/
-    run.json                 identity, hashes of the files; progress at the latest checkpoint
-    state-120.0.safetensors  weights and Adam's state after step 120, of the tensors that process 0 owns
-    best-3.0.safetensors     weights at look 3, the best so far
-    states/                  the dense model's predictions, if memory is short
+    run.json                    identity, hashes of the files; progress at the latest checkpoint
+    state-120.0of2.safetensors  weights and Adam's state after step 120, of the tensors that process 0 of 2 owns
+    best-3.0of2.safetensors     weights at look 3, the best so far
+    states/                     the dense model's predictions, if memory is short
 """
 
 import os
@@ -58,6 +58,7 @@ class Work(Generic[Kind]):
     """
 
     needs_all = True  # no file is of use without the others
+    any_processes = False  # whether another number of processes can continue
 
     def __init__(self, folder: Path, new: Kind, names: str, resume: bool | None, ranks: Ranks) -> None:
         self.folder, self.ranks = folder, ranks
@@ -153,14 +154,16 @@ class Work(Generic[Kind]):
         if was.get("version") != now.get("version"):
             held = f"an interrupted run of version {was.get('version')} (this is {now.get('version')})"
             return self._drop(resume, f"{str(self.folder)!r} holds {held}")
-        if was != now:
-            changed = [key for key in now if was.get(key) != now[key]]
+        changed = [key for key in now | was if was.get(key) != now.get(key)]
+        if self.any_processes and "processes" in changed:
+            changed = [key for key in changed if key not in ("processes", "threads")]
+        if changed:
             again = "give the same command as then"
             if "threads" in changed and "threads" in was:  # sums differ in their last bits
                 # MKL_NUM_THREADS outweighs the other.
                 variables = "OMP_NUM_THREADS" + " and MKL_NUM_THREADS" * ("MKL_NUM_THREADS" in os.environ)
                 again += f", with {variables}={was['threads']} (torch uses {now['threads']} now)"
-            fault = f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or was)}"
+            fault = f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed)}"
             return self._drop(resume, fault, f"{again}, or ")
         self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]
         if not (self.damaged and self.needs_all):
@@ -190,26 +193,32 @@ class TrainingRecord(Record):
 class Checkpoints(Work[TrainingRecord], Store):
     """The checkpoints of one training, to which every process writes its own tensors."""
 
+    any_processes = True
+
     def __init__(self, output: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         folder, new = output.with_name(f".{output.name}.recovery"), TrainingRecord(identity=identity)
-        super().__init__(folder, new, r"(state|best)-\d+\.\d+", resume, ranks)
+        super().__init__(folder, new, r"(state|best)-\d+\.\d+of\d+", resume, ranks)
+        self.record.identity = new.identity  # with the processes that go on
+        for path in self.folder.glob("*.safetensors") if ranks.is_first else ():
+            if path.name not in self.record.files:  # of the time after the latest checkpoint
+                path.unlink()
+        ranks.wait()
 
     @property
     def latest(self) -> Progressed | None:
         return deepcopy(self.record.progress)
 
     def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
-        """This process's part of the latest checkpoint."""
+        """At least this process's part of the latest checkpoint."""
         latest = self.latest
-        return None if latest is None else (latest, read_tensors(self._file("state", latest.step)))
+        return None if latest is None else (latest, self._read_part("state", latest.step))
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint, then remove the previous one."""
         save_durably(self._file("state", progress.step), tensors)
         self.ranks.wait()
         if self.ranks.is_first:
-            parts = [("state", progress.step), ("best", progress.best)]
-            files = [self._file(*part, rank) for part in parts for rank in range(self.ranks.size)]
+            files = [*self._written("state", progress.step), *self._written("best", progress.best)]
             known = self.record.files
             self.record.files = {path.name: known.get(path.name) or sha256_of(path) for path in files}
         self.record.progress = deepcopy(progress)
@@ -223,15 +232,27 @@ class Checkpoints(Work[TrainingRecord], Store):
         self.ranks.wait()
 
     def best(self, look: int) -> dict[str, Tensor]:
-        return read_tensors(self._file("best", look))
+        return self._read_part("best", look)
 
-    def _file(self, kind: str, number: int, rank: int | None = None) -> Path:
-        return self.folder / f"{kind}-{number}.{self.ranks.rank if rank is None else rank}.safetensors"
+    def _file(self, kind: str, number: int) -> Path:
+        return self.folder / f"{kind}-{number}.{self.ranks.rank}of{self.ranks.size}.safetensors"
+
+    def _written(self, kind: str, number: int) -> list[Path]:
+        """The files of all processes."""
+        return sorted(self.folder.glob(f"{kind}-{number}.*.safetensors"))
+
+    def _read_part(self, kind: str, number: int) -> dict[str, Tensor]:
+        """This process's tensors; those of all processes if another number of them wrote the files."""
+        own = self._file(kind, number)
+        paths = [own] if own.exists() else self._written(kind, number)
+        return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}
 
     def _remove_others(self) -> None:
-        """Remove this process's files that the latest checkpoint does not need."""
-        latest = self.record.progress
-        needed = [self._file("state", latest.step), self._file("best", latest.best)] if latest else []
-        for path in self.folder.glob(f"*.{self.ranks.rank}.safetensors"):
-            if path not in needed:
+        """Remove this process's files that the latest checkpoint does not need; the first, those of other numbers."""
+        latest, size = self.record.progress, self.ranks.size
+        needed = (f"state-{latest.step}.", f"best-{latest.best}.") if latest else ()
+        for path in self.folder.glob("*.safetensors"):
+            of_others = self.ranks.is_first and not path.name.endswith(f"of{size}.safetensors")
+            own = path.name.endswith(f".{self.ranks.rank}of{size}.safetensors")
+            if (own or of_others) and not path.name.startswith(needed):
                 path.unlink()

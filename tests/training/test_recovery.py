@@ -247,6 +247,37 @@ def test_two_processes_agree_with_one(pair, settings, train, pruned, tiny, tmp_p
         assert torch.allclose(tensor.float(), two[name].float(), rtol=1e-2, atol=1e-3), name
 
 
+def test_another_number_of_processes_goes_on(pair, train, pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+    source, threads = pruned(quantise="int8"), "import torch; torch.set_num_threads(2)"
+    change = "from gblm_compress.training import recovery; recovery.faster_dtype = lambda device, group: 'float32'"
+    dies = (
+        "import os; from gblm_compress.training import checkpoints, trainer; trainer.CHECKPOINT_SECONDS = 0.0\n"
+        "save, done = checkpoints.Checkpoints.save, []\n"
+        "def dying(self, *args):\n"
+        "    save(self, *args), done.append(1)\n"
+        "    if len(done) == 5: os._exit(9)\n"
+        "checkpoints.Checkpoints.save = dying"
+    )
+    expected = train("whole", source=source)
+
+    def check(name: str, curve: list[float]) -> None:
+        assert curve == pytest.approx([look.held_out for look in expected.curve], rel=1e-4)
+        got, whole = weights(tmp_path / name), weights(tmp_path / "whole")
+        assert all(torch.allclose(got[key].float(), whole[key].float(), rtol=1e-2, atol=1e-3) for key in whole)
+
+    assert pair(*command(source, tiny("llama"), tmp_path / "by one", prose), change=f"{change}\n{dies}").code != 0
+    assert len([*(tmp_path / ".by one.recovery").glob("state-5.*of2.safetensors")]) == 2
+    check("by one", [look.held_out for look in train("by one", source=source, resume=True).curve])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying(patch, 5)
+        train("by two", source=source)
+    done = pair(
+        *command(source, tiny("llama"), tmp_path / "by two", prose), "--resume", "--json", change=f"{change}\n{threads}"
+    )
+    assert done.code == 0, done.stderr
+    check("by two", [look["held_out"] for look in json.loads(done.stdout)["curve"]])
+
+
 def test_windows_that_are_never_read_need_no_room(tiny, two_texts, tmp_path) -> None:
     _, windows = windows_for(tiny("llama"), *two_texts(60_000, 400), tokens=32 * 100)
     assert windows.passes() > 1 and len(windows.used) < 150 < len(windows.samples) / 5
