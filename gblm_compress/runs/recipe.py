@@ -62,7 +62,7 @@ def find_recipe(name: str) -> Path:
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if path.stem in shipped and name in (path.stem, f"recipes/{path.name}"):
         return shipped[path.stem]
-    fault = "is no file" if os.path.exists(path) else "no such file"
+    fault = "is not a file" if os.path.exists(path) else "no such file"
     close = difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise UsageError(f"recipe {name!r}: {fault}; {hint}shipped recipes are {', '.join(shipped)}")

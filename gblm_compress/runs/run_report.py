@@ -131,24 +131,24 @@ class Tile:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Size, speed and quality of an artefact beside a dense one in the same format."""
+    """Size, speed and quality of an artefact, compared with a dense one in the same format."""
 
     artefact: str
     beside: str  # the dense artefact that it was timed against; the dense model if there is none
     tiles: list[Tile]
     where: str  # the machine and runtime of the speed-up
-    others: list[str]  # figures that exist beside the dense model only
+    others: list[str]  # figures that are compared with the dense model only
 
     def sentence(self, *, details: bool = True) -> str:
-        """One sentence for each dense artefact that was measured beside."""
+        """One sentence for each dense artefact that it is compared with."""
         same = [tile for tile in self.tiles if tile.beside == self.beside]
         other = [tile for tile in self.tiles if tile.beside != self.beside]
         first, rest = ([tile.sentence if details else tile.figure for tile in each] for each in (same, other))
         rest += self.others
         if self.beside == DENSE:
             first, rest = first + rest, []
-        known = f"{', '.join(first)}: {self.artefact} beside {named(self.beside)}{self.where}."
-        return f"{known} Beside the dense model: {', '.join(rest)}." if rest else known
+        known = f"{', '.join(first)}: {self.artefact} compared with {named(self.beside)}{self.where}."
+        return f"{known} Compared with the dense model: {', '.join(rest)}." if rest else known
 
 
 def named(artefact: str) -> str:

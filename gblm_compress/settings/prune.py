@@ -118,7 +118,7 @@ class PruneSettings(Settings):
         "l1", description="How the gradients of several samples combine: l1 or l2."
     )
     alpha: Annotated[float, Panel.METHOD] = Field(
-        100.0, ge=0, description=f"Weight of the gradient term, read with {_readers('alpha')}."
+        100.0, ge=0, description=f"Weight of the gradient term; used only with {_readers('alpha')}."
     )
     alpha_scale: Annotated[AlphaScale, Panel.NO_OPTION] = Field(
         "published",
@@ -133,8 +133,8 @@ class PruneSettings(Settings):
     fit: FitName = Field("balanced", description=f"How the surviving weights are adjusted. {describe(FITS)}.")
     rounds: Annotated[Count, Panel.FIT] = Field(
         1,
-        description=f"Number of fits of a block, read with {_readers('rounds')}. The mask is "
-        "chosen again before each fit but the first; pruned weights are updated too (Wanda++).",
+        description=f"Number of fits of each block; used only with {_readers('rounds')}. The mask is "
+        "chosen again before each fit but the first. Pruned weights are updated too (Wanda++).",
     )
     quantise: QuantiserName = Field(
         "none",
@@ -143,7 +143,7 @@ class PruneSettings(Settings):
     group: Annotated[Group | None, BeforeValidator(_number), Panel.FIT] = Field(
         None,
         description=f"Weights that share a scale: the whole row, or this many neighbouring columns. If unset: "
-        f"{GROUP_DEFAULTS}. Read with {_readers('group')}.",
+        f"{GROUP_DEFAULTS}. Used only with {_readers('group')}.",
     )
     ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field(
         (), description="Layers to leave alone, as shell-style patterns of full names."
@@ -170,7 +170,7 @@ class PruneSettings(Settings):
         for name, field in type(self).model_fields.items():
             value, where = getattr(self, name), _readers(name)
             if where and name not in self.read and value not in (field.default, preset.get(name)):
-                raise ValueError(f"{name} {value} would do nothing: it is read with {where}")
+                raise ValueError(f"{name} {value} would do nothing: only {where} reads it")
         return self
 
     @property

@@ -133,8 +133,8 @@ class CompareSettings(Settings):
             key = next((key for key, names in parts.items() if part in names), None)
             if key is None:
                 raise ValueError(
-                    f"method {method!r}: {part!r} is no fit, allocation or grid, or the second of its kind; give for "
-                    "example wanda+fast+int4"
+                    f"method {method!r}: {part!r} is not a fit, allocation or grid, or is the second of its kind; "
+                    "give for example wanda+fast+int4"
                 )
             values[key] = part
             del parts[key]
@@ -225,9 +225,9 @@ class Recipe(Settings):
         folders = () if self.prune is None else ("recovered",) if self.recover else ("pruned",)
         if gates.artefact not in (None, *folders, *self._made):
             made = ", ".join((*folders, *self._made))
-            yield "artefact", f"{gates.artefact!r} is no artefact of the recipe, which makes {made or 'none'}"
+            yield "artefact", f"{gates.artefact!r} is not an artefact of the recipe, which makes {made or 'none'}"
         if gates.artefact and not gates.limits:
-            yield "artefact", "would do nothing: it is read with a gate"
+            yield "artefact", "would do nothing without a gate"
         for name, limit in gates.limits.items():
             given, section = sections.get(GATES[name], (True, ""))
             if not given:

@@ -233,7 +233,7 @@ class ExportSettings(Settings):
         for name in self.own:
             readers = [other for other, entry in FORMATS.items() if name in entry.reads]
             if self.format not in readers:
-                raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
+                raise ValueError(f"{name} would do nothing: only format {' or '.join(readers)} reads it")
         if self.quantise and self.dtype not in ("auto", "float32"):
             raise ValueError("quantise: the arithmetic beside the levels is float32; give no other dtype")
         if self.quantise and self.sparse:

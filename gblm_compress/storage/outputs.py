@@ -314,7 +314,7 @@ def _in_use(lock: SoftFileLock) -> str | None:
     if abs(age) > (_NAMELESS_LOCK_S if pid is None else _FOREIGN_LOCK_S):
         return None
     if pid is None:
-        return f"process ?; wait, or give another folder (the lock is {marker})"
+        return f"another process; wait, or give another folder (the lock is {marker})"
     when = f"{age / 3600:.1f} hours old" if age >= 0 else f"dated {-age / 3600:.1f} hours in the future"
     return (
         f"process {pid} on the host {host!r}, whose lock is {when}; wait, give another folder, or, if that process "

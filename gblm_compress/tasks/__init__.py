@@ -1,4 +1,4 @@
-"""What models are for: the registry of tasks. Importing a module of this folder loads no torch."""
+"""The registry of tasks. Importing a module of this folder loads no torch."""
 
 import os
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ DEFAULT = "causal-lm"  # for a model of unknown class
 
 
 def data_files(dataset: str) -> list[Path]:
-    """As `Task.data_files`, for a model that is not known yet: the first task that can read the dataset answers."""
+    """As `Task.data_files`, before the model is known: the first task that reads the dataset answers."""
     refused: dict[str, DataError] = {}
     for task in TASKS.values():
         try:
@@ -45,7 +45,7 @@ def data_files(dataset: str) -> list[Path]:
 
 
 def files_of(*datasets: str) -> list[Path]:
-    """The files of some datasets, which no output may replace; none of one that cannot be read and is refused later."""
+    """The files of datasets, which no output may replace. Unreadable datasets are skipped here, and refused later."""
     found: list[Path] = []
     for dataset in datasets:
         with suppress(DataError):
@@ -59,17 +59,17 @@ def is_here(dataset: str) -> bool:
 
 
 def same_text(evaluated: str, calibrated: str) -> str:
-    """A note where an evaluation reads the data of the calibration, or another part of it; else empty."""
+    """A note if an evaluation reads the dataset of the calibration, even another part of it; else empty."""
     files = [[path.resolve() for path in files_of(name)] for name in (evaluated, calibrated)]
     same = evaluated == calibrated or (files[0] and files[0] == files[1])
     return "same data as calibration: on other data the loss may be larger" if same else ""
 
 
 def task_of(model_class: type) -> Task:
-    """The task that optimum's TasksManager infers for a class of models, or for one above it; ModelError for others.
+    """The task that optimum's TasksManager infers for a model class or a base class of it; ModelError if none.
 
-    An unknown class from outside transformers is for `DEFAULT`. A language model that also reads images or sound is a
-    language model: its other parts stay as they are.
+    An unknown class from outside transformers gets `DEFAULT`. A language model that also reads images or sound counts
+    as a causal language model; its other parts stay as they are.
     """
     import transformers
     from optimum.exporters.tasks import TasksManager

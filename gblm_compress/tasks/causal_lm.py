@@ -21,7 +21,7 @@ from gblm_compress.tasks.text import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOSS_TOKENS = 128  # with logits in memory at once: small beside a block, enough for fast products
+LOSS_TOKENS = 128  # tokens with logits in memory at once: little compared with a block, enough for fast products
 
 
 class CausalLM(Task):
@@ -41,7 +41,7 @@ class CausalLM(Task):
         return [{"input_ids": window} for window in windows]
 
     def probe(self, processor: Any, config: Any) -> Sample:
-        """The start of the text: to tokenize all of it takes longer than to verify a small model."""
+        """The start of the text: tokenizing all of it takes longer than verifying a small model."""
         ids = tokenize(processor, vocabulary_of(config), load_text("demo", "calibration")[:4096])
         return {"input_ids": ids[:64].unsqueeze(0)}
 
@@ -65,7 +65,7 @@ class CausalLM(Task):
         return {**sample, "use_cache": False}
 
     def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
-        """Logits [tokens - 1, vocabulary], of all tokens that another follows."""
+        """Logits [tokens - 1, vocabulary], of all tokens but the last."""
         return prediction[0, :-1]
 
     def loss(self, judged: Tensor, sample: Sample) -> Tensor:
@@ -78,7 +78,7 @@ class CausalLM(Task):
         return {"perplexity": perplexity(cross_entropy), "cross_entropy": cross_entropy}
 
     def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
-        """Everything behind the blocks works on each token alone, so some tokens at a time will do."""
+        """A chunk of tokens at a time, to save memory. Everything after the blocks works on each token alone."""
         import torch
 
         ids = sample["input_ids"]

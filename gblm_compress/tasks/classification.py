@@ -1,4 +1,4 @@
-"""Classification of texts, alone or in pairs, and what it shares with other classifiers."""
+"""Classification of texts, alone or in pairs, and the base class of classifiers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Classes(Task):
 
 
 class Classification(Classes, PassageTask):
-    """Samples are rows of a table with texts, or passages; labels are read where the data has them."""
+    """Samples are rows of a table with texts, or passages; labels are read if the data has them."""
 
     help = "a model that classifies texts"
     auto_class = "AutoModelForSequenceClassification"
@@ -75,8 +75,8 @@ def _samples(processor: Any, config: Any, rows: Sequence[Row], length: int, pad:
     import torch
 
     if config.num_labels < 2:
-        raise ModelError("the model gives one number and no classes; a classifier has two labels or more")
-    scored = any(row.label is None and row.score is not None for row in rows)  # whole scores are no classes
+        raise ModelError("the model has a single output; a classifier has at least two classes")
+    scored = any(row.label is None and row.score is not None for row in rows)  # integer scores are not classes
     labelled = any(row.label is not None for row in rows) and not scored
     labels = [class_of(row.label, row.where, config) for row in rows] if labelled else []
     found = passages.encode(processor, config, rows, length, pad)
@@ -86,9 +86,9 @@ def _samples(processor: Any, config: Any, rows: Sequence[Row], length: int, pad:
 
 
 def class_of(label: int | str | None, where: str, config: Any, names: Mapping[str, int] | None = None) -> int:
-    """The number of a class by its number or name; `names` are in small letters, by default the model's."""
+    """The number of a class, from its number or name. `names` are lower-case, and the model's by default."""
     if label is None:
-        raise DataError(f"{where} has no label, and others have one; give all samples one, or none")
+        raise DataError(f"{where} has no label, but other samples have one; label all samples, or none")
     names = names_of(config) if names is None else names
     if isinstance(label, str) and label.lower() not in names and label.isdecimal():
         label = int(label)
@@ -98,7 +98,7 @@ def class_of(label: int | str | None, where: str, config: Any, names: Mapping[st
         return number
     first = ", ".join(str(config.id2label[number]) for number in sorted(config.id2label)[:8])
     raise DataError(
-        f"{where}: the label {label!r} is none of the model's {config.num_labels}; give a number from 0 to "
+        f"{where}: the label {label!r} is not one of the model's {config.num_labels}; give a number from 0 to "
         f"{config.num_labels - 1}, or a name: {first}"
     )
 

@@ -1,4 +1,4 @@
-"""Sentence embedding: a text becomes the direction of a vector, and texts are near each other as their vectors are."""
+"""Sentence embedding: a text becomes a vector of length 1, and similar texts have similar vectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gblm_compress.tasks.task import Sample, random_numbers, with_draws
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEAREST = 10  # neighbours of a text, which a pruned model should keep
+NEAREST = 10  # neighbours of a text that a pruned model should keep
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 _MODE = "pooling_mode_"
@@ -25,10 +25,10 @@ _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
 
 
 class Embedding(PassageTask):
-    """Samples are passages without labels. The embedding is pooled from the tokens that are no padding, and normalised.
+    """Samples are passages without labels. The embedding is pooled over all tokens but padding, and normalised.
 
-    The distance to the dense model's embedding has no gradient at that model. The loss is the product of the embedding
-    with a random direction r ~ N(0, 1) of each sample: the mean squared gradient is the diagonal of JᵀJ (Gauss-Newton).
+    The distance to the dense model's embedding has no gradient at that model. So the loss is the embedding times a
+    random direction r ~ N(0, 1) of each sample. Its mean squared gradient is the diagonal of JᵀJ (Gauss-Newton).
     """
 
     help = "a model of text embeddings"
@@ -46,7 +46,7 @@ class Embedding(PassageTask):
         if unknown := [kind for kind in kinds if kind not in _MODULES]:
             raise ModelError(
                 f"{str(folder / 'modules.json')!r}: embeddings go through {unknown[0]}, which is not supported; "
-                f"{', '.join(_MODULES)} are"
+                f"supported modules are {', '.join(_MODULES)}"
             )
         path = folder / "1_Pooling" / "config.json"
         config = _read(path, dict)
@@ -60,8 +60,8 @@ class Embedding(PassageTask):
         modes = [modes] if isinstance(modes, str) else modes
         if len(modes) != 1 or modes[0] not in POOLINGS:
             raise ModelError(
-                f"{str(path)!r}: pooling by {' and '.join(map(str, modes)) or 'nothing'} is not supported; one of "
-                f"{', '.join(POOLINGS)} is"
+                f"{str(path)!r}: pooling by {' and '.join(map(str, modes)) or 'nothing'} is not supported; "
+                f"supported is one of {', '.join(POOLINGS)}"
             )
         return Embedding(modes[0])
 
@@ -77,7 +77,7 @@ class Embedding(PassageTask):
         return passages.encode(processor, config, texts, length, pad=True)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
-        """Pairs of sentences one after the other, "labels" their score; or passages, which have none."""
+        """The sentences of each pair in turn, both with its score as "labels"; or passages without labels."""
         import torch
 
         rows = passages.read(dataset, "evaluation")[:limit]
@@ -85,7 +85,7 @@ class Embedding(PassageTask):
             return passages.encode(processor, config, _alone(rows), length, pad=False)
         for row in rows:
             if row.score is None or len(row.texts) < 2:
-                raise DataError(f"{row.where}: two sentences and a score are needed in every row")
+                raise DataError(f"{row.where}: every row needs two sentences and a score")
         alone = [Row((text,)) for row in rows for text in row.texts]
         found = passages.encode(processor, config, alone, length, pad=False)
         scores = [torch.tensor([[row.score]]) for row in rows for _ in row.texts]
@@ -129,7 +129,7 @@ class Embedding(PassageTask):
         return {"cosine": float((reference * judged).sum())}
 
     def agreement(self, dense: Sequence[Any], measured: Sequence[Any]) -> dict[str, float]:
-        """The share of each text's ten nearest in the dense model that are among its ten nearest here."""
+        """The share of each text's ten nearest neighbours in the dense model that are its nearest here too."""
         import torch
 
         ours, theirs = (torch.stack([vector for vector, _ in found]) for found in (measured, dense))
@@ -148,13 +148,13 @@ def _read(path: Path, kind: type) -> Any:
 
 
 def top_agreement(reference: Tensor, vectors: Tensor, count: int) -> float:
-    """The share of the `count` nearest neighbours that both have; both [texts, …], of length 1 each."""
+    """The share of a text's `count` nearest neighbours that both agree on; both [texts, …], each of length 1."""
     kept = 0
     for start in range(0, len(vectors), 1024):
         nearest = []
         for of_all in (reference, vectors):
             cosines = of_all[start : start + 1024] @ of_all.T
-            cosines.diagonal(start).fill_(-math.inf)  # a text is no neighbour of its own
+            cosines.diagonal(start).fill_(-math.inf)  # a text is not its own neighbour
             nearest.append(cosines.topk(count).indices)
         kept += int((nearest[0].unsqueeze(2) == nearest[1].unsqueeze(1)).sum())
     return kept / (count * len(vectors))

@@ -1,4 +1,4 @@
-"""Classification of images, and where images come from: folders, tables, hub datasets, and IDX files as of MNIST."""
+"""Classification of images, and their sources: folders, tables, hub datasets, and IDX files such as MNIST's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Label: TypeAlias = "int | str | None"
 
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the model's channels
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others Pillow may run a program, as for EPS
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow may run a program for others, such as EPS
 PARTS = {"calibration": ("train", "training"), "evaluation": ("val", "validation", "valid", "test")}  # sub-folders
 READS = (
     "a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
@@ -39,11 +39,11 @@ READS = (
 LARGEST_IDX = 1 << 32  # bytes, all in memory
 _IDX = re.compile(r".*images[-.]idx3-ubyte(\.gz)?")
 _IDX_PARTS = {"calibration": "train-", "evaluation": "t10k-"}
-_SHUFFLED = 1_000  # images of a hub dataset that are held at once to draw from; its files are shuffled, too
+_SHUFFLED = 1_000  # images of a hub dataset in the buffer for shuffling; its files are shuffled too
 
 
 class ImageClassification(Classes):
-    """Samples are single images as the model's image processor makes them; labels are read where the data has them."""
+    """Samples are single images from the model's image processor; labels are read if the data has them."""
 
     help = "a model that classifies images"
     auto_class = "AutoModelForImageClassification"
@@ -55,7 +55,7 @@ class ImageClassification(Classes):
 
     def check_processor(self, processor: Any) -> None:
         if "pixel_values" not in processor.model_input_names:
-            raise ModelError(f"its image processor makes {', '.join(processor.model_input_names)}, and no pixel_values")
+            raise ModelError(f"its image processor makes {', '.join(processor.model_input_names)}, not pixel_values")
 
     def data_files(self, dataset: str) -> list[Path]:
         return data_files(dataset)
@@ -66,7 +66,7 @@ class ImageClassification(Classes):
         pictures = read(dataset, "calibration", samples, seed)
         if len(pictures.found) < samples:
             raise DataError(
-                f"dataset {dataset!r} has {len(pictures.found)} images, and {samples} are asked for; give fewer samples"
+                f"dataset {dataset!r} has {len(pictures.found)} images, but {samples} samples are asked for; give fewer"
             )
         return with_draws(list(Preprocessed(processor, config, pictures)), seed)
 
@@ -79,12 +79,12 @@ class ImageClassification(Classes):
         return (height // config.patch_size) * (width // config.patch_size)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
-        """Those within a limit are drawn at random, because folders go class by class."""
+        """With a limit, images are drawn at random, because folders are sorted by class."""
         return Preprocessed(processor, config, read(dataset, "evaluation", limit, seed=0))
 
     def probe(self, processor: Any, config: Any) -> Sample:
-        """A made image, of large and small blots: no photograph is on every machine."""
-        return {"pixel_values": _pixels(processor, config, _made(256, _mode(config)), "a made image")}
+        """A synthetic image of large and small blots: no photograph is on every machine."""
+        return {"pixel_values": _pixels(processor, config, _made(256, _mode(config)), "a synthetic image")}
 
     def timed(self, config: Any, batch: int, length: int, seed: int) -> Sample:
         import torch
@@ -98,10 +98,10 @@ class ImageClassification(Classes):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a dataset, which is read when it is asked for."""
+    """An image of a dataset, read on demand."""
 
     where: str  # its name in messages
-    label: Label  # the number or the name of its class; None where the data has no classes
+    label: Label  # the number or the name of its class; None if the data has no classes
     _open: Callable[[], Image]
 
     def read(self, mode: str) -> Image:
@@ -113,24 +113,24 @@ class Picture:
         except Exception as error:  # Pillow and its decoders each raise their own kinds for bad data
             if is_out_of_memory(error):
                 raise
-            # Pillow names the object that it was given, which says nothing here.
-            reason = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+            # Pillow's message names a buffer in memory, which tells the user nothing.
+            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)
             raise DataError(f"{self.where} cannot be read as an image ({reason}); remove it") from error
         if image.mode.startswith(("I", "F")):
-            raise DataError(f"{self.where} has pixels of mode {image.mode}; give images of 8 bits a channel")
+            raise DataError(f"{self.where} has pixels of mode {image.mode}; give images with 8 bits per channel")
         return image.convert(mode)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images of a dataset, and the names of all its classes in its order, where they have names."""
+    """Images of a dataset, and the names of its classes in order, if they have names."""
 
     found: Sequence[Picture]
     classes: tuple[str, ...] = ()
 
 
 class Preprocessed(Sequence[Sample]):
-    """Samples that are read and processed each time they are asked for; the labels are checked once, before."""
+    """Samples that are read and processed at each access; the labels are checked once, at the start."""
 
     def __init__(self, processor: Any, config: Any, pictures: Pictures) -> None:
         self._processor, self._config, self._pictures = processor, config, pictures.found
@@ -150,10 +150,10 @@ class Preprocessed(Sequence[Sample]):
 
 
 def labels_of(pictures: Pictures, config: Any) -> list[int]:
-    """The numbers of all images' classes; none where the data has no classes.
+    """The class numbers of all images; empty if the data has no classes.
 
-    Where model and data share no name but the number of classes, folders in alphabetical order are the classes, as for
-    `torchvision` and ImageNet.
+    If model and data have equally many classes and share no name, the folders in alphabetical order are the classes,
+    as in `torchvision` and ImageNet.
     """
     if all(picture.label is None for picture in pictures.found):
         return []
@@ -168,22 +168,22 @@ def labels_of(pictures: Pictures, config: Any) -> list[int]:
 
 def _pixels(processor: Any, config: Any, image: Image, where: str) -> Tensor:
     """The processed image [1, channels, height, width]."""
-    # Grey images stay grey: processors that turn all images into colours are told not to.
+    # Grey images stay grey: a processor must not turn them into RGB.
     to_colours = config.num_channels == 1 and getattr(processor, "do_convert_rgb", None)
     options = {"do_convert_rgb": False} if to_colours else {}
-    with translated(lambda said: ModelError(f"the image processor does not take {where} ({said})")):
+    with translated(lambda said: ModelError(f"the image processor fails on {where} ({said})")):
         found: Tensor = processor(image, return_tensors="pt", **options)["pixel_values"]
     wanted = (1, config.num_channels, *_size(config))
     if found.shape != wanted and (found.shape[:2] != wanted[:2] or _takes_one_size(config)):
         raise ModelError(
-            f"the image processor makes {' × '.join(map(str, found.shape[1:]))} numbers of {where}, and the model "
+            f"the image processor makes {' × '.join(map(str, found.shape[1:]))} numbers of {where}, but the model "
             f"takes {' × '.join(map(str, wanted[1:]))}; set size, do_resize and crop_size in preprocessor_config.json"
         )
     return found
 
 
 def _takes_one_size(config: Any) -> bool:
-    """Whether a model adapts its positions to other sizes only where it is asked to, by an argument."""
+    """Whether a model takes images of other sizes only with the argument `interpolate_pos_encoding`."""
     import inspect
 
     from transformers import AutoModelForImageClassification
@@ -200,7 +200,7 @@ def _size(config: Any) -> tuple[int, int]:
 
 def _mode(config: Any) -> str:
     if config.num_channels not in MODES:
-        raise ModelError(f"the model takes images of {config.num_channels} channels; 1 (grey) and 3 (colours) work")
+        raise ModelError(f"the model takes images with {config.num_channels} channels, not 1 (grey) or 3 (RGB)")
     return MODES[config.num_channels]
 
 
@@ -217,10 +217,10 @@ def _made(size: int, mode: str) -> Image:
 
 
 def data_files(source: str) -> list[Path]:
-    """The local file or folder of images that a source names, and the labels beside it."""
+    """The local file or folder of images of a source, and the labels beside it; empty for the hub."""
     path = Path(os.path.expanduser(source))
     if source in (*text.NAMED, SELF):
-        raise DataError(f"dataset {source!r} is text, and the model takes images; give {READS}")
+        raise DataError(f"dataset {source!r} is text, but the model takes images; give {READS}")
     if os.path.isdir(path):
         if not _idx_files(path) and next(_images_below(path), None) is None:
             raise DataError(f"dataset {source!r}: the folder holds no image; give {READS}")
@@ -235,7 +235,7 @@ def data_files(source: str) -> list[Path]:
 
 
 def read(source: str, role: text.Role, count: int | None, seed: int) -> Pictures:
-    """At most `count` images, drawn at random, or all in the dataset's order; `role` picks the part, if any."""
+    """At most `count` images, drawn at random; or all in order. `role` picks the part, if the dataset has parts."""
     path = next(iter(data_files(source)), None)
     if path is None or (path.suffix == ".parquet" and path.is_file()):
         return Pictures(_of_rows(path, source, role, count, seed))
@@ -257,14 +257,14 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str, ...]]:
-    """All images of a folder. The classes are its sub-folders that hold images; one of `PARTS` is entered first."""
+    """All images of a folder. Its sub-folders with images are the classes. A folder of `PARTS` is entered first."""
     part = next((folder / name for name in PARTS[role] if (folder / name).is_dir()), folder)
     if part is folder and any((folder / name).is_dir() for names in PARTS.values() for name in names):
         raise DataError(f"dataset {str(folder)!r} has no part for {role}: no folder {' or '.join(PARTS[role])}")
     folders = sorted(path for path in part.iterdir() if path.is_dir() and next(_images_below(path), None))
     loose = sorted(path for path in part.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if folders and loose:
-        raise DataError(f"dataset {str(folder)!r}: {loose[0].name!r} lies beside folders of classes; put it into one")
+        raise DataError(f"dataset {str(folder)!r}: {loose[0].name!r} lies beside class folders; move it into one")
     found: list[tuple[Path, Label]] = [(path, below.name) for below in folders for path in sorted(_images_below(below))]
     found = found or [(path, None) for path in loose]
     if not found:
@@ -294,7 +294,7 @@ def _of_rows(path: Path | None, source: str, role: text.Role, count: int | None,
 
 
 def _of_row(row: Mapping[str, Any], where: str) -> Picture:
-    """An image in a column: its file's bytes, a mapping with them, as `datasets` writes it, or an image of Pillow."""
+    """An image in a column: the bytes of a file, a mapping with them (as from `datasets`), or a Pillow image."""
     from PIL import Image
 
     if "image" not in row:
@@ -304,11 +304,11 @@ def _of_row(row: Mapping[str, Any], where: str) -> Picture:
     if isinstance(label, bool) or (isinstance(label, float) and label.is_integer()):
         label = int(label)
     if not (label is None or isinstance(label, int | str)):
-        raise DataError(f"{where}: its label is {type(label).__name__}; a number or a name is needed")
+        raise DataError(f"{where}: its label is {type(label).__name__}; give a whole number or a name")
     if isinstance(content, Image.Image):
         return Picture(where, label, lambda: content)
     if not isinstance(content, bytes):
-        raise DataError(f"{where}: its image is {type(content).__name__}; the bytes of an image file are needed")
+        raise DataError(f"{where}: its image is {type(content).__name__}; give the bytes of an image file")
     return Picture(where, label, partial(_decoded, content))
 
 
@@ -354,15 +354,15 @@ def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
 
 
 def _idx(path: Path, source: str, dimensions: int) -> Any:
-    """The numbers of an IDX file in uint8: bytes 0, 0, 8 (the type) and dimensions, big-endian sizes, the numbers."""
+    """The uint8 numbers of an IDX file, which come after bytes 0, 0, 8 (the type), dimensions and big-endian sizes."""
     import numpy
 
     where = f"dataset {source!r}: {path.name}"
     with text.reading(source), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         if file.read(4) != bytes([0, 0, 8, dimensions]):
-            raise DataError(f"{where} is no IDX file of bytes in {dimensions} dimensions")
+            raise DataError(f"{where} is not an IDX file of bytes in {dimensions} dimensions")
         sizes = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
         numbers, shape = math.prod(sizes), "×".join(map(str, sizes))
         if not 0 < numbers <= LARGEST_IDX:
-            raise DataError(f"{where} says that it holds {shape} numbers; 1 to {LARGEST_IDX:,} can be read")
+            raise DataError(f"{where} claims to hold {shape} numbers; 1 to {LARGEST_IDX:,} can be read")
         return numpy.frombuffer(file.read(numbers), numpy.uint8).reshape(sizes)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured value with its standard error, from the spread over the samples; None where there is one sample."""
+    """A measured value with its standard error, from the spread over the samples; None for a single sample."""
 
     value: float
     error: float | None = None
@@ -41,9 +41,9 @@ def perplexity(cross_entropy: Metric) -> Metric:
 
 
 def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
-    """Spearman's rank correlation ρ, ties at their mean rank; NaN where all values or all scores are equal.
+    """Spearman's rank correlation ρ, ties at their mean rank; NaN if all values or all scores are equal.
 
-    Its error is by the delta method from Fisher's z, of variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000).
+    Its error follows by the delta method from Fisher's z, with variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000).
     """
     count, vary = len(values), len(set(values)) > 1 and len(set(scores)) > 1
     value = statistics.correlation(_ranks(values), _ranks(scores)) if vary else math.nan

@@ -1,6 +1,6 @@
-"""Passages: sentences, paragraphs and rows of tables as padded samples of a model that reads texts whole.
+"""Passages: sentences, paragraphs and rows of tables, as padded samples for models that read whole texts.
 
-A csv file without known columns may have two sentences and a score, as the STS benchmark does.
+A csv file without known columns may hold two sentences and a score, as in the STS benchmark.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 from gblm_compress.tasks.text import check_ids, padded_ids, vocabulary_of
 
-FEWEST_WORDS = 5  # of a passage; shorter lines are headings, captions and rests
+FEWEST_WORDS = 5  # of a passage; shorter lines are headings, captions and fragments
 
 _FILES = (*text.FILES, ".csv")
 _READS = "a .txt, .csv, .jsonl or .parquet file, or a hub dataset"
 _TEXTS = (("text", "text_pair"), ("sentence", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 _KNOWN = frozenset(("score", "label", *(name for names in _TEXTS for name in names)))
-_NEEDED = (
-    "name one 'text' or 'sentence', or two 'sentence1' and 'sentence2', and those of labels 'label', of scores 'score'"
-)
+_NEEDED = "name it 'text' or 'sentence', or two 'sentence1' and 'sentence2'; labels are in 'label', scores in 'score'"
 _C4_DOCUMENTS = 20_000
-_MARKUP = re.compile(r"\s*(</?doc\b.*|=.*=)\s*")  # lines of Wikipedia extracts and of WikiText that are no text
-_OFFSET = ("roberta", "camembert", "mpnet", "longformer", "data2vec-text")  # positions begin after that of padding
+_MARKUP = re.compile(r"\s*(</?doc\b.*|=.*=)\s*")  # markup lines of Wikipedia extracts and WikiText
+_OFFSET = ("roberta", "camembert", "mpnet", "longformer", "data2vec-text")  # positions begin after the padding's
 
 
 @dataclass(frozen=True)
 class Row:
-    """One text, or two that the model reads together, with a label or a score where there is one."""
+    """One text, or two that the model reads together, with a label or a score if there is one."""
 
     texts: tuple[str, ...]
     label: int | str | None = None  # a class
@@ -46,7 +44,7 @@ class Row:
 
 
 class PassageTask(Task):
-    """A task whose samples are texts of several lengths: tokenized whole, cut if they are too long, padded behind."""
+    """A task whose samples are texts of several lengths: tokenized whole, cut if too long, padded at the end."""
 
     sample = "text"
     reads = _READS
@@ -56,7 +54,7 @@ class PassageTask(Task):
         super().check_processor(processor)
         if processor.pad_token_id is None:
             raise ModelError(
-                "its tokenizer has no pad token, and texts of several lengths are padded; set one (for example "
+                "its tokenizer has no pad token, but texts of several lengths need padding; set one (for example "
                 "tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer into the folder"
             )
 
@@ -76,7 +74,7 @@ class PassageTask(Task):
 
 
 def read(source: str, role: text.Role) -> list[Row]:
-    """The rows of a table with pairs, labels or scores; of other data the lines that are long enough."""
+    """The rows of a table with pairs, labels or scores; the long enough lines of other data."""
     suffix = Path(source).suffix
     if (source, role) == ("c4", "calibration"):
         documents = islice(text.records(source, role), _C4_DOCUMENTS)
@@ -107,8 +105,8 @@ def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: b
     """The rows as samples [1, tokens], of at most `length` tokens; `pad` gives all the shape of the longest."""
     if other := next((row for row in rows if len(row.texts) != len(rows[0].texts)), None):
         raise DataError(
-            f"{other.where} has {len(other.texts)} texts, and {rows[0].where} has {len(rows[0].texts)}; give all rows "
-            "as many"
+            f"{other.where} has {len(other.texts)} texts, but {rows[0].where} has {len(rows[0].texts)}; give all rows "
+            "equally many"
         )
     kept = ["input_ids", "attention_mask", *(["token_type_ids"] if _has_types(config) else [])]
     options = {
@@ -138,7 +136,7 @@ def positions_of(config: Any) -> int:
 
 
 def table(source: str, role: text.Role) -> list[Row]:
-    """The rows of a csv, jsonl or parquet file or of a hub dataset, without those that have no text."""
+    """The rows of a csv, jsonl or parquet file or of a hub dataset, without empty ones."""
     text.data_files(source, _READS, _FILES)
     records = _of_csv(source) if Path(source).suffix == ".csv" else text.records(source, role, _KNOWN)
     found = [row for where, columns in records if (row := _row(columns, where)) is not None]
@@ -158,25 +156,25 @@ def _of_csv(source: str) -> text.Records:
                     text.check_columns([name for name in head if name in _KNOWN], where)
                     continue
                 if len(line) != 3 or not _is_number(line[2]):
-                    raise DataError(f"{where} names no known column, but {_listed(line)}; {_NEEDED}")
+                    raise DataError(f"{where} has no known text column ({_listed(line)}); {_NEEDED}")
                 head = ["sentence1", "sentence2", "score"]
             if len(line) != len(head):
-                raise DataError(f"{where} has {len(line)} columns, the first line {len(head)}")
+                raise DataError(f"{where} has {len(line)} columns, but the first line has {len(head)}")
             yield where, dict(zip(head, line, strict=True))
 
 
 def _row(columns: Mapping[str, Any], where: str) -> Row | None:
     names = next((names for names in _TEXTS if names[0] in columns), None)
     if names is None:
-        raise DataError(f"{where} has no column of texts, but {_listed(columns)}; {_NEEDED}")
+        raise DataError(f"{where} has no known text column ({_listed(columns)}); {_NEEDED}")
     texts = tuple(value for name in names if (value := columns.get(name)) is not None)
     for value in texts:
         if not isinstance(value, str):
-            raise DataError(f"{where}: a text is needed, and {type(value).__name__} was found")
+            raise DataError(f"{where}: a text is needed, but {type(value).__name__} was found")
     if not texts or not texts[0].strip():
         return None
     label, score = columns.get("label"), columns.get("score")
-    if isinstance(label, float):  # the score of a pair, as GLUE calls it, or a class where others are missing
+    if isinstance(label, float):  # a pair's score in GLUE, or a class in a column with missing ones
         score = label if score is None else score
         label = int(label) if label.is_integer() else None
     if isinstance(label, bool):
@@ -184,7 +182,7 @@ def _row(columns: Mapping[str, Any], where: str) -> Row | None:
     if isinstance(label, str):
         label = int(label) if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", label) else label.strip() or None
     if score is not None and not _is_number(score):
-        raise DataError(f"{where}: the score {score!r} is no number")
+        raise DataError(f"{where}: the score {score!r} is not a number")
     return Row(texts, label, None if score is None else float(score), where)
 
 
@@ -193,7 +191,7 @@ def _lines(document: str) -> list[str]:
 
 
 def _listed(columns: Iterable[str]) -> str:
-    return ", ".join(map(repr, islice(columns, 8))) or "none"
+    return f"columns: {', '.join(map(repr, islice(columns, 8))) or 'none'}"
 
 
 def _is_number(value: Any) -> bool:
@@ -204,7 +202,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _has_types(config: Any) -> bool:
-    """Whether the model tells the two texts of a sample by `token_type_ids`."""
+    """Whether the model tells the two texts of a sample apart by `token_type_ids`."""
     return (getattr(config, "type_vocab_size", None) or 0) > 1
 
 

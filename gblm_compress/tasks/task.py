@@ -1,6 +1,6 @@
-"""The interface through which calibration, fits, evaluation and export know what a model is for.
+"""The interface of tasks, for calibration, fits, evaluation and export.
 
-A bad or short source raises DataError, a processor that does not fit the model ModelError, a missing method UsageError.
+Raises DataError for a bad or short source, ModelError for an unfit processor, UsageError for a missing method.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sample: TypeAlias = "Mapping[str, Tensor]"  # the model's arguments, each [1, …], and any of `BESIDE`
-BESIDE = ("labels", "draw")  # no arguments of the model: the target, and the seed of whatever a loss draws
-_WORDS = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
+BESIDE = ("labels", "draw")  # not for the model: the target, and the seed of a loss's random numbers
+_WORDS = "A word, ACGT 1 слово 词"  # words, letters and digits for vocabularies of all kinds
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The part of a model's folder that turns data into arguments: its name, and the class that loads it."""
+    """The part of a model that turns data into arguments: its name, and the class of transformers that loads it."""
 
     name: str
     auto_class: str
@@ -37,36 +37,36 @@ IMAGE_PROCESSOR = Processor("image processor", "AutoImageProcessor")
 
 
 class Task(ABC):
-    """What a model is for. `docs/adding-a-task.md` lists what a task may override."""
+    """The use of a model. `docs/adding-a-task.md` lists the members that a task may override."""
 
-    help: ClassVar[str]  # such a model, with its article
+    help: ClassVar[str]  # the name of such a model, with its article
     auto_class: ClassVar[str]  # the class of transformers that loads it from its config
-    output: ClassVar[str] = "logits"  # the output that is its prediction, in transformers and ONNX
+    output: ClassVar[str] = "logits"  # the name of the prediction, in transformers and ONNX
     processor: ClassVar[Processor] = TOKENIZER
     companions: ClassVar[tuple[str, ...]] = ()  # patterns of further files that belong to the model
     generates: ClassVar[bool] = False  # token by token, with a cache
-    varying_axes: ClassVar[int] = 2  # how many first dimensions of a batch vary: samples and their tokens
+    varying_axes: ClassVar[int] = 2  # leading dimensions of a batch that vary: samples, then tokens
     sample: ClassVar[str] = "window"  # the name of one sample
     loss_unit: ClassVar[str] = "nats per token"  # of `divergence`
-    reads: ClassVar[str] = text.READS  # what `data_files` takes, for messages
-    suffixes: ClassVar[Collection[str]] = text.FILES  # of the files that it takes
+    reads: ClassVar[str] = text.READS  # the data that `data_files` accepts, for messages
+    suffixes: ClassVar[Collection[str]] = text.FILES  # of the files among them
 
     def of_folder(self, folder: Path) -> Task:
-        """The task with the settings that the files of a model's folder give; itself where there are none."""
+        """The task with the settings from the files of a model's folder; itself if there are none."""
         return self
 
     def check_processor(self, processor: Any) -> None:
-        """Refuse a processor of no use: without its vocabulary, transformers makes a tokenizer that knows no words."""
+        """Refuse a useless processor: without a vocabulary, transformers makes a tokenizer that knows no words."""
         with text.tokenizing():
             known = set(processor(_WORDS, verbose=False)["input_ids"]) - set(processor.all_special_ids)
         if len(known) < 2:  # one may be a space, or an unknown token that is not marked as special
             raise ModelError(
-                f"its tokenizer knows no word of {_WORDS!r}; its tokenizer files are missing or do not fit: put those "
-                "of the original model (tokenizer.json, say) into the folder"
+                f"its tokenizer knows no word of {_WORDS!r}; its tokenizer files are missing or do not fit: copy "
+                "those of the original model (for example tokenizer.json) into the folder"
             )
 
     def data_files(self, dataset: str) -> list[Path]:
-        """The local files or folders of a dataset; none where it lies elsewhere. Only names are looked at."""
+        """The local files or folders of a dataset; empty if it is not local. Only names are checked."""
         return text.data_files(dataset, self.reads, self.suffixes)
 
     @abstractmethod
@@ -76,34 +76,34 @@ class Task(ABC):
         """Samples to calibrate on, all of one shape: texts are cut to `length` tokens and padded."""
 
     def probe(self, processor: Any, config: Any) -> Sample:
-        """One sample of data that every machine has, on which exports are verified."""
+        """One sample of data that every machine has, to verify exports on."""
         return self.calibration(processor, config, "demo", samples=1, length=64, seed=0)[0]
 
     @abstractmethod
     def loss(self, judged: Tensor, sample: Sample) -> Tensor:
-        """The loss of one sample, a scalar; `judged` as the method of that name gives it."""
+        """The scalar loss of one sample, from the result of `judged`."""
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Sequence[Sample]:
-        """Samples to train on, in the order of the text, of one shape: about so many tokens, or all there are."""
-        raise UsageError(f"there is no training of {self.help}; models of its kind can be pruned")
+        """Samples to train on, in the text's order, of one shape: about `tokens` tokens, or all if there are fewer."""
+        raise UsageError(f"training does not support {self.help}; pruning does")
 
     def tokens_of(self, config: Any, length: int) -> int:
-        """Tokens of a sample that is cut to `length`, at most."""
+        """The most tokens that a sample has when it is cut to `length`."""
         return length
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
-        raise UsageError(f"there is no evaluation of {self.help}; models of its kind can be pruned")
+        raise UsageError(f"evaluation does not support {self.help}; pruning does")
 
     def measure(self, judged: Tensor, sample: Sample) -> Any:
-        """What `metrics` needs of a sample: its loss by default."""
+        """The values of a sample that `metrics` needs: its loss by default."""
         return float(self.loss(judged, sample))
 
     def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
-        """The metrics, from what `measure` gave for all samples; the first counts."""
+        """The metrics, from the results of `measure` for all samples; the first is the main one."""
         return {"loss": mean_metric(measured)}
 
     def fidelity(self, reference: Tensor, judged: Tensor) -> dict[str, float]:
-        """How close a sample's judged predictions are to the dense model's; both [positions, classes]."""
+        """Similarity of a sample's judged predictions to the dense model's; both [positions, classes]."""
         return {"mean_kl": mean_kl(reference, judged), "top1_agreement": top1_agreement(reference, judged)}
 
     def divergence(self, dense: Tensor, judged: Tensor) -> Tensor:
@@ -113,31 +113,31 @@ class Task(ABC):
         return kl_divergence(judged, dense)
 
     def agreement(self, dense: Sequence[Any], measured: Sequence[Any]) -> dict[str, float]:
-        """How close a model is to the dense one over all samples together; both as `measure` gave them."""
+        """Similarity to the dense model over all samples together, from the results of `measure` for both."""
         return {}
 
     def judged_values(self, config: Any, length: int) -> int:
-        """How many numbers of a sample of `length` tokens are judged, at most."""
+        """The most numbers that are judged in a sample of `length` tokens."""
         return length * int(config.get_text_config().hidden_size)
 
     def timed(self, config: Any, batch: int, length: int, seed: int) -> Sample:
-        """Arguments [batch, …] for the forward pass that a benchmark times, of a task that generates nothing."""
-        raise UsageError(f"there is no benchmark of {self.help}; models of its kind can be pruned")
+        """Arguments [batch, …] of the forward pass that a benchmark times, for a task that generates nothing."""
+        raise UsageError(f"benchmark does not support {self.help}; pruning does")
 
     def example(self, config: Any) -> Sample:
-        """The arguments with which a model is traced for ONNX: two samples, the first padded."""
+        """Arguments for tracing a model for ONNX: two samples, the first padded."""
         raise UsageError(f"{self.help} cannot be exported to ONNX; export to a sparse PyTorch format")
 
     def arguments(self, sample: Sample) -> dict[str, Any]:
         return {name: tensor for name, tensor in sample.items() if name not in BESIDE}
 
     def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
-        """The part of a prediction [1, tokens, …] that is judged, [positions, …]: all tokens that are no padding."""
+        """The judged part [positions, …] of a prediction [1, tokens, …]: all tokens but padding."""
         mask = sample.get("attention_mask")
         return prediction[0] if mask is None else prediction[mask.bool()]
 
     def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
-        """The gradient to the last block's output `hidden` [1, tokens, hidden size]; `predict(sample, hidden)`."""
+        """The gradient with respect to the last block's output `hidden` [1, tokens, hidden size]."""
         import torch
 
         leaf = hidden.detach().requires_grad_()
@@ -157,7 +157,7 @@ def fingerprint(samples: Iterable[Sample]) -> str:
 
 
 def with_draws(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """The samples, each with a seed of its own, for a loss that draws something."""
+    """The samples, each with its own seed, for a loss that draws random numbers."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +166,7 @@ def with_draws(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def random_numbers(sample: Sample, count: int, *, normal: bool) -> Tensor:
-    """Numbers [count] of a sample's "draw", in float32 on the CPU: of N(0, 1), or uniform in [0, 1)."""
+    """Numbers [count] from a sample's seed, in float32 on the CPU: of N(0, 1), or uniform in [0, 1)."""
     import torch
 
     generator = torch.Generator().manual_seed(int(sample["draw"]) if "draw" in sample else 0)

@@ -1,4 +1,4 @@
-"""Texts for calibration and evaluation: where they come from, and their tokens in windows.
+"""Texts for calibration and evaluation: their sources, and their tokens in windows.
 
 SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local file (column `text`).
 """
@@ -26,7 +26,7 @@ Role = Literal["calibration", "evaluation"]
 Records: TypeAlias = Iterable[tuple[str, Mapping[str, Any]]]  # rows of a table, each with its name in messages
 
 NAMED = ("demo", "wikitext2", "c4")
-# As the reference scripts of SparseGPT, Wanda and GBLM read them: the arguments of `load_dataset`.
+# Arguments of `load_dataset`, as in the reference scripts of SparseGPT, Wanda and GBLM.
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 _C4 = {"path": "allenai/c4", "split": "part", "streaming": True}
 _REFERENCE: dict[tuple[str, Role], dict[str, Any]] = {
@@ -45,13 +45,13 @@ READS = "a .txt, .jsonl or .parquet file, or a hub dataset"
 CHARACTERS_OF_A_TOKEN = 8  # at most, on average; in prose they are four to five
 MAX_LINE = 64 << 20  # bytes in a line of a .jsonl file, or in a text of a .parquet file
 MAX_PARQUET = 2 << 30  # bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end
-CHOICE = 16  # windows of a hub dataset, which may be endless, are drawn from this many times their tokens
-PATIENCE_S = 5.0  # that the hub may take to answer
-DRAWS = 100_000  # documents of C4 that may be too short in a row
+CHOICE = 16  # a hub dataset may be endless, so windows are drawn from this many times their tokens
+PATIENCE_S = 5.0  # limit for an answer of the hub
+DRAWS = 100_000  # so many documents of C4 in a row may be too short
 
 
 def data_files(source: str, reads: str = READS, files: Collection[str] = FILES) -> list[Path]:
-    """The local file that a source names, if any; `reads` says in words what can be read, `files` are suffixes."""
+    """The local file of a source, if any; `reads` describes the accepted data in words, `files` are suffixes."""
     path = Path(os.path.expanduser(source))
     if source == SELF:
         raise DataError(f"dataset {SELF!r} is text that a causal language model writes; for this model give {reads}")
@@ -66,18 +66,18 @@ def data_files(source: str, reads: str = READS, files: Collection[str] = FILES) 
 
 
 def check_file(path: Path, source: str) -> None:
-    """Refuse what is no regular file before it is opened."""
+    """Refuse anything but a regular file before it is opened."""
     if not os.path.isfile(path):
-        raise DataError(f"dataset {source!r}{' is no file' if os.path.exists(path) else ': no such file'}")
+        raise DataError(f"dataset {source!r}{' is not a file' if os.path.exists(path) else ': no such file'}")
 
 
 def found(path: Path) -> str:
-    """What is at a path, in words."""
+    """The kind of a path, in words."""
     if os.path.isfile(path):
-        return "is a file of another kind"
+        return "is a file of an unsupported kind"
     if os.path.isdir(path):
         return "is a folder"
-    return "is no file" if os.path.exists(path) else "is not there"
+    return "is not a file" if os.path.exists(path) else "does not exist"
 
 
 def drawn_windows(tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int) -> list[Tensor]:
@@ -101,7 +101,7 @@ def _document_window(
             start = generator.randint(0, len(ids) - length - 1)
             return ids[start : start + length].unsqueeze(0)
     raise DataError(
-        f"dataset 'c4': none of {DRAWS:,} documents drawn has more than {length} tokens; give a smaller "
+        f"dataset 'c4': none of {DRAWS:,} random documents has more than {length} tokens; give a smaller "
         "--sequence-length"
     )
 
@@ -109,7 +109,7 @@ def _document_window(
 def consecutive_windows(
     tokenizer: Any, vocabulary: int, source: str, role: Role, length: int, tokens: int | None
 ) -> list[Tensor]:
-    """Non-overlapping windows [1, length], all complete, of a text; of a hub dataset, of about so many `tokens`."""
+    """Complete, non-overlapping windows [1, length] of a text; of a hub dataset, only about the first `tokens`."""
     ids = tokenize(tokenizer, vocabulary, load_text(source, role, tokens))
     _check_length(ids, length, source)
     return list(ids[: len(ids) // length * length].reshape(-1, 1, length))
@@ -138,7 +138,7 @@ def load_text(source: str, role: Role, tokens: int | None = None) -> str:
 
 
 def records(source: str, role: Role, columns: Collection[str] = ()) -> Records:
-    """The rows of a source as they are read; of a .parquet file only the `columns`, if it has any."""
+    """The rows of a source, read one by one; of a .parquet file only the `columns`, if it has any of them."""
     path = Path(os.path.expanduser(source))
     if source == "demo":
         return [(f"dataset {source!r}", {"text": paragraph}) for paragraph in demo_paragraphs(role)]
@@ -162,7 +162,7 @@ def hub_rows(source: str, role: Role) -> Any:
 
 
 def demo_paragraphs(role: Role) -> list[str]:
-    """Prose of the language reference that CPython carries; by SHA-256, one paragraph in four is for evaluation."""
+    """Prose of the language reference that comes with CPython; SHA-256 gives one paragraph in four to evaluation."""
     from pydoc_data.topics import topics
 
     paragraphs = dict.fromkeys(
@@ -176,7 +176,7 @@ def demo_paragraphs(role: Role) -> list[str]:
 
 
 def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
-    """The text tokenized whole, as the reference does: token ids [tokens], int64."""
+    """Token ids [tokens], int64, of the whole text at once, as in the reference scripts."""
     import torch
 
     with tokenizing():
@@ -187,14 +187,14 @@ def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
 
 @contextmanager
 def tokenizing() -> Iterator[None]:
-    """Turn any error of a tokenizer into a ModelError; a panic of its library is no `Exception`."""
+    """Turn any error of a tokenizer into a ModelError; a panic in its Rust code is not an `Exception`."""
     try:
         yield
     except BaseException as error:
         if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ModelError(
-            f"the tokenizer fails on a text ({first_line(error)}); take that of the original model"
+            f"the tokenizer fails on a text ({first_line(error)}); use the original model's tokenizer"
         ) from error
 
 
@@ -202,17 +202,17 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
     if ids.numel() and (largest := int(ids.max())) >= vocabulary:
         raise ModelError(
             f"the tokenizer gives the token id {largest}, but the model has embeddings for {vocabulary} tokens, 0 to "
-            f"{vocabulary - 1}; give the tokenizer that belongs to the model, or resize its embeddings "
+            f"{vocabulary - 1}; use the tokenizer that belongs to the model, or resize its embeddings "
             "(`model.resize_token_embeddings(len(tokenizer))`)"
         )
 
 
 def vocabulary_of(config: Any) -> int:
-    """How many tokens a model has embeddings for."""
+    """The number of tokens that a model has embeddings for."""
     try:
         return int(config.get_text_config().vocab_size)
     except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"the model's config names no vocabulary ({first_line(error)})") from error
+        raise ModelError(f"the model's config has no usable vocab_size ({first_line(error)})") from error
 
 
 def padded_ids(vocabulary: int, padding: slice) -> dict[str, Tensor]:
@@ -240,8 +240,8 @@ def _dataset(source: str, **arguments: Any) -> Any:
             return datasets.load_dataset(**arguments)
         except ConnectionError as error:
             raise DataError(
-                f"dataset {source!r} is on the Hugging Face hub, which cannot be reached; give a file of text "
-                f"(.txt, .jsonl, .parquet), 'demo', or to calibrate a language model {SELF!r}"
+                f"dataset {source!r} is on the Hugging Face hub, which cannot be reached; give a text file "
+                f"(.txt, .jsonl, .parquet), 'demo', or, to calibrate a language model, {SELF!r}"
             ) from error
 
 
@@ -252,14 +252,14 @@ def _hub_answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE_S)
-    except Exception:  # the transport's kinds, and that of a client that is told to stay offline
+    except Exception:  # errors of the transport, or of a client in offline mode
         return False
     return True
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Let the hub's clients look at what they have fetched before, and nowhere else."""
+    """Limit the hub's clients to their cached files."""
     import datasets
     from huggingface_hub import constants
 
@@ -292,7 +292,7 @@ def _of_jsonl(path: Path, source: str) -> Records:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} cannot be read as JSON ({first_line(error)})") from error
             if not isinstance(document, dict):
-                raise DataError(f"{where} is no object; every line is one with a 'text'")
+                raise DataError(f"{where} is not an object; every line is one with a 'text'")
             if content:
                 yield where, document
 
@@ -313,7 +313,7 @@ def _of_parquet(path: Path, source: str, columns: Collection[str]) -> Records:
                     row = {name: cell.as_py() for name, cell in zip(batch.schema.names, cells, strict=True)}
                     sizes = [len(value.encode()) for value in row.values() if isinstance(value, str)]
                     if max(sizes, default=0) > MAX_LINE:
-                        raise DataError(f"{where}: a text of more than {MAX_LINE:,} bytes is no document")
+                        raise DataError(f"{where}: a text of more than {MAX_LINE:,} bytes is too long")
                     left -= sum(sizes)
                     if left < 0:
                         raise DataError(f"{where} holds more than {MAX_PARQUET:,} bytes of text; give a part of it")
@@ -322,7 +322,7 @@ def _of_parquet(path: Path, source: str, columns: Collection[str]) -> Records:
 
 def check_columns(names: Sequence[str], where: str) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{where} has {names.count(twice[0])} columns {twice[0]!r}; give each a name of its own")
+        raise DataError(f"{where} has {names.count(twice[0])} columns {twice[0]!r}; give each its own name")
 
 
 def _texts(rows: Records) -> Iterator[str]:
@@ -333,11 +333,11 @@ def _texts(rows: Records) -> Iterator[str]:
         if text is None:
             continue
         if not isinstance(text, str):
-            raise DataError(f"{where}: its 'text' is no text but {type(text).__name__}")
+            raise DataError(f"{where}: its 'text' is {type(text).__name__}, not text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: its 'text' is no Unicode ({first_line(error)})") from error
+            raise DataError(f"{where}: its 'text' is not valid Unicode ({first_line(error)})") from error
         yield text
 
 

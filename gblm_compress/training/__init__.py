@@ -1,1 +1,1 @@
-"""Training of the weights that survive, towards what the dense model computes."""
+"""Training of the surviving weights, towards the dense model's outputs."""

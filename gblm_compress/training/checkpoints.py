@@ -1,9 +1,9 @@
-"""Unfinished work, in a hidden folder beside its output until that is whole; and the checkpoints of a training.
+"""Unfinished work, in a hidden folder beside the output until the output is complete; and training checkpoints.
 
 .OUTPUT.recovery/
-    run.json                    identity, hashes of the files; progress at the latest checkpoint
+    run.json                    identity, hashes of the files, and progress at the latest checkpoint
     state-120.0of2.safetensors  weights and Adam's state after step 120, of the tensors that process 0 of 2 owns
-    best-3.0of2.safetensors     weights at look 3, the best so far
+    best-3.0of2.safetensors     weights at evaluation 3, the best so far
     states/                     the dense model's predictions, if memory is short
 """
 
@@ -31,7 +31,7 @@ from gblm_compress.storage import records
 from gblm_compress.training.trainer import Progressed, Store
 
 RECORD = "run.json"
-CANNOT = ", so that the interrupted run cannot be resumed"
+CANNOT = ", so the interrupted run cannot be resumed"
 
 
 class Record(BaseModel):
@@ -45,28 +45,28 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 class Work(Generic[Kind]):
-    """The folder of unfinished work. A file counts as soon as the record, which the first process writes, has its hash.
+    """The folder of unfinished work. The first process writes the record; a file counts once its hash is there.
 
     Args:
-        new: the record at the start.
-        names: of the files, as a regular expression.
-        resume: continue an interrupted run, or with False remove its work. None: continue if the identity is the same.
+        new: the record of a new run.
+        names: a regular expression for the names of the files.
+        resume: True continues an interrupted run, False removes its work. None continues if the identity is the same.
 
     Raises:
-        UsageError: the folder is not of this run, or cannot be read; or the processes differ in their identity.
+        UsageError: the folder belongs to another run or cannot be read, or the processes differ in their identity.
         OutputError: the folder cannot be written.
     """
 
-    needs_all = True  # no file is of use without the others
+    needs_all = True  # a run with a damaged file cannot continue
     any_processes = False  # whether another number of processes can continue
 
     def __init__(self, folder: Path, new: Kind, names: str, resume: bool | None, ranks: Ranks) -> None:
         self.folder, self.ranks = folder, ranks
         new.identity |= {"processes": ranks.size, "threads": torch.get_num_threads(), "version": __version__}
         ranks.check_same({name: value for name, value in new.identity.items() if name != "threads"})
-        self.states = folder / "states" / str(ranks.rank)  # for hidden states, worthless after an interruption
-        self.damaged: list[str] = []  # files that were changed since, if the others are of use without them
-        self.dropped = ""  # why unfinished work that was found is not continued, if it is not
+        self.states = folder / "states" / str(ranks.rank)  # for hidden states, useless after an interruption
+        self.damaged: list[str] = []  # files that were changed since, unless `needs_all`
+        self.dropped = ""  # the reason, if unfinished work was found and is not continued
         known = self._read(new, names, resume)
         self.resumed = known is not None
         # The record is read once, and then tracked in memory: later the first process may be ahead of the others.
@@ -93,30 +93,30 @@ class Work(Generic[Kind]):
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def write(self) -> None:
-        """The other processes wait."""
+        """Write the record, while the other processes wait."""
         if self.ranks.is_first:
             records.write_sealed(self.folder / RECORD, self.record.model_dump(mode="json"))
         self.ranks.wait()
 
     def remove(self) -> None:
-        """Remove the folder. No process waits for another here: it may have failed, or be busy for long."""
+        """Remove the folder. No process waits here: another may have failed, or be busy for long."""
         if self.ranks.is_first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
     def kept(self, what: str, resume: bool | None, progress: Progress) -> Iterator[None]:
-        """Keep the folder, which holds `what`, after interruptions and lack of disk or memory; else remove it."""
+        """Keep the folder, which holds `what`, except after errors that would come again."""
         again = "the same command" if resume is None else "the same command with --resume"
         if self.dropped:
-            progress.say(f"{self.dropped}; it is started anew")
+            progress.say(f"{self.dropped}; the run starts over")
         elif resume and not self.resumed:
-            progress.say("there is no interrupted run to resume; this one starts anew")
+            progress.say("there is no interrupted run to resume; this run starts from the beginning")
         try:
             yield
         except BaseException as error:
             no_memory, holds_work = is_out_of_memory(error), bool(self.record.files)
             no_disk = isinstance(error, OSError | SafetensorError | OutputError) and not no_memory
-            of_files = isinstance(error.__cause__, OSError)  # which may pass: a network share that was away, say
+            of_files = isinstance(error.__cause__, OSError)  # may be temporary, as with a network share
             passes = no_memory or no_disk or of_files or isinstance(error, KeyboardInterrupt)
             comes_again = isinstance(error, GblmError) and not isinstance(error, RankError) and not passes
             if comes_again or (passes and not holds_work):
@@ -125,16 +125,16 @@ class Work(Generic[Kind]):
                 reason = str(error)
                 if not isinstance(error, OutputError):
                     reason = f"{str(self.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
-                kept = f"; {what} are kept: make room and give {again}" if holds_work else ""
+                kept = f"; {what} are kept: make room and run {again}" if holds_work else ""
                 raise OutputError(reason + kept) from error
             if passes and holds_work:
-                progress.say(f"{what} are kept: {again} goes on from there")
+                progress.say(f"{what} are kept: {again} continues from there")
             raise
 
     def _read(self, new: Kind, names: str, resume: bool | None) -> Kind | None:
-        """The record of the run to continue; None to start anew."""
-        if self.folder.is_symlink():  # what it leads to could not be removed at the end
-            raise UsageError(f"{str(self.folder)!r} is where unfinished work is kept, and is a link; move it away")
+        """The record of the run to continue; None to start over."""
+        if self.folder.is_symlink():  # its target could not be removed at the end
+            raise UsageError(f"{str(self.folder)!r} is reserved for unfinished work, but is a link; move it away")
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         file = re.compile(rf"({names})\.safetensors")
         other = re.compile(rf"run\.json|states|\.{file.pattern}|\.run\.json\.\d+|\.gblm-[0-9a-f]{{16}}\.partial-.*")
@@ -142,7 +142,7 @@ class Work(Generic[Kind]):
             ours = (file.fullmatch(path.name) and path.is_file()) or other.fullmatch(path.name)
             if path.is_symlink() or not ours:
                 raise UsageError(
-                    f"{str(self.folder)!r} is where unfinished work is kept, and holds {path.name!r}; move it away"
+                    f"{str(self.folder)!r} is reserved for unfinished work, but holds {path.name!r}; move it away"
                 )
         if resume is False or not any(path.name == RECORD or file.fullmatch(path.name) for path in entries):
             return None
@@ -158,23 +158,23 @@ class Work(Generic[Kind]):
         if self.any_processes and "processes" in changed:
             changed = [key for key in changed if key not in ("processes", "threads")]
         if changed:
-            again = "give the same command as then"
+            again = "repeat that run's command"
             if "threads" in changed and "threads" in was:  # sums differ in their last bits
-                # MKL_NUM_THREADS outweighs the other.
+                # MKL_NUM_THREADS takes precedence.
                 variables = "OMP_NUM_THREADS" + " and MKL_NUM_THREADS" * ("MKL_NUM_THREADS" in os.environ)
                 again += f", with {variables}={was['threads']} (torch uses {now['threads']} now)"
-            fault = f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed)}"
+            fault = f"{str(self.folder)!r} holds an interrupted run that differs in {', '.join(changed)}"
             return self._drop(resume, fault, f"{again}, or ")
         self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]
         if not (self.damaged and self.needs_all):
             return known
         path, self.damaged = self.folder / self.damaged[0], []
-        return self._drop(resume, f"{str(path)!r} is missing or not what was written{CANNOT}")
+        return self._drop(resume, f"{str(path)!r} is missing or was changed{CANNOT}")
 
     def _drop(self, resume: bool | None, why: str, instead: str = "") -> Kind | None:
-        """Start anew, and remember why; an error where the run must be resumed."""
+        """Start over, and remember why; an error if the run must be resumed."""
         if resume:
-            raise UsageError(f"{why}; {instead}leave out --resume to start anew")
+            raise UsageError(f"{why}; {instead}leave out --resume to start over")
         self.dropped = why
         return None
 
@@ -191,7 +191,7 @@ class TrainingRecord(Record):
 
 
 class Checkpoints(Work[TrainingRecord], Store):
-    """The checkpoints of one training, to which every process writes its own tensors."""
+    """The checkpoints of one training. Every process writes its own tensors."""
 
     any_processes = True
 

@@ -24,7 +24,7 @@ PATIENCE = 2  # epochs without improvement that end a fit
 
 @dataclass(frozen=True)
 class How:
-    """How a fit is done: `compute` is the dtype of products; `rounds` are fits of a block, each with a new mask."""
+    """Settings of a fit. Products have the dtype `compute`. Each of the `rounds` fits the block with a new mask."""
 
     epochs: int
     rate: float
@@ -32,7 +32,7 @@ class How:
     rounds: int = 1
 
     def plan(self, samples: int, name: str, ranks: Ranks) -> Plan:
-        """Every 8th sample is held out; a single sample is trained on too. A step takes as many of every process."""
+        """Hold out every 8th sample; also train on a single one. A step takes equally many samples of every process."""
         held_out = list(range(HELD_OUT_EVERY - 1, samples, HELD_OUT_EVERY)) or [samples - 1]
         training = [index for index in range(samples) if index not in held_out] or held_out
         shares = [Ranks(rank, ranks.size).share(range(samples)) for rank in range(ranks.size)]
@@ -73,8 +73,8 @@ def reconstruct_(
 ) -> dict[str, Grid]:
     """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
 
-    In all rounds but the last, pruned weights are trained too, and `choose` finds the next round's mask. The round with
-    the lowest validation error is kept. Returns `grids`, of the layers to round, with fitted scales.
+    All rounds but the last also train pruned weights, and then `choose` finds the next mask. The round with the lowest
+    validation error is kept. `grids` are for the layers to round; they are returned with fitted scales.
     """
 
     def loss(indices: Sequence[int]) -> Tensor:
@@ -98,7 +98,7 @@ def reconstruct_(
             if found < least:
                 least = found
                 best = {name: (keep_only(one, masks[name]), factors) for name, (one, factors) in values.items()}
-            if left == 0 or progress.best == 0:  # the last; or one that moved nothing, and so would those after it
+            if left == 0 or progress.best == 0:  # without improvement, later rounds would repeat this one
                 break
             assert choose is not None, "several rounds need a choice of masks"
             start = {name: (keep_only(one, choose(name, one)), factors) for name, (one, factors) in values.items()}

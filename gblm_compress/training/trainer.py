@@ -18,21 +18,21 @@ CHECKPOINT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Plan:
-    """The samples, by number, and the hyperparameters.
+    """The numbers of the samples, and the hyperparameters.
 
-    `rate` is the peak learning rate, relative to the root mean square of a tensor's values. Linear warm-up over the
-    first tenth of the steps, then cosine decay.
+    `rate` is the peak learning rate, relative to the root mean square of a tensor's values. It warms up linearly over
+    the first tenth of the steps, then decays by a cosine.
     """
 
     steps: Sequence[Sequence[int]]
     held_out: Sequence[int]
     rate: float
-    look_every: int  # steps between two measurements of the validation loss ("looks")
-    patience: int  # looks without improvement that end the training
+    look_every: int  # steps between two evaluations of the validation loss ("looks")
+    patience: int  # stop after this many evaluations without improvement
     together: int = 1  # samples in a forward pass
     own: Sequence[int] | None = None  # samples of this process, numbered from 0 for `loss`; None: a share of each step
-    largest_norm: float = math.inf  # that gradients are clipped to, over all tensors
-    tokens: int = 0  # in a step
+    largest_norm: float = math.inf  # limit for the norm of all gradients together
+    tokens: int = 0  # per step
     name: str = "training"
     advice: str = "give a smaller --rate"  # if the loss is not finite
 
@@ -40,7 +40,7 @@ class Plan:
 @dataclass(frozen=True)
 class Look:
     tokens: int
-    loss: float | None  # mean training loss since the look before; None at the start
+    loss: float | None  # mean training loss since the previous evaluation; None at the start
     held_out: float  # validation loss
 
 
@@ -48,8 +48,8 @@ class Look:
 class Progressed:
     step: int = 0
     curve: list[Look] = field(default_factory=list)
-    best: int = 0  # place in the curve
-    since: list[float] = field(default_factory=list)  # training losses since the last look
+    best: int = 0  # index in the curve
+    since: list[float] = field(default_factory=list)  # training losses since the last evaluation
     seconds: float = 0.0
 
 
@@ -70,9 +70,9 @@ class Store:
 
 
 class Trainer:
-    """One training of a network in eval mode. `loss` takes numbers of samples and returns their mean.
+    """One training of a network in eval mode. `loss` takes the numbers of samples and returns their mean loss.
 
-    `ModelError` if it is NaN or infinite.
+    Raises ModelError if a loss is NaN or infinite.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Trainer:
     ) -> Progressed:
         """Train until the end or early stopping, then restore the best weights into the masters.
 
-        `step_done` is called after each step, `looked` with each look but the first.
+        `step_done` is called after each step, `looked` after each evaluation but the first.
         """
         plan, weights = self._plan, self._weights
         state, tensors = self._store.load() or (Progressed(), None)
@@ -143,7 +143,7 @@ class Trainer:
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * schedule_of(state.step, len(plan.steps))
         self._adam.step()
-        for one in self._trained.values():  # those that Adam does not move have gradients too
+        for one in self._trained.values():  # tensors that Adam does not move have gradients too
             one.grad = None
         for master in weights.masters.values():
             master.settle_()
@@ -174,7 +174,7 @@ class Trainer:
         raise ModelError(f"{self._plan.name}: the loss is {loss} at step {state.step}; {advice}")
 
     def _own(self, samples: Sequence[int]) -> list[Sequence[int]]:
-        """This process's samples, by forward pass."""
+        """This process's samples, grouped by forward pass."""
         own, count = self._plan.own, self._plan.together
         if own is None:
             mine = samples[self._ranks.rank :: self._ranks.size]

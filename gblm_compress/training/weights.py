@@ -25,11 +25,11 @@ class Survivors(nn.Module):
         self._shape = alive.shape
         rows = alive.flatten(0, -2)
         narrow = rows.shape[1] <= torch.iinfo(torch.int16).max
-        # At half density as many bytes as a mask, and several times as fast on a CPU.
+        # At 50 % density, columns take as many bytes as a mask and are several times as fast on a CPU.
         self._columns = rows.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32)
         self._counts = rows.sum(1)
         lengths = torch.unique(self._counts).tolist()
-        self._each = lengths[0] if len(lengths) == 1 else None  # several times as fast
+        self._each = lengths[0] if len(lengths) == 1 else None  # equal rows are several times as fast
 
     def forward(self, packed: Tensor) -> Tensor:
         return packed.new_zeros(self._shape.numel()).scatter_(0, self._places(torch.int64), packed).view(self._shape)
@@ -70,8 +70,8 @@ class OnGrid(nn.Module):
 class Master(nn.Module):
     """The float32 master of one tensor, which begins at `start`; all values are trained if `survivors` is None.
 
-    With the mask `keep`, pruned weights gather steps while the network sees zeros (straight-through estimator of
-    SR-STE, arXiv 2102.04010).
+    With the mask `keep`, pruned weights accumulate steps while the network sees zeros (the straight-through estimator
+    of SR-STE, arXiv 2102.04010).
     """
 
     weight: Tensor
@@ -108,7 +108,7 @@ class Master(nn.Module):
 
     @torch.no_grad()
     def settle_(self) -> None:
-        """Gather the last step of pruned weights, and set these to zero."""
+        """Accumulate the last step of pruned weights, then set them to zero."""
         if self.gathered is not None and self._keep is not None:
             self.gathered.add_(self.trained * ~self._keep)
             self.trained.mul_(self._keep)
@@ -117,8 +117,8 @@ class Master(nn.Module):
 class Weights:
     """The trained tensors of a network: its `parameters`, and the `masters` of this process.
 
-    The owner of a tensor among the processes keeps its master and Adam's state, gets the sum of all gradients, and
-    sends the new values to all (ZeRO stage 1, arXiv 1910.02054).
+    One process owns each tensor. It keeps the master and Adam's state, sums the gradients of all processes, and sends
+    them the new values (ZeRO stage 1, arXiv 1910.02054).
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Weights:
         others: Mapping[str, nn.Parameter] | None = None,  # dense parameters to train
         *,
         start: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,  # `Master.values`, factors of the scales
-        revive: bool = False,  # let pruned weights gather steps, see `Master`
+        revive: bool = False,  # let pruned weights accumulate steps, see `Master`
         ranks: Ranks | None = None,
     ) -> None:
         self.layers, self.ranks = layers, ranks or Ranks()
@@ -152,7 +152,7 @@ class Weights:
 
     @contextmanager
     def trained_in(self, network: nn.Module) -> Iterator[None]:
-        """Only these tensors require gradients, which are gathered here."""
+        """Let only these tensors require gradients, and collect those."""
         with only_requires_grad(network, self.parameters.values()), ExitStack() as hooks:
             for name, one in self.parameters.items():
                 gather = partial(self._gather, name)
@@ -187,7 +187,7 @@ class Weights:
             self.ranks.send_(parameter.detach(), self._owner[name])
 
     def pull(self) -> None:
-        """Sum the gradients over all processes and pass them to the masters; a tensor without any keeps None."""
+        """Sum the gradients over all processes and pass them to the masters; a tensor without gradients keeps None."""
         came = torch.tensor([float(name in self._gradients) for name in self.parameters], device=self.device)
         self.ranks.sum_([came])
         for name, any_came in zip(self.parameters, came.tolist(), strict=True):
@@ -244,11 +244,11 @@ def write_(layer: nn.Module, values: Tensor, grid: Grid | None) -> None:
     if grid is not None:
         values = rounded(values, values != 0, grid)
     weight = weight_matrix(layer)
-    weight.copy_(positive_zeros(values.to(weight.dtype)))  # only now: a small weight may have become -0.0
+    weight.copy_(positive_zeros(values.to(weight.dtype)))  # the cast may make -0.0 of a small weight
 
 
 def owners(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
-    """{name: process}: the largest first, each to the process with the least."""
+    """{name: process}: the largest tensors first, each to the process with the fewest values."""
     load = [0] * processes
     owner = {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):

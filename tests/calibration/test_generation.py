@@ -230,5 +230,5 @@ def test_models_that_do_not_write_ask_for_data_before_the_work(tmp_path, monkeyp
     source = families.written(tmp_path / "bert", "bert")
     with pytest.raises(DataError, match=r"'self' is text that a causal language model writes; for this .* a \.txt"):
         prune(source, tmp_path / "out", PruneSettings(), CalibrationSettings(dataset="self"))
-    with pytest.raises(DataError, match="'self' is text, and the model takes images"):
+    with pytest.raises(DataError, match="'self' is text, but the model takes images"):
         TASKS["image-classification"].data_files("self")

@@ -145,4 +145,4 @@ def test_choices_from_outside_are_told_with_the_others(with_toys) -> None:
     refused = with_toys("prune", "tiny", "-o", "x", "--method", "lats")
     assert refused.returncode == 2 and "did you mean 'last'?" in refused.stderr
     refused = with_toys("prune", "tiny", "-o", "x", "--method", "wanda", "--alpha", "3")
-    assert refused.returncode == 2 and "it is read with method gblm, regional or last" in refused.stderr
+    assert refused.returncode == 2 and "only method gblm, regional or last reads it" in refused.stderr

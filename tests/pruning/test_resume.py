@@ -152,7 +152,7 @@ def test_a_run_of_another_kind_version_or_threads_is_not_resumed(go, fails, tmp_
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     fails(saving, "save", killed, method="wanda")
     fails(saving, "save", killed, **GBLM)  # without --resume the earlier work is removed
-    with pytest.raises(UsageError, match=r"interrupted run with other settings, calibration.*leave out --resume"):
+    with pytest.raises(UsageError, match=r"interrupted run that differs in settings, calibration.*leave out --resume"):
         go(resume=True, samples=2, method="wanda")
     with monkeypatch.context() as patch:  # here the same command would not help, and is not asked for
         patch.setattr(checkpoints, "__version__", "9.0")
@@ -162,13 +162,13 @@ def test_a_run_of_another_kind_version_or_threads_is_not_resumed(go, fails, tmp_
     # Other threads would add up in another order: some of the blocks would have other bits.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    with pytest.raises(UsageError, match=r"other threads; .*, with OMP_NUM_THREADS=3 \(torch uses 2 now\)"):
+    with pytest.raises(UsageError, match=r"differs in threads; .*, with OMP_NUM_THREADS=3 \(torch uses 2 now\)"):
         go(resume=True, **GBLM)
     monkeypatch.setenv("MKL_NUM_THREADS", "2")  # it outweighs the other
     with pytest.raises(UsageError, match="with OMP_NUM_THREADS and MKL_NUM_THREADS=3"):
         go(resume=True, **GBLM)
     go(resume=None, progress=Progress(), **GBLM)
-    assert "interrupted run with other threads; it is started anew" in capsys.readouterr().err.replace("\n", " ")
+    assert "interrupted run that differs in threads; the run starts over" in capsys.readouterr().err.replace("\n", " ")
     assert manifest.read(tmp_path / "out")["compute"]["threads"] == 2
 
 
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_what_is_finished(go, fails, tiny, tmp_path, prose, mo
         patch.setattr(Call, "run", None)
         fails(shutil, "disk_usage", free(1000), UsageError, r"1\.0 kB free; .* may be needed", **GBLM)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
-    kept = "No space left on device.*finished blocks are kept: make room and give the same command with --resume"
+    kept = "No space left on device.*finished blocks are kept: make room and run the same command with --resume"
     fails(records, "to_disk", full_at("model.safetensors"), OutputError, kept, **GBLM)
     finished = content(folder)
     assert sum(map(len, finished.values())) > whole / 2
@@ -279,7 +279,7 @@ def test_finished_blocks_are_kept_where_the_fault_may_pass(fault, go, fails, tmp
     finish, passes = RunFolder.finish, "again" not in str(fault)
     fails(RunFolder, "finish", failing, type(fault), offload=True, progress=Progress(), **GBLM)
     assert (tmp_path / ".out.pruning").exists() == passes
-    assert ("the same command with --resume goes on from there" in capsys.readouterr().err) == passes
+    assert ("the same command with --resume continues from there" in capsys.readouterr().err) == passes
     go(offload=True, resume=passes, **GBLM)
 
 
@@ -311,6 +311,6 @@ def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -
 
 def test_nothing_to_resume_is_said(go, capsys) -> None:
     go(resume=True, progress=Progress(), method="magnitude")
-    assert "there is no interrupted run to resume; this one starts anew" in capsys.readouterr().err
+    assert "there is no interrupted run to resume; this run starts from the beginning" in capsys.readouterr().err
     go("other", progress=Progress(), method="magnitude")
     assert "to resume" not in capsys.readouterr().err

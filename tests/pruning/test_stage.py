@@ -134,12 +134,12 @@ def test_a_preset_is_its_settings_written_out() -> None:
         ({"preset": "bets"}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
         ({"preset": ["best"]}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
         ({"preset": 1}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
-        ({"method": "wanda", "gradient_norm": "l2"}, "read with", {"allocation": "sensitivity"}),
-        ({"method": "wanda", "alpha": 3.0}, "alpha 3.0 would do nothing: it is read with", {"method": "regional"}),
-        ({"method": "regional", "alpha_scale": "normalised"}, "read with", {"method": "gblm"}),
-        ({"fit": "fast", "rounds": 2}, "rounds 2 would do nothing: it is read with", {"fit": "balanced"}),
-        ({"group": 64}, "group 64 would do nothing: it is read with", {"quantise": "int8"}),
-        ({"group": "row"}, "group row would do nothing: it is read with", {"quantise": "int4"}),
+        ({"method": "wanda", "gradient_norm": "l2"}, "reads it", {"allocation": "sensitivity"}),
+        ({"method": "wanda", "alpha": 3.0}, "alpha 3.0 would do nothing: only method", {"method": "regional"}),
+        ({"method": "regional", "alpha_scale": "normalised"}, "reads it", {"method": "gblm"}),
+        ({"fit": "fast", "rounds": 2}, "rounds 2 would do nothing: only fit", {"fit": "balanced"}),
+        ({"group": 64}, "group 64 would do nothing: only quantise", {"quantise": "int8"}),
+        ({"group": "row"}, "group row would do nothing: only quantise", {"quantise": "int4"}),
     ],
 )
 def test_an_unknown_choice_and_a_key_that_nothing_reads_are_refused(given, message, instead) -> None:

@@ -79,8 +79,8 @@ def test_methods_and_what_is_chosen_with_them() -> None:
         assert CompareSettings.prune_settings(name, pattern) == chosen
     for method, message in (
         ("wand", "'wand' is neither a preset nor a method"),
-        ("wanda+swop", "'swop' is no fit, allocation or grid"),
-        ("wanda+obs+fast", "or the second of its kind"),
+        ("wanda+swop", "'swop' is not a fit, allocation or grid"),
+        ("wanda+obs+fast", "or is the second of its kind"),
     ):
         with pytest.raises(ValidationError, match=message):
             CompareSettings(methods=(method,))

@@ -62,7 +62,7 @@ def test_the_first_screen_shows_size_speed_and_quality_and_the_verdict(page: Pat
         verdict.getBoundingClientRect().bottom < 900, verdict.textContent];
     })()"""
     (tiles, large, seen, verdict), _ = evaluate(page, script, 400)
-    assert tiles[0] == ["Size", "40 % smaller", "1.0 MB → 600.0 kB", "beside the dense model"]
+    assert tiles[0] == ["Size", "40 % smaller", "1.0 MB → 600.0 kB", "compared with the dense model"]
     assert [tile[:2] for tile in tiles[1:]] == [["Speed", "2.00× as fast"], ["Quality", "perplexity +20 %"]]
     assert large and seen and verdict.startswith("40 % smaller, 2.00× as fast, perplexity +20 %")
 

@@ -63,10 +63,10 @@ ONNX = "export: [{format: onnx}]\n"
         ('prune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
         ("prune: " + "y" * 5000, 'got "yyy'),
         ("export: [{format: onnx, dtype: bfloat16}]", "export.0: onnx has no bfloat16; give float32 or float16"),
-        ("export: [{format: bitmask, graph: plain}]", "graph would do nothing: it is read with format onnx"),
+        ("export: [{format: bitmask, graph: plain}]", "graph would do nothing: only format onnx reads it"),
         (
             f"{ONNX}gates: {{max_bytes: 1MB, artefact: bitmask}}",
-            "is no artefact of the recipe, which makes pruned, onnx",
+            "is not an artefact of the recipe, which makes pruned, onnx",
         ),
         ("benchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
         ("gates: {artefact: pruned}", "gates.0.artefact: would do nothing"),
@@ -103,8 +103,8 @@ def test_all_that_needs_a_pruned_model_is_refused_without_one(tmp_path) -> None:
         f"7: export.2.format: bitmask-int8 {unpruned}, or prune",
         f"9: export.3.sparse: sparse {unpruned}, or prune",
         f"3: benchmark.float_baseline: false {unpruned}",
-        "11: gates.0.artefact: 'pruned' is no artefact of the recipe, which makes onnx-kernels, int8, bitmask-int8, "
-        "onnx-sparse",
+        "11: gates.0.artefact: 'pruned' is not an artefact of the recipe, which makes onnx-kernels, int8, "
+        "bitmask-int8, onnx-sparse",
     ))]  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_places_are_lines_and_overrides(tmp_path) -> None:
 def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(UsageError, match="is no file"):
+        with pytest.raises(UsageError, match="is not a file"):
             find_recipe(str(path))
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "gone.yaml")

@@ -63,7 +63,7 @@ def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
     assert headline(report()) == (
         "40 % smaller (1.0 MB → 600.0 kB), 2.00× as fast (1.64× to 2.44×, 20.00 → 10.00 ms per token, prompts 2.00× as "
         "fast), perplexity +20 % (20.00 → 24.00 ±0.50), the same answer in 81 % of tokens, 0.900× the accuracy on "
-        "tasks [0.80–1.00]: bitmask beside the dense model, on a CPU, 2 threads, cpu, torch, batch 1."
+        "tasks [0.80–1.00]: bitmask compared with the dense model, on a CPU, 2 threads, cpu, torch, batch 1."
     )
     assert headline(report(rows=[])) == "Nothing was measured."
     for tpot, said in (
@@ -74,13 +74,13 @@ def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
 
 
 def test_a_sentence_of_the_headline_has_one_baseline() -> None:
-    same, other = headline(report(rows=measured(models()[0], *in_8_bits()))).split(" Beside the dense model: ")
+    same, other = headline(report(rows=measured(models()[0], *in_8_bits()))).split(" Compared with the dense model: ")
     assert same.startswith("40 % smaller (300.0 kB → 180.0 kB), 2.00× as fast (1.64× to 2.44×")
-    assert same.endswith("onnx-int8 beside dense-onnx-int8, on a CPU, 2 threads, cpu, onnxruntime, batch 1.")
+    assert same.endswith("onnx-int8 compared with dense-onnx-int8, on a CPU, 2 threads, cpu, onnxruntime, batch 1.")
     assert other.startswith("perplexity +20 % (20.00 → 24.00 ±0.50), 82 % smaller (1.0 MB → 180.0 kB), the same answer")
     own, of_dense = in_8_bits()
     alike = of_dense | {"metrics": {"perplexity": (20.5, 0.4, 20.0)}}
-    assert "perplexity +17 % (20.50 → 24.00 ±0.50): onnx-int8 beside" in headline(
+    assert "perplexity +17 % (20.50 → 24.00 ±0.50): onnx-int8 compared" in headline(
         report(rows=measured(models()[0], own, alike))
     )
 

@@ -218,7 +218,7 @@ HOUR, DAY = 3600, 86400
 @pytest.mark.parametrize(
     ("owner", "age", "message"),
     [
-        ("", 0, "is being written by process"),
+        ("", 0, "is being written by another process; wait"),
         ("", 60, None),  # killed before it could write its number
         ("", -60, None),
         ("1\n{here}\n", 2 * DAY, "is being written by process 1; wait"),

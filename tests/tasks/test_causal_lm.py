@@ -53,7 +53,7 @@ def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> 
     shard = {"part": "en/c4-train.00000-of-01024.json.gz"}
     assert asked == [{"path": "allenai/c4", "data_files": shard, "split": "part", "streaming": False}]
     monkeypatch.setattr("gblm_compress.tasks.text.DRAWS", 50)
-    with pytest.raises(DataError, match="none of 50 documents drawn has more than 500 tokens"):
+    with pytest.raises(DataError, match="none of 50 random documents has more than 500 tokens"):
         drawn_windows(TOKENIZER, VOCABULARY, "c4", 1, 500, 3)
 
 
@@ -98,6 +98,6 @@ def test_a_tokenizer_that_panics_is_a_fault_of_the_model() -> None:
         lambda: texts_of([256, len(writing) - 1], writing),
     ):
         with pytest.raises(
-            ModelError, match=r"the tokenizer fails on a text \(Onig: .*limit.*\); take that of the orig"
+            ModelError, match=r"the tokenizer fails on a text \(Onig: .*limit.*\); use the original model"
         ):
             use()

@@ -46,7 +46,7 @@ def test_labels_are_read_by_number_and_name(tmp_path, config) -> None:
     assert TASK.loss(logits, plain[0]) == cross_entropy(logits, drawn_label(logits, plain[0]))
 
     config.num_labels = 1
-    with pytest.raises(ModelError, match="gives one number and no classes"):
+    with pytest.raises(ModelError, match="has a single output"):
         TASK.calibration(families.tokenizer(), config, "demo", 1, 16, 0)
 
 
@@ -59,11 +59,11 @@ def test_pairs_are_read_together(tmp_path, config) -> None:
 @pytest.mark.parametrize(
     ("rows", "head", "message"),
     [
-        ("a b,3", "text,label", r"line 2: the label 3 is none of the model's 3; .*0 to 2, or a name: no, Maybe, yes"),
-        ("a b,perhaps", "text,label", "the label 'perhaps' is none of the model's"),
-        ("a b,1\nc d,", "text,label", "line 3 has no label, and others have one; give all samples one"),
-        ("a b,1", "words,label", r"line 2 has no column of texts, but 'words', 'label'; name one 'text' or 'sentence'"),
-        ("a,b,1", "text,label", "line 2 has 3 columns, the first line 2"),
+        ("a b,3", "text,label", r"line 2: the label 3 is not one of the model's 3; .* 2, or a name: no, Maybe, yes"),
+        ("a b,perhaps", "text,label", "the label 'perhaps' is not one of the model's"),
+        ("a b,1\nc d,", "text,label", "line 3 has no label, but other samples have one; label all"),
+        ("a b,1", "words,label", r"line 2 has no known text column \(columns: 'words', 'label'\); name it 'text' or"),
+        ("a,b,1", "text,label", "line 2 has 3 columns, but the first line has 2"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model_is_refused(tmp_path, config, rows, head, message) -> None:

@@ -158,10 +158,10 @@ def test_blocks_that_change_the_size_of_states_are_not_pruned_from_disk(model, p
         (("Class 2", "class 5"), ("class 5", "Class 2"), [2, 5]),
         (("4", "1"), ("1", "4"), [4, 1]),
         (("n02", "n01"), tuple(f"n0{n}" for n in range(CLASSES)), [2, 1]),
-        ((6,), (), "image 0: the label 6 is none of the model's 6; give a number from 0 to 5, or a name: class 0, "),
-        ((-1,), (), "the label -1 is none"),
-        (("cat",), ("cat", "dog"), "the label 'cat' is none"),
-        ((1, None), (), "image 1 has no label, and others have one"),
+        ((6,), (), "image 0: the label 6 is not one of the model's 6; give a number from 0 to 5, or a name: class"),
+        ((-1,), (), "the label -1 is not one"),
+        (("cat",), ("cat", "dog"), "the label 'cat' is not one"),
+        ((1, None), (), "image 1 has no label, but other samples have one"),
     ],
 )
 def test_labels_are_numbers_or_names_of_the_model(labels, classes, expected) -> None:
@@ -176,10 +176,10 @@ def test_labels_are_numbers_or_names_of_the_model(labels, classes, expected) -> 
 def test_a_processor_that_does_not_fit_is_refused(model, pictures) -> None:
     source = model("vit")
     transformers.ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(source.folder)
-    with pytest.raises(ModelError, match=r"3 × 24 × 24 numbers of image '.*png', and the model takes 3 × 16 × 16"):
+    with pytest.raises(ModelError, match=r"3 × 24 × 24 numbers of image '.*png', but the model takes 3 × 16 × 16"):
         drawn(source, pictures)
     transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5]).save_pretrained(source.folder)
-    with pytest.raises(ModelError, match="the image processor does not take image '.*png' "):
+    with pytest.raises(ModelError, match="the image processor fails on image '.*png' "):
         drawn(source, pictures)
 
 
@@ -195,7 +195,7 @@ def test_a_limit_draws_from_all_classes(model, pictures) -> None:
     processor, config = load_processor(model("vit")), FAMILIES["vit"]()
     found = TASK.evaluation(processor, config, str(pictures), 2, 6)
     assert len(found) == 6 and len({int(sample["labels"]) for sample in found}) > 3
-    with pytest.raises(DataError, match="has 12 images, and 13 are asked for; give fewer samples"):
+    with pytest.raises(DataError, match="has 12 images, but 13 samples are asked for; give fewer"):
         TASK.calibration(processor, config, str(pictures), 13, 2, 0)
 
 
@@ -304,8 +304,8 @@ TRAIN, HEAD = "train-images-idx3-ubyte", struct.pack(">4B3I", 0, 0, 8, 3, 2, 3, 
     [
         ({}, "the folder holds no image; give a folder with a sub-folder"),
         ({"train/a.txt": b"", "test/a.png": png(0)}, "has no image for calibration: the folder 'train' holds none"),
-        ({"cat/a.png": png(0), "b.png": png(0)}, "'b.png' lies beside folders of classes"),
-        ({TRAIN: b"\0\0\x0d\3" + bytes(12)}, "is no IDX file of bytes in 3 dimensions"),
+        ({"cat/a.png": png(0), "b.png": png(0)}, "'b.png' lies beside class folders"),
+        ({TRAIN: b"\0\0\x0d\3" + bytes(12)}, "is not an IDX file of bytes in 3 dimensions"),
         ({TRAIN: HEAD + bytes(29)}, "cannot be read .cannot reshape array of size 29"),
         ({TRAIN: HEAD[:4] + struct.pack(">3I", *[1 << 16] * 3)}, "65536×65536 numbers; 1 to 4,294,967,296 can"),
         ({f"{TRAIN}.gz": b"\x1f\x8b" + bytes(20)}, "cannot be read"),
@@ -314,8 +314,8 @@ TRAIN, HEAD = "train-images-idx3-ubyte", struct.pack(">4B3I", 0, 0, 8, 3, 2, 3, 
             "2 images in train-images-idx3-ubyte, 3 labels in train-labels-idx1-ubyte",
         ),
         ({"a.parquet": table(img=[png(0)])}, "has no column 'image'; it has 'img'"),
-        ({"a.parquet": table(image=[3])}, "row 0: its image is int; the bytes of an image file are needed"),
-        ({"a.parquet": table(image=[png(0)], label=[0.5])}, "row 0: its label is float; a number or a name is needed"),
+        ({"a.parquet": table(image=[3])}, "row 0: its image is int; give the bytes of an image file"),
+        ({"a.parquet": table(image=[png(0)], label=[0.5])}, "row 0: its label is float; give a whole number or a name"),
         ({"a.parquet": table(image=pyarrow.array([], pyarrow.binary()))}, "holds no image"),
         ({"a.parquet": b"PAR1" + bytes(40)}, "cannot be read"),
     ],
@@ -331,11 +331,11 @@ def test_unusable_datasets_are_data_errors(tmp_path, files, message) -> None:
 
 def test_what_is_no_dataset_of_images() -> None:
     for source, message in {
-        "demo": "'demo' is text, and the model takes images",
-        "./gone": "'./gone' is not there; give a folder with a sub-folder",
+        "demo": "'demo' is text, but the model takes images",
+        "./gone": "'./gone' does not exist; give a folder with a sub-folder",
         "gone.parquet": "no such file",
-        "words.txt": "is not there",
-        __file__: "is a file of another kind; give a folder with a sub-folder of images for each class",
+        "words.txt": "does not exist",
+        __file__: "is a file of an unsupported kind; give a folder with a sub-folder of images for each class",
     }.items():
         with pytest.raises(DataError, match=message):
             images.data_files(source)
@@ -345,7 +345,7 @@ def test_what_no_task_can_read_is_refused_in_words_for_all_of_them(tmp_path) -> 
     """The model is not known yet: a folder without an image may have been meant for one of texts or of images."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "config.json").touch()
-    for path, message in (("empty", "is a folder"), ("config.json", "is a file of another kind")):
+    for path, message in (("empty", "is a folder"), ("config.json", "is a file of an unsupported kind")):
         with pytest.raises(DataError) as raised:
             tasks.data_files(str(tmp_path / path))
         said = str(raised.value)
@@ -369,7 +369,7 @@ def test_no_image_starts_a_program(tmp_path, monkeypatch, source) -> None:
     (tmp_path / "a.png").write_bytes(eps)
     (tmp_path / "a.parquet").write_bytes(table(image=[eps]))
     place = {"folder": tmp_path, "parquet": tmp_path / "a.parquet", "hub": "owner/name"}[source]
-    with pytest.raises(DataError, match="of no known format|Unable to locate Ghostscript"):
+    with pytest.raises(DataError, match="unknown format|Unable to locate Ghostscript"):
         images.read(str(place), "evaluation", None, 0).found[0].read("RGB")
     assert not (tmp_path / "ran").exists()
 
@@ -384,7 +384,7 @@ def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
     messages = (
         "cut.png' cannot be read as an image",
         "deep.png' has pixels of mode I;16",
-        "words.jpg' cannot be read as an image .of no known format.; remove it",
+        "words.jpg' cannot be read as an image .unknown format.; remove it",
     )
     for one, message in zip(found, messages, strict=True):
         with pytest.raises(DataError, match=message):

@@ -57,17 +57,17 @@ def test_pairs_and_single_texts_are_not_mixed(tmp_path) -> None:
     rows = [{"text": PROSE, "text_pair": PROSE, "label": 0}, {"text": PROSE, "label": 1}]
     path.write_text("\n".join(map(json.dumps, rows)))
     tokenizer, config = byte_tokenizer(), tiny_config("llama")
-    with pytest.raises(DataError, match="line 2 has 1 texts, and .*line 1 has 2; give all rows as many"):
+    with pytest.raises(DataError, match="line 2 has 1 texts, but .*line 1 has 2; give all rows equally"):
         passages.encode(tokenizer, config, passages.table(str(path), "evaluation"), 16, pad=False)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a,b\n", "line 1 names no known column, but 'a', 'b'; name one 'text' or 'sentence'"),
-        (b"sentence1,sentence2,score\na,b,high\n", "line 2: the score 'high' is no number"),
-        (b"sentence1,sentence2,score\na,b,1\nc,,\n", "line 3: the score '' is no number"),
-        (b"text,label,text\na,1,b\n", "line 1 has 2 columns 'text'; give each a name of its own"),
+        (b"a,b\n", r"line 1 has no known text column \(columns: 'a', 'b'\); name it 'text' or 'sentence'"),
+        (b"sentence1,sentence2,score\na,b,high\n", "line 2: the score 'high' is not a number"),
+        (b"sentence1,sentence2,score\na,b,1\nc,,\n", "line 3: the score '' is not a number"),
+        (b"text,label,text\na,1,b\n", "line 1 has 2 columns 'text'; give each its own name"),
         (b"", "holds no text"),
         (b"text\n\xff", "a.csv' cannot be read .*utf-8"),
     ],

@@ -189,9 +189,9 @@ def test_a_task_says_what_it_has_not(encoder) -> None:
 
     task, some = Bare(), (None,) * 5
     for call, message in (
-        (lambda: task.training(*some), "there is no training of a bare model"),
-        (lambda: task.evaluation(*some), "there is no evaluation of a bare model"),
-        (lambda: task.timed(*some[1:]), "there is no benchmark of a bare model"),
+        (lambda: task.training(*some), "training does not support a bare model"),
+        (lambda: task.evaluation(*some), "evaluation does not support a bare model"),
+        (lambda: task.timed(*some[1:]), "benchmark does not support a bare model"),
         (lambda: task.example(None), "a bare model cannot be exported to ONNX"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -47,17 +47,17 @@ def test_local_files(tmp_path) -> None:
         ("binary.txt", b"\xff\xfe\x00\x80", "cannot be read .*utf-8"),
         ("broken.jsonl", b"{not json", r"broken.jsonl', line 1 cannot be read as JSON \(Expecting property name"),
         ("column.jsonl", b'{"body": "x", "id": 3}\n', "line 1 has no column 'text'; it has 'body', 'id'"),
-        ("list.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 is no object"),
-        ("number.jsonl", b'{"text": 5}\n', "line 1: its 'text' is no text but int"),
+        ("list.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 is not an object"),
+        ("number.jsonl", b'{"text": 5}\n', "line 1: its 'text' is int, not text"),
         ("empty.jsonl", b'\n{"text": null}\n', "holds no text"),
         ("bytes.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2 cannot be read as JSON .*0xff"),
         ("deep.jsonl", b"[" * 100_000, "line 1 cannot be read as JSON .*recursion"),
         ("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 cannot be read as JSON"),
-        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: its 'text' is no Unicode"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: its 'text' is not valid Unicode"),
         ("empty.parquet", b"", "cannot be read"),
-        ("list.parquet", table(text=[["a"]]), "its 'text' is no text but list"),
+        ("list.parquet", table(text=[["a"]]), "its 'text' is list, not text"),
         ("column.parquet", table(body=["a"], id=[3]), "has no column 'text'; it has 'body', 'id'"),
-        ("twice.parquet", TWICE, "has 2 columns 'text'; give each a name of its own"),
+        ("twice.parquet", TWICE, "has 2 columns 'text'; give each its own name"),
         ("rows.parquet", table(text=pyarrow.array([], pyarrow.string())), "holds no text"),
         *((f"{at}.parquet", cut, "cannot be read") for at, cut in enumerate(CUT)),
         ("file.csv", b"a,b", "give a .txt, .jsonl or .parquet file"),
@@ -77,7 +77,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, suffix) -> Non
     (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
     (tmp_path / f"loop{suffix}").symlink_to(tmp_path / f"loop{suffix}")
     for name in ("pipe", "folder", "device"):
-        with pytest.raises(DataError, match="is no file"):
+        with pytest.raises(DataError, match="is not a file"):
             load_text(str(tmp_path / f"{name}{suffix}"), "evaluation")
     for name in (f"{tmp_path}/loop{suffix}", "~nobody-of-that-name/a" + suffix, "a" * 5000 + suffix, "a\0b" + suffix):
         with pytest.raises(DataError, match="no such file"):
@@ -105,7 +105,7 @@ def test_a_parquet_file_that_unpacks_to_more_than_fits_is_refused(tmp_path, monk
     with pytest.raises(DataError, match="holds more than 8,388,608 bytes of text; give a part of it"):
         load_text(str(path), "calibration")
     monkeypatch.setattr(text, "MAX_LINE", length - 1)
-    with pytest.raises(DataError, match="a text of more than 1,048,575 bytes is no document"):
+    with pytest.raises(DataError, match="a text of more than 1,048,575 bytes is too long"):
         load_text(str(path), "calibration")
 
 
@@ -174,7 +174,7 @@ def test_without_a_network_a_hub_dataset_is_refused_at_once(monkeypatch) -> None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     start = time.monotonic()
     with pytest.raises(
-        DataError, match=r"'c4' is on the Hugging Face hub, .* give a file of text .*, 'demo', or .* 'self'$"
+        DataError, match=r"'c4' is on the Hugging Face hub, .* give a text file .*, 'demo', or, .* 'self'$"
     ):
         load_text("c4", "calibration", 100)
     assert time.monotonic() - start < 5 and not constants.HF_HUB_OFFLINE

@@ -156,7 +156,7 @@ def test_a_checkpoint_that_was_not_written_is_refused_or_done_again(train, tmp_p
         train()
     (state,) = (tmp_path / ".out.recovery").glob("state-*")
     flip_a_bit(state)
-    with pytest.raises(UsageError, match=rf"{state.name}' is missing or not what was written.*leave out --resume"):
+    with pytest.raises(UsageError, match=rf"{state.name}' is missing or was changed.*leave out --resume"):
         train(resume=True)
     train(resume=None)
 

@@ -1,5 +1,5 @@
 "use strict";
-// Sorts a table by the column whose heading is pressed.
+// Sorts a table by the column whose heading is clicked.
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", () => {
     const heading = button.closest("th"), row = heading.parentElement, body = row.closest("table").tBodies[0];
@@ -11,7 +11,7 @@ for (const button of document.querySelectorAll("thead button")) {
     const order = (a, b) => {
       const [x, y] = [key(a), key(b)];
       if (x !== undefined && y !== undefined) return direction * (Number(x) - Number(y));
-      if (x !== undefined || y !== undefined) return x === undefined ? 1 : -1;  // what was not measured comes last
+      if (x !== undefined || y !== undefined) return x === undefined ? 1 : -1;  // unmeasured values come last
       return direction * a.cells[column].textContent.localeCompare(b.cells[column].textContent);
     };
     body.append(...[...body.rows].sort(order));
