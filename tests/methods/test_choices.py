@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gblm_compress.pruning import planning, stage
 from gblm_compress.settings import REGISTRIES, PruneSettings
 from tests.conftest import samples
 
+PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 FIELDS = {
     "activation_norm": Need.ACTIVATIONS,
     "gradient_norm": Need.GRADIENTS,
@@ -131,6 +133,17 @@ def test_choices_from_outside_prune_a_model(with_toys, tiny, tmp_path, prose) ->
         last = dense[name].shape[1] - int((1 - share) * dense[name].shape[1])
         torch.testing.assert_close(pruned[name][:, -last:], 2 * dense[name][:, -last:])
         assert not pruned[name][:, :-last].any()
+
+
+def test_the_method_of_the_page_prunes(tmp_path, prose) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "script.py").write_text(script)
+    command = ["prune", "tiny", "-o", "pruned", "--method", "root", "--pattern", "2:4", "--fit", "none"]
+    text = ["--calibration", str(prose), "--samples", "2", "--sequence-length", "16", "--quiet"]
+    done = subprocess.run([sys.executable, "script.py", *command, *text], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weight = load_file(tmp_path / "pruned" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal((weight != 0).view(len(weight), -1, 4).sum(-1), torch.full((len(weight), 16), 2))
 
 
 def test_choices_from_outside_are_told_with_the_others(with_toys) -> None:
