@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gblm_compress.layouts import LAYOUTS, Layout
 
-LAYOUTS |= {LINE}
+LINE
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def test_a_layout_from_outside_packs_exports_reloads_and_multiplies(tmp_path) ->
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["layer"], result["kernel"]) == ("toy", "dense product of the unpacked weight")
-    assert 0.25 < result["share"] < 0.27
+    assert 0.17 < result["share"] < 0.18
     assert 0 < result["difference"] < 0.05 and result["compiled"]
     assert result["is_packed"] and not result["needs_cuda"]
     assert result["checks"]["restored_within"] == 1 / 127 and "restored_bit_for_bit" not in result["checks"]
