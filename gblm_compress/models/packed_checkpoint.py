@@ -170,7 +170,8 @@ def pack_(
             raise ModelError(f"{name}.{error}") from error
         except UsageError as error:
             pattern = LAYOUTS[layout].pattern
-            raise UsageError(f"{name}: {error}; prune with `--pattern {pattern}` first") from error
+            first = f"; prune with `--pattern {pattern}` first" if pattern else ""
+            raise UsageError(f"{name}: {error}{first}") from error
         packed.transposed = is_transposed(dense)
         model.set_submodule(name, packed)
         layers[name] = _described(packed, layout)
