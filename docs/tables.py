@@ -68,6 +68,15 @@ def fits(name: str) -> list[Row]:
     return beside(rows, "mask", "fit")
 
 
+def more_text() -> list[Row]:
+    """Perplexities after 64 samples, beside those after 16."""
+    few = {row["method"]: row["perplexity"] for row in results("fits-2-4-smollm2-135m")["rows"]}
+    many = results("fits-64-samples-smollm2-135m")
+    dense = many["dense"] | {"method": "dense", "few": many["dense"]["wiki.test.tokens"]["perplexity"]}
+    rows = [{"method": f"`{row['method']}`", "few": few[row["method"]]} | row["evaluation"] for row in many["rows"]]
+    return [dense, *rows]
+
+
 def bits() -> list[Row]:
     """Perplexities off and on the grid of the model's file, and times of models with as many zeros."""
     off = {(row["model"], row["weights"]): row for row in results("pareto-smollm2-135m")["rows"]}
@@ -255,6 +264,14 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         ),
     ),
     "fits-2-4": (fits("fits-2-4-smollm2-135m"), by_fit("none", "obs", "fast", "balanced", "best")),
+    "fits-64": (
+        more_text(),
+        {
+            "mask + fit": "{method}", "WikiText-2, 16 samples": "{few:.1f}",
+            "WikiText-2, 64 samples": "{wiki_test_tokens[perplexity]:.1f}",
+            "C4, 64": "{c4_sample_txt, second half[perplexity]:.1f}", "LAMBADA, 64": "{lambada_test[perplexity]:.1f}",
+        },
+    ),
     "fits-unstructured": (fits("fits-unstructured-smollm2-135m"), by_fit("none", "fast", "balanced")),
     "bits": (
         bits(),
