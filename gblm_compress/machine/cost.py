@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 LONG_SECONDS = 600.0  # a longer run is offered a smaller one
 OFFERED_SECONDS = 300.0  # of the smaller run
+TRIAL = 1 << 28  # bytes that the trial of the memory's speed reads, more than any cache holds
 
 
 def sentence(seconds: float, memory: float, smaller: str = "", takes: float = 0.0) -> str:
@@ -20,10 +21,10 @@ def sentence(seconds: float, memory: float, smaller: str = "", takes: float = 0.
 
 
 def with_program(memory: float) -> int:
-    """Bytes of memory, with those that this program holds now."""
+    """Bytes of memory, at least those of the trials, with those that this program holds now."""
     import psutil
 
-    return int(memory) + int(psutil.Process().memory_info().rss)
+    return max(int(memory), TRIAL) + int(psutil.Process().memory_info().rss)
 
 
 def fewer(amount: int, seconds: float) -> int:
@@ -54,5 +55,5 @@ def bytes_per_second(device: str) -> float:
     """Bytes read a second from memory, outside the caches."""
     import torch
 
-    weights = torch.ones(1 << 26, device=device)
+    weights = torch.ones(TRIAL // 4, device=device)
     return weights.nbytes / min(repeat(lambda: weights.sum().item(), number=1, repeat=4))
