@@ -34,9 +34,9 @@ from gblm_compress.tasks import data_files, files_of, task_of
 from gblm_compress.tasks.task import Sample
 from gblm_compress.tasks.text import load_text, tokenizing, vocabulary_of
 
-STARTS = (8, 13, 21, 0)  # tokens of a line that begin the pieces of a batch, in turn
+STARTS = (8, 13, 21, 0)  # tokens of a line at the start of each piece, batch by batch in turn
 SHORTEST = 160  # characters of a usable line; a shorter one is a heading or a menu
-OWN_TOP_K = 1000  # in samples of a model's own; 100 gave text that is too easy
+OWN_TOP_K = 1000  # for a model's own samples; 100 gave text that is too easy
 TOGETHER = 64  # samples written at once, at most
 BETWEEN = "<|endoftext|>"  # the separator in the training text of GPT-2, Qwen, SmolLM and others
 
@@ -73,16 +73,16 @@ def generate(
             rows = write(model, tokenizer, settings, progress)
         texts = [each for row in rows for each in texts_of(row, tokenizer)]
         if not texts:
-            raise ModelError(f"model {source.name!r} wrote nothing but ends of texts; give --starts, or another model")
+            raise ModelError(f"model {source.name!r} wrote only empty texts; give --starts, or another model")
         keep("".join(f"{each}\n\n" for each in texts))
     words, tokens, seconds = sum(len(each.split()) for each in texts), sum(map(len, rows)), time.monotonic() - began
     return GenerateResult(str(output), len(texts), words, tokens - len(rows), dtype, seconds, memory.peak_bytes)
 
 
 def cost_of(source: ModelSource, settings: GenerateSettings, dtype: str, device: str) -> tuple[float, float]:
-    """Seconds and bytes that writing takes."""
+    """Seconds and bytes of the writing."""
     weights, kind = loading.count_weights(source), getattr(torch, dtype)
-    # Two operations a weight, and as long as three for the rest: SmolLM2-135M, 550 tokens/s on one thread of a Zen 5.
+    # Two operations per weight, and the time of three for the rest: SmolLM2-135M, 550 tokens/s on a thread of a Zen 5.
     seconds = 5 * weights * settings.tokens / cost.operations_per_second(device, kind)
     pieces = min(settings.batch, -(-settings.tokens // settings.piece))
     piece = bytes_of_piece(loading.config_of(source), settings.piece + max(STARTS), dtype)
@@ -90,11 +90,11 @@ def cost_of(source: ModelSource, settings: GenerateSettings, dtype: str, device:
 
 
 def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
-    """Faults that show without the weights."""
+    """Faults that can be found without the weights."""
     if unusable := errors.collect([partial(loading.check_model, source, "write with")]):
         return unusable
     if not (task := loading.task_of(source)).generates:
-        return [UsageError(f"generate is for causal language models, and {source.name!r} is {task.help}")]
+        return [UsageError(f"generate is for causal language models, but {source.name!r} is {task.help}")]
     looks: list[Any] = [partial(data_files, settings.starts)] if settings.starts else []
     longest = 1 + max(STARTS) + settings.piece
     return errors.collect([partial(loading.check_length, source, longest, "a piece with its start"), *looks])
@@ -106,7 +106,7 @@ def write(model: Any, tokenizer: Any, settings: GenerateSettings, progress: Prog
     names = (BETWEEN, tokenizer.bos_token, tokenizer.eos_token)
     first = next((vocabulary[name] for name in names if vocabulary.get(name, size) < size), None)
     if first is None:
-        raise UsageError("the model has no token that begins texts, and cannot write any")
+        raise UsageError("the model has no token that begins a text, so it cannot write one")
     special = {each for each in (*tokenizer.all_special_ids, *range(len(tokenizer), size)) if each < size}
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=settings.top_k, temperature=settings.temperature, suppress_tokens=[*special - {first}],
@@ -134,7 +134,7 @@ def write(model: Any, tokenizer: Any, settings: GenerateSettings, progress: Prog
                 rows += model.generate(begin, attention_mask=mask, stopping_criteria=[written]).tolist()
         except RuntimeError as error:
             if "probability tensor" in str(error):
-                raise ModelError("the model's predictions are NaN or infinite; it cannot write") from error
+                raise ModelError("the model's predictions are NaN or infinite, so it cannot write") from error
             raise
         finally:
             model.generation_config = before
@@ -161,12 +161,12 @@ def texts_of(tokens: list[int], tokenizer: Any) -> list[str]:
 
 
 def own_settings(count: int, length: int, seed: int, weights: int, piece: int, room: int) -> GenerateSettings:
-    """How a model's own samples are written; `weights`, `piece` (of a sample) and free `room` in bytes."""
-    # The number at once decides which tokens are drawn, and must not depend on the machine's memory.
+    """Settings for a model's own samples. `weights`, `piece` (for a sample) and the free `room` are bytes."""
+    # The batch decides which tokens are drawn, so it must not depend on the machine's memory.
     batch = max(1, min(count, TOGETHER, 2 * weights // piece))
     if (missing := weights + batch * piece - room) > 0:
         raise UsageError(
-            f"to write its own text, the model must be in memory as a whole, and {missing / 1e9:.1f} GB are missing; "
+            f"to write its own text, the model must be in memory as a whole, but {missing / 1e9:.1f} GB are missing; "
             "give a text instead, such as a .txt file, wikitext2 or c4"
         )
     tokens, new = count * (length - 1), length - 1
@@ -174,7 +174,7 @@ def own_settings(count: int, length: int, seed: int, weights: int, piece: int, r
 
 
 def bytes_of_piece(config: Any, length: int, dtype: str) -> int:
-    """Memory that a piece takes while it is written: cached keys and values and their copy, and draws from logits."""
+    """Bytes of a piece while it is written: cached keys and values, their copy, and temporaries of the logits."""
     text = config.get_text_config()
     hidden, heads = (int(np.max(first_of(text, names) or 1)) for names in (WIDTHS, HEADS))
     width = (getattr(text, "head_dim", None) or hidden // heads) * (first_of(text, ("num_key_value_heads",)) or heads)
@@ -187,7 +187,7 @@ def as_samples(rows: Iterable[list[int]]) -> list[Sample]:
 
 
 def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, progress: Progress) -> list[Sample]:
-    """As `Author.calibration`, of a model in memory."""
+    """As `Author.calibration`, for a model in memory."""
     size = text.samples, text.sequence_length, text.seed
     if text.dataset != SELF:
         return task_of(type(model)).calibration(processor, model.config, text.dataset, *size)
@@ -199,9 +199,9 @@ def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, 
 
 @dataclass(frozen=True)
 class Author:
-    """Reads or writes the samples for a model's pruning or recovery. Each sample of `SELF` is a text of its own.
+    """Reads or writes the samples for a model's pruning or recovery. Each sample of `SELF` is a separate text.
 
-    Those that it writes stay in the cache folder: a resumed run, or one with other settings, does not write them again.
+    Written samples stay in the cache folder, so resumed runs and runs with other settings do not write them again.
     """
 
     source: ModelSource
@@ -239,7 +239,7 @@ class Author:
             with freed_memory_kept():
                 model = loading.load_model(self.source, self.dtype, self.device)
                 rows = write(model, tokenizer, settings, self.progress)
-            with suppress(OSError, OutputError):  # without a cache that can be written, they are written again
+            with suppress(OSError, OutputError):  # without a writable cache, the next run writes the samples again
                 place.parent.mkdir(parents=True, exist_ok=True)
                 records.write_sealed(place, {"rows": rows})
         with suppress(OSError):
@@ -250,7 +250,7 @@ class Author:
         return as_samples(ids.tolist())
 
     def cost(self, text: CalibrationSettings) -> tuple[float, float]:
-        """Seconds and bytes that the writing takes, if anything is to be written; UsageError if memory is too small."""
+        """Seconds and bytes to write the missing samples, 0 if there are none; UsageError if memory is too small."""
         if text.dataset != SELF:
             return 0, 0
         settings = self._settings(text)

@@ -36,7 +36,7 @@ Look = Callable[[], object]
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe, its dense model if that was `found` on this machine, and the run's folder."""
+    """A recipe, its dense model if it was `found` on this machine, and the run's folder."""
 
     recipe: Recipe
     found: ModelSource | None
@@ -55,7 +55,7 @@ class Job:
 
     @cached_property
     def device(self) -> str:
-        """The device of the run; if it is absent, as the recipe names it."""
+        """The device of the run; the recipe's name for it if the device is absent."""
         try:
             return loading.choose_device(self.recipe.model.device)
         except GblmError:
@@ -63,7 +63,7 @@ class Job:
 
     @cached_property
     def recover(self) -> RecoverSettings | None:
-        """The training, which leaves out the text that the run evaluates on."""
+        """The settings of the training, whose data must not contain the text that the run evaluates on."""
         given, evaluate = self.recipe.recover, self.recipe.evaluate
         if given is None or (self.found and not loading.task_of(self.found).generates):
             return given
@@ -72,7 +72,7 @@ class Job:
 
     @cached_property
     def benchmark(self) -> BenchmarkSettings | None:
-        """The benchmark. Without pruning, a dense model in as many bits would be the export itself."""
+        """The settings of the benchmark. Without pruning, an export would be its own baseline in as many bits."""
         given = self.recipe.benchmark
         if given is None or self.recipe.prune is not None:
             return given
@@ -87,14 +87,14 @@ class Job:
 
     @cached_property
     def exported(self) -> ModelSource:
-        """The model that exports are made of: recovered, pruned, or the dense one."""
+        """The model that exports are made from: recovered, pruned, or the dense one."""
         if self.recipe.prune is None:
             return self.dense
         return self.artefact("recovered") if self.recipe.recover else self.as_pruned
 
     @cached_property
     def measured(self) -> list[ModelSource]:
-        """What is evaluated and timed beside the dense model."""
+        """The models that are evaluated and timed against the dense model."""
         made = [] if self.exported is self.dense else [self.exported]
         return made + [self.artefact(each.folder_name) for each in self.runnable]
 
@@ -224,7 +224,7 @@ def data_hash(dataset: str) -> str | None:
     """A hash of a local dataset's content; None for a dataset that is not local."""
     digest, paths = hashlib.sha256(), tasks.data_files(dataset)
     for root, path in ((given, below) for given in paths for below in (given, *sorted(given.rglob("*")))):
-        if path.is_file():  # its folder may be its label
+        if path.is_file():  # a file's folder may be its label
             name = str(path.relative_to(root.parent))
             digest.update(name.encode() + b"\0" + bytes.fromhex(files.sha256_of(path)))
     return digest.hexdigest() if paths else None

@@ -1,4 +1,4 @@
-"""The run of a recipe: its check, an outlook on it, and the run itself."""
+"""The run of a recipe: its check, its preview and the run itself."""
 
 import shlex
 from contextlib import closing
@@ -30,7 +30,7 @@ ANYWHERE = Path()  # checks do not depend on the folder
 
 
 def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
-    """Every fault of a run that shows before it. Nothing is fetched, converted or computed."""
+    """Every fault that can be found before a run. Nothing is fetched, converted or computed."""
     here: list[ModelSource | None] = []
     name, device = recipe.model.source, recipe.model.device
     found = errors.collect([lambda: here.append(find_here(name)), partial(loading.choose_device, device)])
@@ -48,18 +48,18 @@ def _check_dense(recipe: Recipe, dense: ModelSource) -> None:
     loading.check_model(dense, "export" if recipe.prune is None else "prune")
     if recipe.prune is None and is_pruned(dense.folder):
         raise UsageError(
-            f"model {dense.name!r} is pruned, and where prune is null it would be the baseline; give the dense model"
+            f"model {dense.name!r} is pruned, but it is the baseline when prune is null; give the dense model"
         )
 
 
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
-    """Foreign files where the run would write."""
+    """Faults of the output folder, such as foreign files."""
     foreign = errors.collect([partial(outputs.check_workable, output, "run")])
     return foreign or errors.collect(stage.check_place for stage in stages_of(Job(recipe, None, output)))
 
 
 def outlook(recipe: Recipe) -> dict[str, list[str]]:
-    """What a run would do, why exports are not as the recipe would have them, and what `check` cannot look at yet."""
+    """The stages of a run, notes on exports that differ from the recipe, and the inputs that `check` cannot see yet."""
     job = Job(recipe, find_here(recipe.model.source), ANYWHERE)
     stages = stages_of(job)
     datasets = dict.fromkeys(name for stage in stages for name in stage.texts)
@@ -69,7 +69,7 @@ def outlook(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
-    """Write artefacts and report to `output`. The faults of `check` come first; a failed gate raises nothing."""
+    """Check the run, then write artefacts and report to `output`. A failed gate raises nothing."""
     errors.raise_all(check(recipe, progress) + check_output(recipe, output))
     was_here = find_here(recipe.model.source) is not None
     dense = resolve_model(recipe.model.source, progress)
@@ -162,11 +162,11 @@ def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
         found["evaluation"] = f"{evaluation['dataset']}: {size}{note}"
     if settings := job.benchmark:
         if settings.float_baseline:
-            found["baseline of speed"] = "the dense model in float32, of exports in 8 and 4 bits too"
+            found["baseline of speed"] = "the dense model in float32, also for exports in 8 and 4 bits"
         here = results["benchmark"]["environment"]
         found["timing"] = (
             f"a prompt of {settings.prompt} tokens, {settings.generate} generated; {settings.repeats} rounds after "
-            f"{settings.warmup} of warm-up, models in turn"
+            f"{settings.warmup} warm-up rounds, models in turn"
         )
         found["machine"] = f"{here['cpu']}, {here['threads']} threads, {here['device']}"
         if warning := noisy(here):

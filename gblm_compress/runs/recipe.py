@@ -1,7 +1,7 @@
 """Recipes: YAML files that describe a whole run. Every fault of a file is reported at once, with its line.
 
-This is the only module that knows YAML, read by ruamel as YAML 1.2. Anchors, aliases and tags are refused and the size
-is limited, so that nothing in a file can grow, refer to itself or name a type.
+Only this module knows YAML; ruamel reads it as YAML 1.2. Anchors, aliases and tags are refused and the size is limited,
+so that nothing in a file can grow, refer to itself or name a type.
 """
 
 import difflib
@@ -23,12 +23,12 @@ from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.settings import Recipe
 from gblm_compress.settings.fields import choices_of
 
-MOST_FAULTS = 100  # that are printed
+MOST_FAULTS = 100  # in one message
 SHIPPED = Path(recipes.__path__[0])
 MAX_BYTES, MAX_KEYS = 64 * 1024, 16
-KINDS = ("map", "seq", "str", "null", "bool", "int", "float", "timestamp", "merge", "value")  # without a tag
+KINDS = ("map", "seq", "str", "null", "bool", "int", "float", "timestamp", "merge", "value")  # of untagged values
 MAX_DIGITS = 40  # characters of a number; Python's own conversion is quadratic, and fails beyond 4,300
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes can write them
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # YAML's escapes can make them
 
 
 @dataclass
@@ -69,7 +69,7 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """A recipe with some `key=value` of dotted keys and YAML values; a RecipeError lists every fault."""
+    """`overrides` are `key=value` with dotted keys and YAML values. A RecipeError lists every fault."""
     try:
         with path.open("rb") as file:
             tree = read_yaml(file.read(MAX_BYTES + 1), lambda line: f"{path}:{line}")
@@ -109,14 +109,14 @@ def schema() -> dict[str, Any]:
     )
     for section in (result["properties"]["model"], data, overrides):
         section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "string"}]
-    # One mapping is a sequence of one.
+    # A single mapping counts as a sequence of one.
     gates = result["properties"]["gates"]
     gates["anyOf"] = [gates["items"], {"type": gates.pop("type"), "items": gates.pop("items")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
 
 
 def faults_of(error: ValidationError) -> list[Any]:
-    """The faults without a repetition: pydantic also counts faulty items as missing."""
+    """The faults without duplicates: pydantic also counts faulty items as missing."""
     return [fault for fault in error.errors() if not (fault["type"] == "too_short" and fault["input"])]
 
 
@@ -177,7 +177,7 @@ def _override(tree: Node, override: str) -> None:
         elif isinstance(node.value, list) and part in map(str, range(len(node.value))):
             node = node.value[int(part)]
         else:
-            raise UsageError(f"--set {override!r}: the recipe has no place {key!r}")
+            raise UsageError(f"--set {override!r}: the recipe has no key {key!r}")
     node.where, node.value = where, value
 
 
@@ -186,7 +186,7 @@ def read_yaml(content: bytes, where: Callable[[int], str]) -> Node:
     faults: list[str] = []
     try:
         if len(content) > MAX_BYTES:
-            raise YAMLError(f"{len(content):,} bytes; {MAX_BYTES:,} are read at most")
+            raise YAMLError(f"more than {MAX_BYTES:,} bytes")
         node = YAML(typ="safe", pure=True).compose(content.decode("utf-8-sig"))
         tree = Node(where(1), None) if node is None else _tree(node, where, faults)
     except RecursionError:
@@ -203,23 +203,23 @@ def read_yaml(content: bytes, where: Callable[[int], str]) -> Node:
 
 
 def _tree(node: Any, where: Callable[[int], str], faults: list[str], place: str = "") -> Node:
-    """The values below a node of ruamel's. A value in a mapping has the place of its key."""
+    """The values below a ruamel node. A value in a mapping has the place of its key."""
     place = place or where(node.start_mark.line + 1)
     kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
-    if node.anchor is not None:  # its content may refer to it, without end
-        faults.append(f"{place}: &{node.anchor} is an anchor; anchors and aliases are not read")
+    if node.anchor is not None:  # its content may refer to itself without end
+        faults.append(f"{place}: &{node.anchor} is an anchor; anchors and aliases are not supported")
         return Node(place, None)
     if kind not in KINDS:
-        faults.append(f"{place}: {kind!r} is a tag; tags are not read")
+        faults.append(f"{place}: {kind!r} is a tag; tags are not supported")
     if isinstance(node, SequenceNode):
         return Node(place, [_tree(item, where, faults) for item in node.value])
     if isinstance(node, ScalarNode):
         if _NO_TEXT.search(node.value):
-            faults.append(f"{place}: {node.value!r} holds NUL or half a character, which no name or path can")
+            faults.append(f"{place}: {node.value!r} holds NUL or half a character, which names and paths cannot")
         if kind not in ("null", "bool", "int", "float"):
             return Node(place, node.value)
         if len(node.value) > MAX_DIGITS:
-            faults.append(f"{place}: a number of {len(node.value):,} characters; {MAX_DIGITS} are read at most")
+            faults.append(f"{place}: a number of {len(node.value):,} characters; the limit is {MAX_DIGITS}")
             return Node(place, None)
         value = YAML(typ="safe", pure=True).constructor.construct_object(node)
         whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
@@ -228,7 +228,7 @@ def _tree(node: Any, where: Callable[[int], str], faults: list[str], place: str 
     for key, value in node.value:
         here = where(key.start_mark.line + 1)
         if not isinstance(key, ScalarNode):
-            faults.append(f"{here}: a key is a mapping or a sequence; keys are text")
+            faults.append(f"{here}: a key is a mapping or a sequence; keys must be text")
         elif key.value in found:
             faults.append(f"{here}: key {key.value!r} appears twice")
         else:

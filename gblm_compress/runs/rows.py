@@ -1,4 +1,4 @@
-"""The figures of a run, one row each. Gates, tables, charts and the page show rows."""
+"""The figures of a run, one row each. Gates, tables, charts and the page are made from rows."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ class Row:
     artefact: str  # its folder's name, `DENSE` for the recipe's model, or a compared method
     figure: str
     value: float | None  # None if not finite
-    low: float | None = None  # of its interval: p10 and p90 of a time, 95 % of an accuracy
+    low: float | None = None  # ends of the interval: p10 and p90 of a time, 95 % of an accuracy
     high: float | None = None
     error: float | None = None
     baseline: float | None = None  # the same figure of the dense model
@@ -40,7 +40,7 @@ class Row:
     runtime: str = ""
     dtype: str | None = None
     batch: int | None = None
-    tokens: int | None = None  # trained on before, in a recovery
+    tokens: int | None = None  # trained on so far, in a recovery
 
     def __post_init__(self) -> None:
         if self.value is not None and not math.isfinite(self.value):
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def lane(self) -> tuple[str, str | None, int | None]:
-        """Two timings in one lane can be compared."""
+        """Timings with the same lane can be compared."""
         return self.runtime, self.dtype, self.batch
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,14 +132,14 @@ def layer_rows(artefact: str, layers: Mapping[str, Mapping[str, Any]]) -> Iterat
 
 
 def recovery_rows(artefact: str, curve: Iterable[Mapping[str, Any]], best: int) -> Iterator[Row]:
-    """The held-out losses of a training; the weights of number `best` were kept."""
+    """The validation losses of a training; the weights with index `best` were kept."""
     for number, look in enumerate(curve):
         part = "kept" if number == best else "not kept"
         yield Row(artefact, "held_out_loss", look["held_out"], part=part, tokens=look["tokens"])
 
 
 def unit_of(figure: str) -> str:
-    """Any of "bytes", "%", "×", "ms", "count", or nothing for a plain number."""
+    """A key of `UNITS`, or "" for a plain number."""
     return next((unit for unit, endings in UNITS.items() if figure.endswith(endings)), "")
 
 
@@ -164,7 +164,7 @@ def interval(row: Row) -> str:
 
 @dataclass(frozen=True)
 class GateOutcome:
-    """A gate with its result. `bound` is the worse end of the interval; `measured` None passes no gate."""
+    """A gate with its result. `bound` is the worse end of the interval. If `measured` is None, the gate fails."""
 
     gate: str
     subject: str

@@ -57,7 +57,7 @@ def _exported(job: Job, settings: ExportSettings, of_dense: bool) -> ModelSource
 def timed_against(job: Job) -> list[ExportSettings]:
     """The exports of the dense model for the benchmark, one for each timed format and dtype.
 
-    They compute as the others do: in float32 on float16 weights where `kernels` do.
+    They compute like the artefacts: in float32 on float16 weights if `kernels` do so.
     """
     if job.benchmark is None:
         return []
@@ -76,7 +76,7 @@ def timed_against(job: Job) -> list[ExportSettings]:
 
 
 def _in_float32(job: Job, format: str) -> ExportSettings:
-    """The export in float32, named as that in the checkpoint's own dtype if it is the same."""
+    """The export in float32. It names no dtype if float32 is the checkpoint's own."""
     own = ExportSettings(format=format)
     is_other = job.found and exporters.dtype_of(job.dense, own) != "float32"
     return ExportSettings(format=format, dtype="float32") if is_other else own
@@ -144,7 +144,7 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
 
 
 def _check_made(job: Job) -> None:
-    """Refuse gates on an export that this machine makes only without kernels, under another name."""
+    """Refuse gates on an export that this machine can make only without kernels, under another name."""
     made = {job.exported.name, *(each.folder_name for each in job.exports)}
     for gates in job.recipe.gates:
         if gates.artefact not in (None, *made):
@@ -152,12 +152,12 @@ def _check_made(job: Job) -> None:
 
 
 def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: Mapping[str, Pattern]) -> None:
-    """Refuse a layout that needs a pattern where the allocation may give layers another one than `patterns` says."""
+    """Refuse a layout that needs a pattern if the allocation may give layers another one than in `patterns`."""
     layout = LAYOUTS.get(FORMATS[settings.format].layout or "")
     if layout and layout.pattern and any(prune.may_move(name, pattern) for name, pattern in patterns.items()):
         raise UsageError(
-            f"allocation {prune.allocation} moves N of {prune.pattern}; export to {settings.format} needs "
-            f"{layout.pattern}: give allocation uniform"
+            f"allocation {prune.allocation} changes N of {prune.pattern}, but export to {settings.format} needs "
+            f"{layout.pattern}; give allocation uniform"
         )
 
 
@@ -167,7 +167,7 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
     in_torch = export is None or FORMATS[export.format].runtime == "torch"
     settings = asked if in_torch else asked.model_copy(update={"tasks": ()})
     looks: list[Look] = [] if in_torch else [partial(check_onnx_provider, job.device)]
-    if source == job.measured[0]:  # for all
+    if source == job.measured[0]:  # once, for all evaluations
         models = [job.dense] if job.found else []
         looks += [lambda: raise_all(evaluation.check(models, asked, job.progress)), partial(_check_gates, job)]
 
@@ -196,7 +196,7 @@ def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
         runtimes = FORMATS[made.format].runtimes if made else ("torch",)
         if timed is not None and set(runtimes).isdisjoint(timed):
             raise UsageError(
-                f"{named} runs in {' and '.join(runtimes)}, which are not timed; name one in benchmark.runtimes"
+                f"{named} is not timed in {' or '.join(runtimes)}, where it runs; name one in benchmark.runtimes"
             )
         if made and made not in job.runnable:
             raise UsageError(f"{named} is not {done} on {job.device}; set model.device")
@@ -223,8 +223,8 @@ def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
     folder = set() if job.recipe.prune is None else set(FOLDER_RUNTIMES)
     if not (timed := folder.union(*able).intersection(settings.runtimes)):
         raise UsageError(
-            f"benchmark.runtimes is {' and '.join(settings.runtimes)} alone, and no export runs in it on {job.device}: "
-            "nothing would be timed; name other runtimes, or another model.device"
+            f"no export runs in {' or '.join(settings.runtimes)} on {job.device}, so nothing would be timed; "
+            "change benchmark.runtimes or model.device"
         )
     for runtime in timed:
         check_installed(runtime)

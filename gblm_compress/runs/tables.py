@@ -51,7 +51,7 @@ class Table:
     @property
     def all_notes(self) -> tuple[str, ...]:
         unmeasured = any(cell.text == UNMEASURED for row in self.rows for cell in row)
-        return (*self.notes, *([f"{UNMEASURED} was not measured."] if unmeasured else []))
+        return (*self.notes, *([f"{UNMEASURED}: not measured."] if unmeasured else []))
 
 
 def name_of(figure: str) -> str:
@@ -100,7 +100,7 @@ PLAIN = (
         "Kernels that ran",
         {"model": "where", "kernel": "part"},
         ("prefill_kernels", "decode_kernels"),
-        "Calls in one pass.",
+        "Calls in one forward pass.",
     ),
     (
         "Pruned layers",
@@ -145,8 +145,8 @@ def speed(report: RunReport) -> Table:
     shown = ["tpot_ms", "tokens_per_second", "decode_speedup"] if report.generates else ["prefill_speedup"]
     labels = {"model": "artefact", "runtime": "runtime", "dtype": "dtype", "batch": "batch"}
     notes = [
-        "Medians over the rounds. The speed-up is over dense in the same runtime and dtype; p10 and p90 of both give "
-        "its interval."
+        "Medians over the rounds. The speed-up is over dense in the same runtime and dtype; its interval is from the "
+        "p10 and p90 of both."
     ]
     if len(dtypes) == 1:
         del labels["dtype"]
@@ -185,8 +185,8 @@ def changes(before: RunReport, now: RunReport) -> Table:
              f"{100 * SMALL:.0f} %."]  # fmt: skip
     if gone := [f"{name_of(row.figure)} of {row.artefact}" for key, row in earlier.items() if key not in later]:
         more = f" and {len(gone) - MOST} more" if len(gone) > MOST else ""
-        notes.append(f"Measured before and not now, or not in the same way: {', '.join(gone[:MOST])}{more}.")
-    return Table("This run against the one before", columns, lines, tuple(notes))
+        notes.append(f"Measured before, but not now or not in the same way: {', '.join(gone[:MOST])}{more}.")
+    return Table("This run compared with the previous one", columns, lines, tuple(notes))
 
 
 def compared(was: Row, now: Row) -> str:

@@ -70,7 +70,7 @@ def _has_unit(value: Any) -> Any:
 
 
 def _count(value: Any) -> Any:
-    """A number of tokens that may be written with a unit: 500k, 2M, 1.5B."""
+    """A number of tokens, with or without a unit: 500k, 2M, 1.5B."""
     if isinstance(value, str):
         if not re.fullmatch(COUNT, value):
             raise ValueError(f"{value!r} is not a number of tokens; give for example 500k, 2M or 1.5B")
@@ -81,7 +81,7 @@ def _count(value: Any) -> Any:
 
 def _given(dataset: str) -> str:
     if dataset == SELF:
-        raise ValueError(f"{SELF!r} is the model's own text, for pruning and training; give another text here")
+        raise ValueError(f"{SELF!r} is the model's own text, only for pruning and training; give another text")
     return dataset
 
 
@@ -96,7 +96,7 @@ def budget_of(pattern: str, sparsity: float | None = None) -> Budget:
 
 def _pruning(pattern: str) -> str:
     if pattern == DENSE:
-        raise ValueError("pattern 'dense' prunes nothing; it is for the exceptions in 'overrides'")
+        raise ValueError("pattern 'dense' prunes nothing; give it only in 'overrides'")
     return budget_of(pattern).pattern.name
 
 

@@ -58,7 +58,7 @@ PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper; its
 
 
 def _number(value: Any) -> Any:
-    """A number that was given as text, as on the command line."""
+    """Convert a number that was given as text, as on the command line."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -71,7 +71,7 @@ class OverrideSettings(Settings):
     """An exception for some layers."""
 
     layers: str = Field(description="Shell-style pattern over full layer names.")
-    pattern: PatternOrDense = Field("unstructured", description="As prune.pattern, or dense to leave them alone.")
+    pattern: PatternOrDense = Field("unstructured", description="As prune.pattern; dense: do not prune them.")
     sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
 
     @property
@@ -86,7 +86,7 @@ class OverrideSettings(Settings):
             return value
         if not (parts := re.fullmatch(r"([^=]+)=([^@=]+)(?:@(\d*\.?\d+))?", value)):
             raise ValueError(
-                f"{value!r} is not an exception; give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'"
+                f"{value!r} is not of the form LAYERS=PATTERN[@SPARSITY]; give for example '*.down_proj=6:8'"
             )
         layers, pattern, sparsity = parts.groups()
         return {"layers": layers, "pattern": pattern, "sparsity": sparsity and float(sparsity)}
@@ -122,8 +122,8 @@ class PruneSettings(Settings):
     )
     alpha_scale: Annotated[AlphaScale, Panel.NO_OPTION] = Field(
         "published",
-        description="published: alpha as it is; normalised: alpha is rescaled to the calibration size, and acts as at "
-        "the published 128 samples of 2048 tokens.",
+        description="published: use alpha as given. normalised: rescale alpha to the calibration size, so that it acts "
+        "as with 128 samples of 2048 tokens.",
     )
     allocation: Annotated[AllocationName | None, Panel.METHOD] = Field(
         None,
@@ -146,7 +146,7 @@ class PruneSettings(Settings):
         f"{GROUP_DEFAULTS}. Used only with {_readers('group')}.",
     )
     ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field(
-        (), description="Layers to leave alone, as shell-style patterns of full names."
+        (), description="Layers not to prune, as shell-style patterns of full names."
     )
     overrides: Annotated[tuple[OverrideSettings, ...], Panel.METHOD] = Field(
         (),
@@ -163,7 +163,7 @@ class PruneSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         budget = budget_of(self.pattern, self.sparsity)
-        if self.allocation is None:  # not marked as given, so recipes are repeated as given
+        if self.allocation is None:  # not marked as set, so a saved recipe holds only the given keys
             free = Need.GRADIENTS in METHODS[self.method].needs and budget.pattern.n_m is None
             self.__dict__["allocation"] = "sensitivity" if free else "uniform"
         preset = PRESETS.get(self.preset or "", {})
@@ -193,18 +193,18 @@ class PruneSettings(Settings):
 
     @property
     def read(self) -> frozenset[str]:
-        """The keys that this combination reads and others may not."""
+        """The keys that this combination reads, among those that only some choices read."""
         return frozenset(key for choice in self.choices for key in choice.keys)
 
     @property
     def block_needs(self) -> Need:
-        """Measured for each block when it is pruned."""
+        """The statistics of each block, measured when it is pruned."""
         method, fit, quantiser, _ = self.choices
         return method.needs | fit.needs | quantiser.needs
 
     @property
     def needs(self) -> Need:
-        """Measured for each block, or before for the allocation."""
+        """`block_needs`, and the statistics that the allocation needs before."""
         return self.block_needs | self.allocates.needs
 
     @property
@@ -251,7 +251,7 @@ class PruneSettings(Settings):
         for override in self.overrides:
             if not (matches := [name for name in names if override.matches(name)]):
                 raise UsageError(
-                    f"override {override.layers!r} matches none of the pruned layers, for example {names[0]!r}"
+                    f"override {override.layers!r} matches no pruned layer; a layer is for example {names[0]!r}"
                 )
             budgets |= dict.fromkeys(matches, override.budget)
         return budgets

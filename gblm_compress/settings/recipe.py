@@ -1,4 +1,4 @@
-"""A whole run and its gates, and a grid of methods."""
+"""Settings of a whole run, its gates, and a comparison of methods."""
 
 from collections.abc import Collection, Iterator
 from functools import cache
@@ -51,25 +51,25 @@ class GateSettings(Settings):
         "Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %."
     )
     min_retained: Annotated[Above0, "evaluate"] = _limit(
-        "The metric as a share of the dense model's, where more is better: Spearman's correlation or accuracy."
+        "Least share of the dense model's metric, if more is better: Spearman's correlation or accuracy."
     )
     max_mean_kl: Annotated[AtLeast0, "evaluate"] = _limit("Largest mean KL divergence from dense, in nats per token.")
     min_top1_agreement: Annotated[Share, "evaluate"] = _limit(
         "Least agreement with dense on the most probable token, as a fraction of tokens."
     )
     min_task_accuracy: Annotated[Share, "tasks"] = _limit("Least mean accuracy on the zero-shot tasks.")
-    min_task_recovery: Annotated[Above0, "tasks"] = _limit("Least mean accuracy on the tasks over that of dense.")
+    min_task_recovery: Annotated[Above0, "tasks"] = _limit("Least mean accuracy on the tasks, divided by dense.")
     max_bytes: Annotated[Memory | None, "files"] = _limit("Most bytes on disk, for example 300MB.")
-    max_bytes_ratio: Annotated[Above0, "files"] = _limit("Most bytes on disk over those of the dense model.")
-    max_memory: Annotated[Memory | None, "benchmark"] = _limit("Most peak memory while it is timed.")
+    max_bytes_ratio: Annotated[Above0, "files"] = _limit("Most bytes on disk, divided by the dense model's.")
+    max_memory: Annotated[Memory | None, "benchmark"] = _limit("Largest peak memory in the benchmark.")
     max_ttft_ms: Annotated[Above0, "benchmark"] = _limit("Longest time to the first token, in milliseconds.")
-    max_tpot_ms: Annotated[Above0, "benchmark"] = _limit("Longest time per token after it, in milliseconds.")
+    max_tpot_ms: Annotated[Above0, "benchmark"] = _limit("Longest time per further token, in milliseconds.")
     min_tokens_per_second: Annotated[Above0, "benchmark"] = _limit(
-        "Fewest generated tokens per second, of all sequences."
+        "Fewest generated tokens per second, over all sequences."
     )
-    min_samples_per_second: Annotated[Above0, "benchmark"] = _limit("Fewest samples per second of forward pass.")
-    min_decode_speedup: Annotated[Above0, "benchmark"] = _limit("Least TPOT of dense over TPOT.")
-    min_prefill_speedup: Annotated[Above0, "benchmark"] = _limit("Least TTFT of dense over TTFT.")
+    min_samples_per_second: Annotated[Above0, "benchmark"] = _limit("Fewest samples per second in forward passes.")
+    min_decode_speedup: Annotated[Above0, "benchmark"] = _limit("Least speed-up of a token: dense TPOT / TPOT.")
+    min_prefill_speedup: Annotated[Above0, "benchmark"] = _limit("Least speed-up of a prompt: dense TTFT / TTFT.")
 
     @property
     def limits(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ class GateSettings(Settings):
 GATES: dict[str, str] = {
     name: field.metadata[-1] for name, field in GateSettings.model_fields.items() if field.metadata
 }
-"""{`max_` or `min_` and a figure of `runs.rows`: what measures it, a section of a recipe, its tasks, or the files}"""
+"""{`max_` or `min_` and a figure of `runs.rows`: its source, a section of a recipe, its tasks, or the files}"""
 
 
 class CompareSettings(Settings):
@@ -100,7 +100,7 @@ class CompareSettings(Settings):
         json_schema_extra={"uniqueItems": True},
         description=f"Patterns to compare: {WHERE_ZEROS_GO}.",
     )
-    seeds: Count = Field(3, description="How many draws of the calibration text.")
+    seeds: Count = Field(3, description="Number of random draws of the calibration text.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -126,7 +126,7 @@ class CompareSettings(Settings):
                 known += f"; {first} follows one of them, for example wanda+{first}"
             elif close := OneOf.of(PRESETS | METHODS).closest(first):
                 known += f"; did you mean {close!r}?"
-            raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
+            raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; choose from {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}
         parts: dict[str, Collection[str]] = {"fit": FITS, "allocation": ALLOCATIONS, "quantise": QUANTISERS}
         for part in rest:
@@ -142,11 +142,11 @@ class CompareSettings(Settings):
 
 
 class Recipe(Settings):
-    """A whole run: prune, export, evaluate, benchmark, and what must hold at the end."""
+    """A whole run: prune, recover, export, evaluate, benchmark, and check gates."""
 
     model: ModelSettings = Field(description="The dense model; a plain string is its source.")
     calibration: CalibrationSettings = Field(
-        default_factory=CalibrationSettings, description="Text for the statistics."
+        default_factory=CalibrationSettings, description="Data that pruning measures on."
     )
     prune: PruneSettings | None = Field(
         default_factory=PruneSettings,
@@ -187,7 +187,7 @@ class Recipe(Settings):
         return self
 
     def _faults(self) -> Iterator[Fault]:
-        """What one section says against another."""
+        """Contradictions between sections."""
         if len(set(self.export)) < len(self.export):
             yield ("export",), "the same export is listed twice"
         if self.prune is None:
@@ -197,7 +197,7 @@ class Recipe(Settings):
                 yield ("gates", number, key), said
 
     def _faults_without_pruning(self) -> Iterator[Fault]:
-        unpruned = "needs a pruned model, and prune is null; leave it out, or prune"
+        unpruned = "needs a pruned model, but prune is null; leave it out, or prune"
         if self.recover:
             yield ("recover",), unpruned
         if not self.export:
@@ -208,9 +208,9 @@ class Recipe(Settings):
                 yield ("export", number, key), f"{export.format if key == 'format' else key} {unpruned}"
         in_torch = any(format.runtime == "torch" for format in self._made.values())
         if self.evaluate and self.evaluate.tasks and not in_torch:
-            yield ("evaluate", "tasks"), "tasks are asked in torch only, where no export runs; leave them out"
+            yield ("evaluate", "tasks"), "tasks run in torch only, but no export does; leave them out"
         if self.benchmark and self.benchmark.float_baseline is False:
-            yield ("benchmark", "float_baseline"), "false needs a pruned model, and prune is null; leave it out"
+            yield ("benchmark", "float_baseline"), "false needs a pruned model, but prune is null; leave it out"
 
     @property
     def _made(self) -> dict[str, Format]:
@@ -233,7 +233,7 @@ class Recipe(Settings):
             if not given:
                 yield name, f"needs {section}"
             if gates.artefact is None and name.endswith("speedup") and limit < 1:
-                yield name, "below 1 allows a slow-down: say of which artefact, with gates.artefact"
+                yield name, "below 1 allows a slow-down; name its artefact in gates.artefact"
             made_as = self._made.get(gates.artefact or "")
             if GATES[name] == "tasks" and made_as and made_as.runtime != "torch":
-                yield name, f"tasks are asked in torch only, where {gates.artefact} does not run"
+                yield name, f"tasks run in torch only, but {gates.artefact} does not"

@@ -44,7 +44,7 @@ class ComputeSettings(Settings):
     dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
         "auto",
         description="Dtype to compute in. auto: on CUDA the checkpoint's own, on a CPU float32; prune keeps bfloat16 "
-        "on a CPU that has it.",
+        "on a CPU that supports it.",
     )
     device: Annotated[str, Panel.RESOURCES] = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
@@ -56,14 +56,14 @@ class ModelSettings(ComputeSettings):
 
 
 class CalibrationSettings(Settings):
-    """The text that pruning measures on."""
+    """The data that pruning measures on."""
 
     dataset: str = Field(
         SELF,
         description=f"self (a language model writes the text itself), {DATA}.",
     )
     samples: Count = Field(128, description="Number of windows, texts or images.")
-    sequence_length: Several = Field(2048, description="Tokens in a window, or at most in a text.")
+    sequence_length: Several = Field(2048, description="Tokens in a window; longer texts are cut to it.")
     seed: Seed = Field(0, description="Random seed for sampling.")
     experts: Annotated[Literal["routed", "all"], Panel.NO_OPTION] = Field(
         "routed",
@@ -90,13 +90,13 @@ class GenerateSettings(Settings):
     tokens: Tokens = Field(400_000, description="Tokens to write: 400k, 2M, …")
     starts: GivenText | None = Field(
         None,
-        description=f"Three quarters of the pieces begin with words of this text: {TEXT}. If unset, all begin from "
-        "nothing.",
+        description=f"Three quarters of the pieces begin with words of this text: {TEXT}. If unset, none has "
+        "a given start.",
     )
-    sequence_length: Count = Field(300, description="Tokens to write in a piece.")
+    sequence_length: Count = Field(300, description="Tokens per piece.")
     batch: Annotated[Count, Panel.MORE] = Field(96, description="Pieces written at once; fewer take less memory.")
     temperature: Annotated[float, Panel.MORE] = Field(
-        1.0, ge=0.01, le=100, description="Below 1, likely tokens are drawn more often."
+        1.0, ge=0.01, le=100, description="Sampling temperature; below 1, likely tokens are drawn more often."
     )
     top_k: Annotated[Count, Panel.MORE] = Field(100, description="Draw from this many most likely tokens.")
     seed: Seed = Field(0, description="Random seed.")
@@ -112,7 +112,7 @@ class Source(Settings):
 
     dataset: str = Field(description="As calibration.dataset.")
     weight: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Share of the tokens, beside those of the others."
+        1.0, gt=0, allow_inf_nan=False, description="Share of the tokens, relative to the other weights."
     )
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class Source(Settings):
 
 
 class RecoverSettings(Settings):
-    """How a pruned model is trained to predict what the dense one does."""
+    """Training of a pruned model to predict as the dense one does."""
 
     data: tuple[Source, ...] = Field(
         (Source(dataset="c4"),),
@@ -141,8 +141,8 @@ class RecoverSettings(Settings):
         description="Data to train on, each with a weight, for example wiki.txt=0.5,c4=0.5: self (a dense language "
         f"model writes the text), {DATA}.",
     )
-    tokens: Tokens = Field(2_000_000, description="Tokens to train on: 500k, 2M, … Shorter texts are read again.")
-    sequence_length: Several = Field(512, description="Tokens in a window, or at most in a text.")
+    tokens: Tokens = Field(2_000_000, description="Tokens to train on: 500k, 2M, … Shorter data is repeated.")
+    sequence_length: Several = Field(512, description="Tokens in a window; longer texts are cut to it.")
     batch: Annotated[Count, Panel.MORE] = Field(8, description="Windows, texts or images in a step.")
     rate: Annotated[float | None, Panel.MORE] = Field(
         None,
@@ -160,15 +160,15 @@ class RecoverSettings(Settings):
     disjoint_from: Annotated[tuple[GivenText, ...], Panel.MORE] = Field(
         (),
         max_length=100,
-        description="Texts that the data must not hold, such as those of evaluations. Training is refused if the data "
-        "has over 2 % of their runs of 13 words. Of a hub dataset the first ten million tokens count.",
+        description="Texts that the data must not contain, such as evaluation texts. Training is refused if the data "
+        "has over 2 % of their 13-word sequences. Only the first ten million tokens of a hub dataset are checked.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.tokens < self.batch * self.sequence_length:
             raise ValueError(
-                f"tokens is {self.tokens:,}, and one step takes {self.batch * self.sequence_length:,}: {self.batch} "
+                f"tokens is {self.tokens:,}, but one step takes {self.batch * self.sequence_length:,}: {self.batch} "
                 f"windows of {self.sequence_length}; give more tokens, or smaller steps"
             )
         return self
@@ -196,13 +196,13 @@ class ExportSettings(Settings):
     kernels: Literal[False, True, "auto"] = Field(
         False,
         description="ONNX: multiply by the packed weights directly, with this package's operators for CPUs. With dtype "
-        "float16 the weights are stored in it, and computed with in float32. auto (recipes and Python): with them if "
-        "they were compiled, else dense, with a note.",
+        "float16, they store float16 and compute in float32. auto (recipes and Python): use them if they were "
+        "compiled; else export dense, with a note.",
     )
     quantise: Literal["int8", "int4"] | None = Field(
         None,
         description="ONNX: store weights in 8 or 4 bits, head and embedding in 8. Without kernels, ONNX Runtime's own "
-        "operators compute with them, zeros included.",
+        "operators compute with all weights, zeros included.",
     )
     group: Annotated[Literal[32, 64, 128] | None, Panel.MORE] = Field(
         None,
@@ -211,7 +211,7 @@ class ExportSettings(Settings):
     )
     keep_head: Annotated[bool, Panel.MORE] = Field(
         False,
-        description="Keep head and embedding as they are. Formats of 8 and 4 bits store them in 8 bits otherwise.",
+        description="Do not quantise head and embedding. By default, exports in 8 and 4 bits store them in 8 bits.",
     )
 
     @property
@@ -222,31 +222,31 @@ class ExportSettings(Settings):
 
     @property
     def own(self) -> dict[str, Any]:
-        """The options other than the dtype that are set; not all formats read them."""
+        """The set options, without the dtype; not all formats read them."""
         return self.model_dump(exclude={"format", "dtype"}, exclude_defaults=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         format = FORMATS[self.format]
         if self.dtype not in ("auto", *format.dtypes):
-            raise ValueError(f"{self.format} has no {self.dtype}; give {' or '.join(format.dtypes)}")
+            raise ValueError(f"{self.format} does not support {self.dtype}; give {' or '.join(format.dtypes)}")
         for name in self.own:
             readers = [other for other, entry in FORMATS.items() if name in entry.reads]
             if self.format not in readers:
                 raise ValueError(f"{name} would do nothing: only format {' or '.join(readers)} reads it")
         if self.quantise and self.dtype not in ("auto", "float32"):
-            raise ValueError("quantise: the arithmetic beside the levels is float32; give no other dtype")
+            raise ValueError("quantise computes in float32; give no other dtype")
         if self.quantise and self.sparse:
             raise ValueError("quantise writes weights as levels, and sparse as floats; leave one out")
         if self.group and "quantise" in format.reads and not self.quantise:
             raise ValueError("group would do nothing without quantise")
         if self.sparse and self.kernels:
-            raise ValueError("each is a way of its own to write the pruned weights; choose sparse or kernels")
+            raise ValueError("sparse and kernels store the pruned weights in different ways; choose one")
         return self
 
 
 class AdviseSettings(Settings):
-    """What to predict."""
+    """Settings of a prediction of size and speed."""
 
     pattern: PatternName = Field("unstructured", description=f"Where the zeros go: {WHERE_ZEROS_GO}.")
     sparsity: Fraction | None = Field(None, description=SPARSITY)
@@ -262,12 +262,12 @@ class AdviseSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """What an evaluation measures."""
+    """Data and tasks of an evaluation."""
 
     dataset: GivenText = Field(
-        "wikitext2", description=f"Data to evaluate on: {DATA}. The part meant for evaluation is read."
+        "wikitext2", description=f"Data to evaluate on: {DATA}. The part for evaluation is read."
     )
-    sequence_length: Several = Field(2048, description="Tokens in a window of the evaluation, or at most in a text.")
+    sequence_length: Several = Field(2048, description="Tokens in a window; longer texts are cut to it.")
     max_windows: Count | None = Field(
         None, description="At most this many windows or rows from the start, or random images; all if unset."
     )
@@ -285,25 +285,25 @@ class EvaluateSettings(Settings):
 
 
 class BenchmarkSettings(Settings):
-    """What a benchmark times."""
+    """Shapes, rounds and runtimes of a benchmark."""
 
     batch: tuple[Count, ...] = Field((1,), min_length=1, description="Batch sizes.")
     prompt: Count = Field(128, description="Tokens in a prompt, or in a text for encoders.")
     generate: Several = Field(
         32, description="Tokens to generate; the prefill gives the first. Encoders generate none."
     )
-    repeats: Annotated[int, Panel.MORE] = Field(7, ge=5, le=MANY, description="Rounds that count.")
-    warmup: Annotated[int, Panel.MORE] = Field(2, ge=0, le=MANY, description="Warm-up rounds before them, not counted.")
+    repeats: Annotated[int, Panel.MORE] = Field(7, ge=5, le=MANY, description="Timed rounds.")
+    warmup: Annotated[int, Panel.MORE] = Field(2, ge=0, le=MANY, description="Warm-up rounds before the timed ones.")
     runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
-        description="Runtimes: torch and vllm (in an environment of its own) for Hugging Face folders, onnxruntime and "
+        description="Runtimes: torch and vllm (in its own environment) for Hugging Face folders, onnxruntime and "
         "genai (onnxruntime-genai) for ONNX exports.",
     )
     float_baseline: Annotated[bool | None, Panel.MORE] = Field(
         None,
-        description="Time ONNX exports in 8 and 4 bits against the dense model in float32, not in as many bits: the "
-        "speed-up is then that of rounding too. If unset: where a recipe prunes nothing.",
+        description="Time ONNX exports in 8 and 4 bits against the dense model in float32, not in as many bits. The "
+        "speed-up then includes that of quantisation. If unset: only if a recipe prunes nothing.",
     )
     threads: Annotated[Threads | None, Panel.RESOURCES] = Field(
         None, description="CPU threads; as many as torch uses if unset."

@@ -111,7 +111,7 @@ def test_batches_begin_with_words_of_the_text_in_turn(progress, starts) -> None:
 
 def test_faults_are_found_together_before_the_model_is_loaded(to_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.models.loading.load_model", None)
-    with pytest.raises(UsageError, match="for causal language models, and .* is "):
+    with pytest.raises(UsageError, match="for causal language models, but .* is "):
         to_file(source=families.written(tmp_path / "encoder", "bert"))
     with pytest.raises(GblmError) as found:
         to_file(device="gpu", sequence_length=500, starts=str(tmp_path / "gone.txt"))
@@ -142,7 +142,7 @@ def test_a_text_shorter_than_a_piece_is_one_piece_of_it(progress) -> None:
 
 def test_a_model_that_writes_nothing_is_an_error_and_no_empty_file(to_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(generation, "write", lambda *_: [[END, END, END]])
-    with pytest.raises(ModelError, match="wrote nothing but ends of texts; give --starts"):
+    with pytest.raises(ModelError, match="wrote only empty texts; give --starts"):
         to_file(**SMALL)
     assert not list(tmp_path.iterdir())
 
@@ -193,7 +193,7 @@ def test_how_many_samples_are_written_at_once_depends_on_the_model_and_not_on_th
     assert own_settings(8, 20, 0, weights=100, piece=10, room=10**9) == whole
     assert own_settings(8, 20, 0, weights=15, piece=10, room=10**9).batch == 3
     assert own_settings(8, 20, 0, weights=1, piece=10, room=10**9).batch == 1
-    with pytest.raises(UsageError, match=r"in memory as a whole, and 2\.0 GB are missing; give a text instead"):
+    with pytest.raises(UsageError, match=r"in memory as a whole, but 2\.0 GB are missing; give a text instead"):
         own_settings(8, 20, 0, weights=10**9, piece=10**9, room=10**9)
 
 

@@ -62,13 +62,13 @@ ONNX = "export: [{format: onnx}]\n"
         ('calibration: {dataset: "\\ud800"}', "r.yaml:2: '\\ud800' holds NUL or half a character"),
         ('prune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
         ("prune: " + "y" * 5000, 'got "yyy'),
-        ("export: [{format: onnx, dtype: bfloat16}]", "export.0: onnx has no bfloat16; give float32 or float16"),
+        ("export: [{format: onnx, dtype: bfloat16}]", "export.0: onnx does not support bfloat16; give float32 or"),
         ("export: [{format: bitmask, graph: plain}]", "graph would do nothing: only format onnx reads it"),
         (
             f"{ONNX}gates: {{max_bytes: 1MB, artefact: bitmask}}",
             "is not an artefact of the recipe, which makes pruned, onnx",
         ),
-        ("benchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
+        ("benchmark: {}\ngates: {min_decode_speedup: 0.9}", "name its artefact"),
         ("gates: {artefact: pruned}", "gates.0.artefact: would do nothing"),
         (f"{GATES}: {{max_mean_k: 1}}", "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean"),
         ("gates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gates.0.max_tpot_ms: needs a 'benchmark' section"),
@@ -81,7 +81,7 @@ ONNX = "export: [{format: onnx}]\n"
         ("export: [{format: sparse24}]", "did you mean 'semi-structured'?"),
         ("prune: none", 'prune: a section is a mapping of keys, or null to leave it out, got "none"'),
         ("prune: null", "r.yaml:2: prune: null without an export leaves nothing to do"),
-        (f"prune: null\nevaluate: {{tasks: [piqa]}}\n{ONNX}", "evaluate.tasks: tasks are asked in torch only"),
+        (f"prune: null\nevaluate: {{tasks: [piqa]}}\n{ONNX}", "evaluate.tasks: tasks run in torch only"),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:
@@ -96,7 +96,7 @@ def test_all_that_needs_a_pruned_model_is_refused_without_one(tmp_path) -> None:
         "gates:\n  - {max_bytes: 1GB, artefact: pruned}\n",
         "prune=null",
     )
-    unpruned = "needs a pruned model, and prune is null; leave it out"
+    unpruned = "needs a pruned model, but prune is null; leave it out"
     assert message.splitlines() == ["6 faults in the recipe", *(f"{tmp_path}/r.yaml:{said}" for said in (
         f"2: recover: {unpruned}, or prune",
         f"5: export.0.kernels: kernels {unpruned}, or prune",

@@ -146,7 +146,7 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
     quality, speed = by_title["Quality and size"], by_title["Speed and memory"]
     (absent,) = [line for line in quality.rows if line[0].text == "semi-structured"]
     assert [cell.text for cell in absent] == ["semi-structured", "–", "–", "–", "50.0 %", "590.0 kB", "0.590×"]
-    assert quality.all_notes[-1] == "– was not measured."
+    assert quality.all_notes[-1] == "–: not measured."
     assert "Not timed: semi-structured." in speed.notes
     assert [cell.text for cell in speed.rows[2]] == [
         "bitmask", "torch", "1", "50.00", "10.00", "100.00", "2.00× [1.64–2.44]", "1.8 MB"
@@ -201,7 +201,7 @@ def test_what_got_worse_comes_first_and_only_two_runs_are_compared(tmp_path) -> 
     assert "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in found.regressions
     assert "pruned: perplexity 24.00 → 25.00" in found.regressions
     assert not [line for line in found.regressions if line.startswith("dense")]
-    assert "This run against the one before" in page.read_text()
+    assert "This run compared with the previous one" in page.read_text()
     assert found.as_dict()["regressions"] == found.regressions
     assert documents.report([before, before], page).regressions == []
     assert documents.report([before], page).regressions == [] and "before" not in page.read_text()
@@ -223,7 +223,7 @@ def test_times_are_compared_in_one_place_and_other_figures_anywhere() -> None:
     assert [(line[0].text, line[1].text) for line in table.rows if line[-1].text == "worse"] == [
         ("pruned", "perplexity"), ("bitmask", "perplexity"),
     ]  # fmt: skip
-    assert "Measured before and not now, or not in the same way: memory of pruned, TTFT of pruned" in table.notes[1]
+    assert "Measured before, but not now or not in the same way: memory of pruned, TTFT of pruned" in table.notes[1]
     assert len(tables.changes(report(), report()).notes) == 1
     other = tables.changes(report("onnx"), report("bitmask"))
     assert {line[0].text.split(" ")[0] for line in other.rows} == {"dense", "pruned", "semi-structured"}

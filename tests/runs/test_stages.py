@@ -50,12 +50,12 @@ INT4 = {"prune": {"quantise": "int4"}}
         ({**INT4, "export": [{"format": "onnx", "quantise": "int4"}]}, "ONNX Runtime lacks; add --kernels"),
         ({**INT4, "export": [{"format": "bitmask-int4", "group": 32}]}, "grids of 64; leave --group out"),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
-        ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it on cpu: nothing would be timed"),
+        ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in onnxruntime on cpu, so nothing would be"),
         ({"export": SEMI}, "pattern unstructured is not 2:4"),
         ({"prune": MIXED, "export": SEMI}, "model.layers.0.mlp.gate_proj: pattern 3:4 is not 2:4"),
         ({"prune": {"pattern": "3:5"}}, "in_features=64 is not a multiple of 5"),
-        ({"prune": {"overrides": [{"layers": "*.ffn", "pattern": "2:4"}]}}, "override '*.ffn' matches none"),
-        (IN_TORCH | {"gates": {"max_tpot_ms": 9, "artefact": "onnx"}}, "onnxruntime and genai, which are not timed"),
+        ({"prune": {"overrides": [{"layers": "*.ffn", "pattern": "2:4"}]}}, "override '*.ffn' matches no"),
+        (IN_TORCH | {"gates": {"max_tpot_ms": 9, "artefact": "onnx"}}, "not timed in onnxruntime or genai"),
         (
             ON_CPU | {"benchmark": SHORT, "gates": {"min_decode_speedup": 2, "artefact": SEMI[0]["format"]}},
             "not timed on cpu",
@@ -90,7 +90,7 @@ def test_an_allocation_that_may_break_the_pattern_of_an_export(format, model, pr
         return faults(progress, model=model, prune=settings, export=[{"format": format}])
 
     assert found("2:4") == [
-        f"allocation sensitivity moves N of 2:4; export to {format} needs 2:4: give allocation uniform"
+        f"allocation sensitivity changes N of 2:4, but export to {format} needs 2:4; give allocation uniform"
     ]
     assert found("2:4", format="bitmask") == found("1:4") == found("2:4", allocation="uniform") == []
     assert found("1:4", overrides=[{"layers": "*", "pattern": "2:4"}]) == []
@@ -148,19 +148,19 @@ def test_without_pruning_the_dense_model_is_exported_and_its_levels_timed_agains
     assert planned(half) == ["export onnx-quantise-int8", "export dense-onnx-float32", *measured]
     in_torch = SHORT | {"runtimes": ["torch"]}
     (fault,) = faults(progress, **keys | {"benchmark": in_torch})
-    assert "no export runs in it on cpu: nothing would be timed" in fault
+    assert "no export runs in torch on cpu, so nothing would be timed" in fault
     assert faults(progress, **keys | {"benchmark": in_torch, "export": [{"format": "int8"}]}) == []
 
 
 def test_a_pruned_model_is_no_dense_one(progress, pruned) -> None:
     (fault,) = faults(progress, model=str(pruned().folder), prune=None, export=ONNX)
-    assert fault.endswith("is pruned, and where prune is null it would be the baseline; give the dense model")
+    assert fault.endswith("is pruned, but it is the baseline when prune is null; give the dense model")
 
 
 def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.models.loading.choose_device", lambda device: "cuda")
     timed = {"export": [{"format": "onnx", "kernels": True}], "benchmark": SHORT | {"runtimes": ["onnxruntime"]}}
-    assert "no export runs in it on cuda: nothing would be timed" in str(faults(progress, **timed))
+    assert "on cuda, so nothing would be timed" in str(faults(progress, **timed))
 
 
 def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatch) -> None:
