@@ -34,7 +34,7 @@ from gblm_compress.tasks import data_files, files_of, task_of
 from gblm_compress.tasks.task import Sample
 from gblm_compress.tasks.text import load_text, tokenizing, vocabulary_of
 
-STARTS = (8, 13, 21, 0)  # tokens of a line at the start of each piece, batch by batch in turn
+STARTS = (8, 13, 21, 0)  # tokens of a line that begin a piece; each batch takes the next number
 SHORTEST = 160  # characters of a usable line; a shorter one is a heading or a menu
 OWN_TOP_K = 1000  # for a model's own samples; 100 gave text that is too easy
 TOGETHER = 64  # samples written at once, at most

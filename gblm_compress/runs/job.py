@@ -1,6 +1,6 @@
 """The job that stages share, the interface of a stage, and its record on disk.
 
-A recorded stage is reused while its key (a hash of all its inputs) and the content of its output are unchanged.
+A recorded stage is reused if nothing changed: neither its key, a hash of all inputs, nor the content of its output.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Job:
 
     @cached_property
     def recover(self) -> RecoverSettings | None:
-        """The settings of the training, whose data must not contain the text that the run evaluates on."""
+        """The settings of the training. Its data must not contain the text that the run evaluates on."""
         given, evaluate = self.recipe.recover, self.recipe.evaluate
         if given is None or (self.found and not loading.task_of(self.found).generates):
             return given
@@ -121,7 +121,7 @@ class Job:
 
     @cached_property
     def notes(self) -> list[str]:
-        """Why exports differ from the recipe."""
+        """The reasons for exports that differ from the recipe."""
         return [note for each in self.recipe.export if (note := exporters.decided(each)[1])]
 
     @cached_property

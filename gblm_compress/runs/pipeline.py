@@ -59,7 +59,7 @@ def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
 
 
 def outlook(recipe: Recipe) -> dict[str, list[str]]:
-    """The stages of a run, notes on exports that differ from the recipe, and the inputs that `check` cannot see yet."""
+    """The stages of a run, the notes on changed exports, and the inputs that `check` cannot see yet."""
     job = Job(recipe, find_here(recipe.model.source), ANYWHERE)
     stages = stages_of(job)
     datasets = dict.fromkeys(name for stage in stages for name in stage.texts)

@@ -1,7 +1,7 @@
 """Recipes: YAML files that describe a whole run. Every fault of a file is reported at once, with its line.
 
-Only this module knows YAML; ruamel reads it as YAML 1.2. Anchors, aliases and tags are refused and the size is limited,
-so that nothing in a file can grow, refer to itself or name a type.
+Only this module knows YAML; ruamel reads it as YAML 1.2. Anchors, aliases and tags are refused and the size is limited.
+So nothing in a file can grow, refer to itself or name a type.
 """
 
 import difflib

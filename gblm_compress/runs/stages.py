@@ -152,7 +152,7 @@ def _check_made(job: Job) -> None:
 
 
 def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: Mapping[str, Pattern]) -> None:
-    """Refuse a layout that needs a pattern if the allocation may give layers another one than in `patterns`."""
+    """Refuse a layout with a fixed pattern if the allocation may change the `patterns` of layers."""
     layout = LAYOUTS.get(FORMATS[settings.format].layout or "")
     if layout and layout.pattern and any(prune.may_move(name, pattern) for name, pattern in patterns.items()):
         raise UsageError(

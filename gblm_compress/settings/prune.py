@@ -193,7 +193,7 @@ class PruneSettings(Settings):
 
     @property
     def read(self) -> frozenset[str]:
-        """The keys that this combination reads, among those that only some choices read."""
+        """The keys that this combination reads, without the keys that all combinations read."""
         return frozenset(key for choice in self.choices for key in choice.keys)
 
     @property
@@ -237,7 +237,7 @@ class PruneSettings(Settings):
         """The factor of the gradient term for a calibration of this size.
 
         The activation term of gblm grows with the square root of the tokens in a sample. The gradient term grows with
-        the samples (l1) or their square root (l2). Both terms of regional grow alike: its alpha has no scale.
+        the samples (l1) or their square root (l2). Both terms of regional grow alike, so its alpha has no scale.
         """
         if self.alpha_scale == "published":
             return self.alpha

@@ -58,9 +58,9 @@ class GateSettings(Settings):
         "Least agreement with dense on the most probable token, as a fraction of tokens."
     )
     min_task_accuracy: Annotated[Share, "tasks"] = _limit("Least mean accuracy on the zero-shot tasks.")
-    min_task_recovery: Annotated[Above0, "tasks"] = _limit("Least mean accuracy on the tasks, divided by dense.")
+    min_task_recovery: Annotated[Above0, "tasks"] = _limit("Least mean accuracy on the tasks, relative to dense.")
     max_bytes: Annotated[Memory | None, "files"] = _limit("Most bytes on disk, for example 300MB.")
-    max_bytes_ratio: Annotated[Above0, "files"] = _limit("Most bytes on disk, divided by the dense model's.")
+    max_bytes_ratio: Annotated[Above0, "files"] = _limit("Most bytes on disk, relative to dense.")
     max_memory: Annotated[Memory | None, "benchmark"] = _limit("Largest peak memory in the benchmark.")
     max_ttft_ms: Annotated[Above0, "benchmark"] = _limit("Longest time to the first token, in milliseconds.")
     max_tpot_ms: Annotated[Above0, "benchmark"] = _limit("Longest time per further token, in milliseconds.")

@@ -61,7 +61,7 @@ class Embedding(PassageTask):
         if len(modes) != 1 or modes[0] not in POOLINGS:
             raise ModelError(
                 f"{str(path)!r}: pooling by {' and '.join(map(str, modes)) or 'nothing'} is not supported; "
-                f"supported is one of {', '.join(POOLINGS)}"
+                f"supported are {', '.join(POOLINGS)}, one at a time"
             )
         return Embedding(modes[0])
 
@@ -129,7 +129,7 @@ class Embedding(PassageTask):
         return {"cosine": float((reference * judged).sum())}
 
     def agreement(self, dense: Sequence[Any], measured: Sequence[Any]) -> dict[str, float]:
-        """The share of each text's ten nearest neighbours in the dense model that are its nearest here too."""
+        """The share of each text's ten nearest neighbours in the dense model that it keeps here."""
         import torch
 
         ours, theirs = (torch.stack([vector for vector, _ in found]) for found in (measured, dense))
@@ -148,7 +148,7 @@ def _read(path: Path, kind: type) -> Any:
 
 
 def top_agreement(reference: Tensor, vectors: Tensor, count: int) -> float:
-    """The share of a text's `count` nearest neighbours that both agree on; both [texts, …], each of length 1."""
+    """The share of a text's `count` nearest neighbours that both have; both are unit vectors [texts, …]."""
     kept = 0
     for start in range(0, len(vectors), 1024):
         nearest = []

@@ -152,8 +152,8 @@ class Preprocessed(Sequence[Sample]):
 def labels_of(pictures: Pictures, config: Any) -> list[int]:
     """The class numbers of all images; empty if the data has no classes.
 
-    If model and data have equally many classes and share no name, the folders in alphabetical order are the classes,
-    as in `torchvision` and ImageNet.
+    Model and data may have equally many classes and share no name. Then the folders in alphabetical order are the
+    classes, as in `torchvision` and ImageNet.
     """
     if all(picture.label is None for picture in pictures.found):
         return []

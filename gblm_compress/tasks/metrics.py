@@ -1,4 +1,4 @@
-"""Metrics of a task, and of how close two predictions are: pure functions."""
+"""Metrics of a task, and similarity of two predictions: pure functions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def perplexity(cross_entropy: Metric) -> Metric:
 def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
     """Spearman's rank correlation ρ, ties at their mean rank; NaN if all values or all scores are equal.
 
-    Its error follows by the delta method from Fisher's z, with variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000).
+    The error is by the delta method from Fisher's z; its variance is (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000).
     """
     count, vary = len(values), len(set(values)) > 1 and len(set(scores)) > 1
     value = statistics.correlation(_ranks(values), _ranks(scores)) if vary else math.nan

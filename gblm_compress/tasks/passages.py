@@ -30,7 +30,7 @@ _KNOWN = frozenset(("score", "label", *(name for names in _TEXTS for name in nam
 _NEEDED = "name it 'text' or 'sentence', or two 'sentence1' and 'sentence2'; labels are in 'label', scores in 'score'"
 _C4_DOCUMENTS = 20_000
 _MARKUP = re.compile(r"\s*(</?doc\b.*|=.*=)\s*")  # markup lines of Wikipedia extracts and WikiText
-_OFFSET = ("roberta", "camembert", "mpnet", "longformer", "data2vec-text")  # positions begin after the padding's
+_OFFSET = ("roberta", "camembert", "mpnet", "longformer", "data2vec-text")  # their positions begin after the padding
 
 
 @dataclass(frozen=True)

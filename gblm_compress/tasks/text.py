@@ -47,7 +47,7 @@ MAX_LINE = 64 << 20  # bytes in a line of a .jsonl file, or in a text of a .parq
 MAX_PARQUET = 2 << 30  # bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end
 CHOICE = 16  # a hub dataset may be endless, so windows are drawn from this many times their tokens
 PATIENCE_S = 5.0  # limit for an answer of the hub
-DRAWS = 100_000  # so many documents of C4 in a row may be too short
+DRAWS = 100_000  # give up after this many documents of C4 that are too short
 
 
 def data_files(source: str, reads: str = READS, files: Collection[str] = FILES) -> list[Path]:

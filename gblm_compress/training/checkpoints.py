@@ -198,9 +198,9 @@ class Checkpoints(Work[TrainingRecord], Store):
     def __init__(self, output: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         folder, new = output.with_name(f".{output.name}.recovery"), TrainingRecord(identity=identity)
         super().__init__(folder, new, r"(state|best)-\d+\.\d+of\d+", resume, ranks)
-        self.record.identity = new.identity  # with the processes that go on
+        self.record.identity = new.identity  # with the present number of processes
         for path in self.folder.glob("*.safetensors") if ranks.is_first else ():
-            if path.name not in self.record.files:  # of the time after the latest checkpoint
+            if path.name not in self.record.files:  # written after the latest checkpoint
                 path.unlink()
         ranks.wait()
 
@@ -242,13 +242,13 @@ class Checkpoints(Work[TrainingRecord], Store):
         return sorted(self.folder.glob(f"{kind}-{number}.*.safetensors"))
 
     def _read_part(self, kind: str, number: int) -> dict[str, Tensor]:
-        """This process's tensors; those of all processes if another number of them wrote the files."""
+        """This process's tensors, or all tensors if another number of processes wrote the files."""
         own = self._file(kind, number)
         paths = [own] if own.exists() else self._written(kind, number)
         return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}
 
     def _remove_others(self) -> None:
-        """Remove this process's files that the latest checkpoint does not need; the first, those of other numbers."""
+        """Remove unneeded files of this process. The first process removes those of other numbers of processes too."""
         latest, size = self.record.progress, self.ranks.size
         needed = (f"state-{latest.step}.", f"best-{latest.best}.") if latest else ()
         for path in self.folder.glob("*.safetensors"):

@@ -14,7 +14,7 @@ from gblm_compress.methods.quantisation import Grid, rounded, straight_through
 from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, weight_matrix
 
-SCALE_RATE = 0.1  # learning rate of a scale, relative to that of a weight: a scale moves a whole group
+SCALE_RATE = 0.1  # learning rate of a scale, relative to a weight's: a scale moves a whole group
 
 
 class Survivors(nn.Module):
@@ -25,7 +25,7 @@ class Survivors(nn.Module):
         self._shape = alive.shape
         rows = alive.flatten(0, -2)
         narrow = rows.shape[1] <= torch.iinfo(torch.int16).max
-        # At 50 % density, columns take as many bytes as a mask and are several times as fast on a CPU.
+        # At 50 % density, columns take no more bytes than a mask. They are several times as fast on a CPU.
         self._columns = rows.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32)
         self._counts = rows.sum(1)
         lengths = torch.unique(self._counts).tolist()
@@ -117,8 +117,8 @@ class Master(nn.Module):
 class Weights:
     """The trained tensors of a network: its `parameters`, and the `masters` of this process.
 
-    One process owns each tensor. It keeps the master and Adam's state, sums the gradients of all processes, and sends
-    them the new values (ZeRO stage 1, arXiv 1910.02054).
+    One process owns each tensor (ZeRO stage 1, arXiv 1910.02054). It keeps the master and Adam's state. It receives the
+    sum of the gradients, and sends the new values to all processes.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Weights:
 
     @contextmanager
     def trained_in(self, network: nn.Module) -> Iterator[None]:
-        """Let only these tensors require gradients, and collect those."""
+        """Let only these tensors require gradients, and collect the gradients."""
         with only_requires_grad(network, self.parameters.values()), ExitStack() as hooks:
             for name, one in self.parameters.items():
                 gather = partial(self._gather, name)
