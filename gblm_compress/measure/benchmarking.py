@@ -1,4 +1,4 @@
-"""The benchmark stage: latency and memory of models beside their dense baseline, in one run.
+"""The benchmark stage: latency and memory of models and their dense baseline, in one run.
 
 Each model has its own process (`python -m gblm_compress.measure.benchmarking`), for its own peak memory and load time;
 it reads and answers lines of JSON. In each round every model generates once, in alternating order, against drift.

@@ -1,4 +1,4 @@
-"""The results of a benchmark: times with their spread, beside the baseline's. Importing it loads no torch."""
+"""The results of a benchmark: times with their spread, and the baseline's. Importing it loads no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
