@@ -107,7 +107,7 @@ def test_a_report_of_two_runs(program, tmp_path) -> None:
         write_report(tmp_path / name, tpot=tpot)
     done = program("report", "before", "now", "-o", "joined.html", "--fail-on-regression", "--json")
     assert done.code == 6 and "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in done.stderr
-    assert json.loads(done.stdout)["regressions"] and "the one before" in (tmp_path / "joined.html").read_text()
+    assert json.loads(done.stdout)["regressions"] and "the previous one" in (tmp_path / "joined.html").read_text()
     assert program("report", "now", "-o", "joined.html").code == 0  # its own page may be replaced
 
 

@@ -94,7 +94,7 @@ def test_an_entry_is_all_that_settings_know_of_a_format(name: str, tiny) -> None
             settings = ExportSettings(format=name, dtype=dtype)
             assert (dtype_of(tiny("llama"), settings), settings.folder_name) == (dtype, f"{name}-{dtype}")
         else:
-            with pytest.raises(ValidationError, match=f"{name} has no {dtype}; give {entry.dtypes[0]}"):
+            with pytest.raises(ValidationError, match=f"{name} does not support {dtype}; give {entry.dtypes[0]}"):
                 ExportSettings(format=name, dtype=dtype)
 
 

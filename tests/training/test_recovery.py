@@ -141,7 +141,7 @@ def test_it_goes_on_to_the_same_bits_after_an_end_anywhere(train, pruned, tmp_pa
         dying(patch, 5)
         train(source=source)
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.recovery").exists()
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match="differs in settings"):
         train(source=source, resume=True, rate=0.02)
     resumed = train(source=source, resume=True)
     assert resumed.curve[0].tokens == 0 and len(resumed.curve) == 11 and resumed.after < resumed.before
