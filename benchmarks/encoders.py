@@ -1,8 +1,10 @@
-"""What pruning costs a sentence encoder, by method, pattern and fit: the table of docs/results/encoders.md.
+r"""What pruning costs a sentence encoder, by method, pattern and fit: the table of docs/results/encoders.md.
 
-    python benchmarks/encoders.py MODEL --calibration articles.txt --pairs stsb.csv --passages held-out.txt
+    python benchmarks/encoders.py MODEL --calibration articles.txt --pairs stsb.csv --passages held-out.txt \
+        --folders PRUNED RECOVERED
 
-Each row is pruned in memory from the dense model. The passages should be none of those that are calibrated on.
+Each row is pruned in memory from the dense model, but for those of `--folders`. The passages should be none of those
+that are calibrated or trained on.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import torch
 from ending import exit_after
 from torch import Tensor
 
-from gblm_compress.models import loading
+from gblm_compress.models import loading, manifest
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune_
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="Tokens in a sample at most.")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="As in `compare --methods`.")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="As in `compare --patterns`.")
+    parser.add_argument("--folders", nargs="+", default=(), help="Models that `prune` or `recover` wrote.")
     parser.add_argument("-o", "--output", type=Path, help="JSON to write.")
     options = parser.parse_args()
     silence_libraries()
@@ -101,6 +104,10 @@ def main() -> None:
             start = time.perf_counter()
             prune_(model, drawn, CompareSettings.prune_settings(method, pattern), progress)
             show(method, pattern, model, time.perf_counter() - start)
+    for folder in options.folders:
+        found = resolve_model(folder, progress)
+        pattern = manifest.read(found.folder)["prune"]["pattern"]
+        show(found.folder.name, pattern, loading.load_model(found, "float32"), 0)
 
 
 if __name__ == "__main__":

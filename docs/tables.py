@@ -238,7 +238,16 @@ VISION = {"method": "`{method}`"} | across(
     {"top-1": "{IN[top1_accuracy]:.2%}", "agreement": "{IN[top1_agreement]:.2%}", "KL": "{IN[mean_kl]:.4f}"},
 )
 TOP1 = {"": "{IN[top1_accuracy]:.2%} ({IN[top1_agreement]:.2%})"}
+ENCODERS = {
+    "model": "{method}", "pattern": "{pattern}", "Spearman": "{spearman:.3f}", "of dense": "{of_dense:.3f}",
+    "top-10 kept": "{top10_agreement:.1%}", "cosine": "{cosine:.3f}",
+}  # fmt: skip
+MINILM = results("encoders-minilm")
+
+
 TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
+    "encoders": (MINILM, ENCODERS),
+    "encoders-short": ([row for row in MINILM if row["method"].startswith(("obs+best", "pruned", "recov"))], ENCODERS),
     "engines-2-threads": (engines("engines-epyc-zen5-2-cores", 2), ENGINES),
     "engines-1-thread": (engines("engines-epyc-zen5-2-cores", 1), ENGINES),
     "engines-avx2": (engines("engines-epyc-zen3-1-thread", 1), without_llama_cpp(ENGINES)),

@@ -147,8 +147,8 @@ class RecoverSettings(Settings):
     rate: Annotated[float | None, Panel.MORE] = Field(
         None,
         gt=0,
-        description="Peak learning rate, relative to a tensor's root mean square weight. If unset: 0.0007 after the "
-        "fits balanced and best, else 0.002.",
+        description="Peak learning rate, relative to a tensor's root mean square weight. If unset: 0.003 for encoders "
+        "and images; for language models 0.0007 after the fits balanced and best, else 0.002.",
     )
     text_weight: Annotated[float, Panel.MORE] = Field(
         0.0,

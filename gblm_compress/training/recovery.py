@@ -47,6 +47,8 @@ SLACK = 1.33  # the allocator keeps freed memory: 22.7 bytes a weight were measu
 ACTIVATIONS = 8  # bytes that autograd keeps per token, for each input and output of a pruned layer
 LOGITS = 5  # tensors of the size of the logits: of both models, their gradients, and a temporary
 RATE, RATE_AFTER_A_FIT = 0.002, 0.0007  # after a fit smaller steps are better: .325 nats per token against .339
+# MiniLM at 80 %, 200 steps of 32 texts: cosine .827 at .002, .845 at .005, .856 at .01. At 50 %, .01 is too large.
+RATE_OF_OTHERS = 0.003  # models that do not generate
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def checkpoint_bytes(pruned: ModelSource) -> int:
 def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
     if settings.rate is not None:
         return settings.rate
+    if not loading.task_of(source).generates:
+        return RATE_OF_OTHERS
     pruning = manifest.read(source.folder)["prune"]
     # Folders of 0.1.0 have the key "update" instead.
     fitted = pruning.get("fit") in ("balanced", "best") or pruning.get("update") == "reconstruct"

@@ -24,6 +24,7 @@ from gblm_compress.models.loading import config_of, load_model, load_processor, 
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import PruneSettings, RecoverSettings
+from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import fingerprint
 from gblm_compress.tasks.text import load_text
 from gblm_compress.training import recovery, texts, trainer
@@ -190,17 +191,19 @@ def test_the_bytes_of_a_weight_are_those_of_the_documentations_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pruning", "rate"),
+    ("task", "pruning", "rate"),
     [
-        ({"fit": "balanced"}, 0.0007),
-        ({"fit": "best"}, 0.0007),
-        ({"fit": None, "update": "reconstruct"}, 0.0007),
-        ({"fit": "fast", "update": "least-squares"}, 0.002),
-        ({}, 0.002),
+        ("causal-lm", {"fit": "balanced"}, 0.0007),
+        ("causal-lm", {"fit": "best"}, 0.0007),
+        ("causal-lm", {"fit": None, "update": "reconstruct"}, 0.0007),
+        ("causal-lm", {"fit": "fast", "update": "least-squares"}, 0.002),
+        ("causal-lm", {}, 0.002),
+        ("embedding", {"fit": "balanced"}, 0.003),
     ],
 )
-def test_the_rate_follows_from_the_fit_unless_it_is_given(pruning, rate, monkeypatch) -> None:
+def test_the_rate_follows_from_task_and_fit_unless_it_is_given(task, pruning, rate, monkeypatch) -> None:
     monkeypatch.setattr(recovery.manifest, "read", lambda folder: {"prune": pruning})
+    monkeypatch.setattr(recovery.loading, "task_of", lambda source: TASKS[task])
     source = SimpleNamespace(folder=Path("any"))
     assert recovery.rate_of(RecoverSettings(), source) == rate
     assert recovery.rate_of(RecoverSettings(rate=0.1), source) == 0.1
