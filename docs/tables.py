@@ -205,7 +205,7 @@ SHORT = ("dense, ONNX Runtime, int8", "dense, ONNX Runtime, int4", "50 %, balanc
 
 
 def across(columns: dict[str, str], shapes: dict[str, str]) -> dict[str, str]:
-    """For rows of `beside`: `columns` are {heading: column}, and IN stands for the column in {heading: format}."""
+    """Columns for rows of `beside`. Each heading of `columns` has all `shapes`, with its column in place of IN."""
     return {
         heading + figure: shape.replace("IN[", f"{column}[")
         for heading, column in columns.items()

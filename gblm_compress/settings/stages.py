@@ -141,7 +141,11 @@ class RecoverSettings(Settings):
         description="Data to train on, each with a weight, for example wiki.txt=0.5,c4=0.5: self (a dense language "
         f"model writes the text), {DATA}.",
     )
-    tokens: Tokens = Field(2_000_000, description="Tokens to train on: 500k, 2M, … Shorter data is repeated.")
+    tokens: Tokens = Field(
+        2_000_000,
+        description="Tokens to train on: 500k, 2M, … Shorter data is repeated. A text of an encoder counts as "
+        "sequence_length tokens, an image as its patches.",
+    )
     sequence_length: Several = Field(512, description="Tokens in a window; longer texts are cut to it.")
     batch: Annotated[Count, Panel.MORE] = Field(8, description="Windows, texts or images in a step.")
     rate: Annotated[float | None, Panel.MORE] = Field(

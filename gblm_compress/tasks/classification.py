@@ -65,7 +65,7 @@ class Classification(Classes, PassageTask):
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
         rows = passages.read(dataset, "calibration")[: tokens // length]
-        return _samples(processor, config, rows, length, pad=True)
+        return passages.encode(processor, config, rows, length, pad=False)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         return _samples(processor, config, passages.read(dataset, "evaluation")[:limit], length, pad=False)

@@ -74,7 +74,7 @@ class Embedding(PassageTask):
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
         texts = _alone(passages.read(dataset, "calibration"))[: tokens // length]
-        return passages.encode(processor, config, texts, length, pad=True)
+        return passages.encode(processor, config, texts, length, pad=False)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """The sentences of each pair in turn, both with its score as "labels"; or passages without labels."""

@@ -74,9 +74,9 @@ class ImageClassification(Classes):
         return Preprocessed(processor, config, read(dataset, "calibration", tokens // length, seed=0))
 
     def tokens_of(self, config: Any, length: int) -> int:
-        """The patches of an image."""
-        height, width = _size(config)
-        return (height // config.patch_size) * (width // config.patch_size)
+        """The patches of an image; of 16 × 16 pixels if the config does not say."""
+        patch = getattr(config, "patch_size", None)
+        return math.prod(size // (patch if isinstance(patch, int) else 16) or 1 for size in _size(config))
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
         """With a limit, images are drawn at random, because folders are sorted by class."""

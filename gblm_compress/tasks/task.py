@@ -84,7 +84,7 @@ class Task(ABC):
         """The scalar loss of one sample, from the result of `judged`."""
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Sequence[Sample]:
-        """Samples to train on, in the text's order, of one shape: about `tokens` tokens, or all if there are fewer."""
+        """Samples to train on, in the text's order: about `tokens` tokens, or all if there are fewer."""
         raise UsageError(f"training does not support {self.help}; pruning does")
 
     def tokens_of(self, config: Any, length: int) -> int:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from gblm_compress.calibration.calls import ForwardEnded
 from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.progress import Progress
-from gblm_compress.tasks.task import Sample, Task, on_device
+from gblm_compress.tasks.task import BESIDE, Sample, Task, on_device
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ class Teacher:
             return torch.cat([self._kept[self._places[index]] for index in indices])
         device = next(self._model.parameters()).device
         with autocast(device, self._compute):
-            states = prediction(self._model, self._task, cut(self._samples, indices, device)).to(self._dtype)
+            states = prediction(self._model, self._task, padded(self._samples, indices, device)).to(self._dtype)
         if self._kept is not None:
             for row, index in enumerate(indices):
                 self._kept[self._places[index]] = states[[row]]
@@ -93,7 +94,7 @@ class Imitation:
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """The mean loss of samples; nats per token for a language model."""
         dense = self._dense(indices)
-        samples = cut(self.samples, indices, dense.device)
+        samples = padded(self.samples, indices, dense.device)
         with autocast(dense.device, self._compute):
             own, target = self._outputs(together(samples), dense)
         # `unbind`, because the gradient of a slice of the logits would be padded to all of them.
@@ -143,19 +144,21 @@ class Imitation:
             return torch.equal(logits, head.forward(found[-1]))
 
 
-def cut(samples: Sequence[Sample], indices: Sequence[int], device: torch.device) -> list[Sample]:
-    """Some samples on a device, without the padding that all of them end with."""
+def padded(samples: Sequence[Sample], indices: Sequence[int], device: torch.device) -> list[Sample]:
+    """Some samples on a device, texts padded on the right to the longest of them."""
     found = [on_device(samples[index], device) for index in indices]
     if "attention_mask" not in found[0]:
         return found
-    masks = together(found)["attention_mask"]
-    last = int(masks.any(0).nonzero()[-1]) + 1
-    return [{name: one[:, :last] if one.dim() == 2 else one for name, one in each.items()} for each in found]
+    longest = max(each["attention_mask"].shape[1] for each in found)
+    return [
+        {name: pad(one, (0, longest - one.shape[1])) if one.dim() == 2 else one for name, one in each.items()}
+        for each in found
+    ]
 
 
 def together(samples: Sequence[Sample]) -> Sample:
-    """Concatenate samples of one shape to [samples, tokens]."""
-    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+    """The model's arguments [samples, …], of samples of one shape."""
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0] if name not in BESIDE}
 
 
 def autocast(device: torch.device, compute: str) -> torch.autocast:

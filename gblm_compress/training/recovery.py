@@ -121,10 +121,10 @@ def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     weights = SLACK * (bytes_a_weight(compute, density, ranks.processes_here()) * count + compute.itemsize * dense)
     rest = 4 * max(0.0, dense - count)  # head, embedding and norms of the student, in float32
     passing = 2 * 4 * max(map(math.prod, shapes))  # a weight and its gradient, dense
-    tokens = max(TOGETHER, settings.sequence_length)
+    task, config = loading.task_of(teacher), loading.config_of(teacher)
+    tokens = max(TOGETHER, task.tokens_of(config, settings.sequence_length))
     activations = ACTIVATIONS * tokens * sum(map(sum, shapes))
-    generates = loading.task_of(teacher).generates
-    vocabulary = loading.config_of(teacher).get_text_config().vocab_size if generates else 0
+    vocabulary = config.get_text_config().vocab_size if task.generates else 0
     logits = LOGITS * compute.itemsize * tokens * vocabulary
     return weights + rest + passing + activations + logits
 
@@ -201,7 +201,7 @@ class Recovery:
             progress.say(
                 f"{'going on with' if store.latest else 'training'} {self.source.name} on {self.device}: "
                 f"{settings.steps:,} steps of {settings.batch} × {settings.sequence_length} tokens, rate "
-                f"{settings.rate:g}, {len(windows.held_out)} windows held out …"
+                f"{settings.rate:g}, {len(windows.held_out)} {task.sample}s held out …"
             )
             plan = self._plan(windows)
             trainer = Trainer(student, weights, loss, plan, store)

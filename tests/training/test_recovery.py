@@ -55,7 +55,8 @@ def train(sparse, tiny, tmp_path, prose):
     """train("out", rate=0.1): the tiny Llama at 2:4, recovered to that folder of the test's own."""
 
     def run(name: str = "out", data=prose, source=sparse, teacher=None, resume: bool | None = False, **settings):
-        chosen = RecoverSettings(**(SMALL | {"data": (str(data),)} | settings))
+        data = data if isinstance(data, tuple) else (str(data),)
+        chosen = RecoverSettings(**(SMALL | {"data": data} | settings))
         what = Recovery(source, teacher or tiny("llama"), tmp_path / name, chosen)
         return recover(what, Progress(quiet=True), resume)
 
@@ -425,11 +426,13 @@ def test_a_model_is_trained_on_what_the_dense_one_writes(train, tiny, tmp_path) 
     assert [source.dataset for source in settings.data] == ["self"]
 
 
-def of_texts(tmp_path, prose) -> tuple[ModelSource, Path]:
-    return families.written(tmp_path / "bert", "bert"), prose
+def of_texts(tmp_path, prose) -> tuple[ModelSource, tuple[str, ...]]:
+    """A second dataset has shorter texts."""
+    (tmp_path / "short.txt").write_text("\n".join(f"a b c d {number}" for number in range(64)))
+    return families.written(tmp_path / "bert", "bert"), (str(prose), str(tmp_path / "short.txt"))
 
 
-def of_images(tmp_path, prose) -> tuple[ModelSource, Path]:
+def of_images(tmp_path, prose) -> tuple[ModelSource, tuple[str, ...]]:
     generator = numpy.random.default_rng(0)
     for number in range(128):
         place = tmp_path / "images" / str(number % 2) / f"{number}.png"
@@ -442,7 +445,7 @@ def of_images(tmp_path, prose) -> tuple[ModelSource, Path]:
     torch.manual_seed(0)
     source = saved(transformers.ViTForImageClassification(config), tmp_path / "vit")
     transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(source.folder)
-    return source, tmp_path / "images"
+    return source, (str(tmp_path / "images"),)
 
 
 def distance(task, dense, pruned) -> torch.Tensor:
@@ -460,13 +463,10 @@ def test_encoders_and_classifiers_learn_the_dense_output(made, train, tmp_path, 
     pruned = ModelSource("pruned", tmp_path / "pruned")
     result = train(source=pruned, teacher=source, data=data, **more)
     task, dense, sparse = task_of(source), load_model(source, "float32"), load_model(pruned, "float32")
-    _, windows = windows_for(source, data, **more)
+    _, windows = windows_for(source, *data, **more)
     expected = []
     for index in windows.held_out:
         sample = task.arguments(windows.samples[index])
-        if "attention_mask" in sample:
-            mask = sample["attention_mask"].bool()
-            sample = {name: tensor[mask][None] for name, tensor in sample.items()}
         with torch.no_grad():
             outputs = (getattr(model(**sample), task.output) for model in (dense, sparse))
             expected.append(distance(task, *outputs))
