@@ -77,11 +77,27 @@ def exported(models: dict[str, ModelSource], folder: Path, dtype: str) -> dict[s
     for name, (model, settings) in GRAPHS.items():
         if name.split()[1] != dtype:
             continue
-        target = folder / name.replace(" ", "-")
-        if not target.exists():
-            export(models[model], target, ExportSettings(format="onnx", **settings), progress=Progress())
-        found[name] = ModelSource(name, target)
+        found[name] = exported_once(models[model], folder / name.replace(" ", "-"), settings)
     return found
+
+
+def exported_once(model: ModelSource, target: Path, settings: dict[str, Any]) -> ModelSource:
+    """The ONNX export in `target`, made if it is not there."""
+    if not target.exists():
+        export(model, target, ExportSettings(format="onnx", **settings), progress=Progress())
+    return ModelSource(target.name, target)
+
+
+def stored_rows(path: Path | None, keys: tuple[str, ...]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of an earlier run, by the values of `keys`; none without a file."""
+    rows = json.loads(path.read_text())["rows"] if path and path.exists() else []
+    return {tuple(row[key] for key in keys): row for row in rows}
+
+
+def store_rows(path: Path | None, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Write all rows, if there is a path to write to."""
+    if path:
+        path.write_text(json.dumps({"environment": environment(), "rows": list(rows.values())}, indent=2) + "\n")
 
 
 def bandwidth(threads: int) -> float:
@@ -193,8 +209,7 @@ def main() -> None:
     else:
         models = {name: resolve_model(getattr(options, name), Progress(quiet=True)) for name in ("pruned", "dense")}
         options.model = models["dense"].name
-    old = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
-    rows = {tuple(row[key] for key in KEYS): row for row in old}
+    rows = stored_rows(options.json, KEYS)
     for dtype in options.dtypes:
         graphs = exported(models, options.folder, dtype)
         for threads in options.threads:
@@ -204,9 +219,7 @@ def main() -> None:
                 print(f"{name}, {threads} threads, ms:", ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()))
             show("milliseconds, and how many times as fast", new)
             rows |= {tuple(row[key] for key in KEYS): row for row in new}
-            if options.json:
-                result = {"environment": environment(), "rows": list(rows.values())}
-                options.json.write_text(json.dumps(result, indent=2) + "\n")
+            store_rows(options.json, rows)
 
 
 if __name__ == "__main__":
