@@ -5,7 +5,8 @@
  *
  * fp32 x (AVX-512, AVX2): a vector holds one column of many tokens, and every stored weight is one multiply-add to it.
  * Zeros cost nothing, so that half the weights are half the arithmetic of a dense product. A mask word selects 64 columns,
- * whose part of the panel stays in the L1 cache while a block of rows passes over it.
+ * whose part of the panel stays in the L1 cache while a block of rows passes over it. For a dense weight, the sums of some rows
+ * and tokens stay in registers while the columns pass.
  *
  * bf16 (AMX, AVX-512): instructions that multiply several columns at once cannot leave out single zeros; a strip of 32 rows is
  * expanded in the L1 cache and multiplied from there, so that the dense weight never exists in memory. AMX multiplies tiles
@@ -15,7 +16,15 @@
 
 #if defined(__x86_64__)
 
-enum { PANEL = 128, AVX2_PANEL = 64, ROWS = 128, STRIP = 32, STRIP_WORDS = 8, PANELS = 4 /* that share an expansion */ };
+enum {
+    PANEL = 128, /* tokens at most, as many as the sums of a row have registers for */
+    AVX2_PANEL = 96,
+    ROWS = 128, /* that pass over a panel together */
+    TILE = 128, /* columns of a panel that stay in the L1 cache while dense rows pass */
+    STRIP = 32,
+    STRIP_WORDS = 8,
+    PANELS = 4 /* that share an expansion */
+};
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -33,7 +42,7 @@ EXPORT int gblm_has_many(int type, int path) {
 }
 
 /* Transpose 16 × 16 elements of 4 bytes in registers. */
-AVX512 static inline void transpose(__m512 a[16]) {
+AVX512 static inline void transpose_512(__m512 a[16]) {
     __m512 b[16];
     for (int i = 0; i < 8; i++) {
         b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
@@ -56,6 +65,26 @@ AVX512 static inline void transpose(__m512 a[16]) {
     }
 }
 
+/* The same of 8 × 8. */
+AVX2 static inline void transpose_256(__m256 a[8]) {
+    __m256 b[8];
+    for (int i = 0; i < 4; i++) {
+        b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) {
+            const __m256d even = _mm256_castps_pd(b[4 * i + j]), odd = _mm256_castps_pd(b[4 * i + 2 + j]);
+            a[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(even, odd));
+            a[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(even, odd));
+        }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm256_permute2f128_ps(a[i], a[4 + i], 0x20);
+        b[4 + i] = _mm256_permute2f128_ps(a[i], a[4 + i], 0x31);
+    }
+    memcpy(a, b, sizeof b);
+}
+
 /* ---- x into panels ---- */
 
 typedef struct {
@@ -71,97 +100,91 @@ static float *panel_at(const Work *work, int64_t first, int64_t *width) {
     return (float *)job->panels + first * units(job->words, job->type);
 }
 
-AVX512 static void pack_part(void *argument, int index) {
-    const Work *work = argument;
-    const Job *job = work->jobs;
-    const int64_t columns = units(job->words, job->type);
-    int64_t begin, end, width;
-    gblm_share(columns / 16, work->parts, index, &begin, &end);
-    for (int64_t first = 0; first < job->tokens; first += work->panel) {
-        float *panel = panel_at(work, first, &width);
-        for (int64_t column = begin * 16; column < end * 16; column += 16)
-            for (int64_t t = 0; t < width; t += 16) {
-                __m512 block[16];
-                for (int i = 0; i < 16; i++) {
-                    const int64_t token = first + t + i;
-                    block[i] = token < job->tokens
-                                   ? _mm512_loadu_ps((const float *)job->x + token * columns + column)
-                                   : _mm512_setzero_ps();
-                }
-                transpose(block);
-                for (int i = 0; i < 16; i++) _mm512_storeu_ps(panel + (column + i) * width + t, block[i]);
-            }
+#define PACK_PART(WIDE, ATTRIBUTE, VECTOR, LANES, P)                                                                  \
+    ATTRIBUTE static void pack_part_##WIDE(void *argument, int index) {                                               \
+        const Work *work = argument;                                                                                  \
+        const Job *job = work->jobs;                                                                                  \
+        const int64_t columns = units(job->words, job->type);                                                         \
+        int64_t begin, end, width;                                                                                    \
+        gblm_share(columns / LANES, work->parts, index, &begin, &end);                                                \
+        for (int64_t first = 0; first < job->tokens; first += work->panel) {                                          \
+            float *panel = panel_at(work, first, &width);                                                             \
+            for (int64_t column = begin * LANES; column < end * LANES; column += LANES)                               \
+                for (int64_t t = 0; t < width; t += LANES) {                                                          \
+                    VECTOR block[LANES];                                                                              \
+                    for (int i = 0; i < LANES; i++) {                                                                 \
+                        const int64_t token = first + t + i;                                                          \
+                        block[i] = token < job->tokens ? P(loadu_ps)((const float *)job->x + token * columns + column)\
+                                                       : P(setzero_ps)();                                             \
+                    }                                                                                                 \
+                    transpose_##WIDE(block);                                                                          \
+                    for (int i = 0; i < LANES; i++) P(storeu_ps)(panel + (column + i) * width + t, block[i]);         \
+                }                                                                                                     \
+        }                                                                                                             \
     }
-}
-
-static void pack_part_portable(void *argument, int index) {
-    const Work *work = argument;
-    const Job *job = work->jobs;
-    const int64_t columns = units(job->words, job->type);
-    int64_t begin, end, width;
-    gblm_share(columns, work->parts, index, &begin, &end);
-    for (int64_t first = 0; first < job->tokens; first += work->panel) {
-        float *panel = panel_at(work, first, &width);
-        for (int64_t column = begin; column < end; column++)
-            for (int64_t t = 0; t < width; t++)
-                panel[column * width + t] =
-                    first + t < job->tokens ? ((const float *)job->x)[(first + t) * columns + column] : 0.0f;
-    }
-}
+PACK_PART(512, AVX512, __m512, 16, OF_512)
+PACK_PART(256, AVX2, __m256, 8, OF_256)
 
 /* ---- sums back into y ---- */
 
 /* Sums [rows][width] of `rows` rows from `row` on and the tokens from `first` on; rows up to a multiple of 16 are readable. */
-AVX512 static void store(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
-    const int64_t tokens = least(width, job->tokens - first);
-    for (int64_t r = 0; r < rows; r += 16) {
-        const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
-        for (int64_t t = 0; t < tokens; t += 16) {
-            __m512 block[16];
-            for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_ps(sums + (r + i) * width + t);
-            transpose(block);
-            for (int i = 0; i < 16 && t + i < tokens; i++)
-                _mm512_mask_storeu_ps((float *)job->y + (first + t + i) * job->rows + row + r, valid, block[i]);
-        }
+#define STORE(WIDE, ATTRIBUTE, VECTOR, LANES, P)                                                                      \
+    ATTRIBUTE static void store_##WIDE(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows,   \
+                                       int64_t first) {                                                               \
+        const int64_t tokens = least(width, job->tokens - first);                                                     \
+        for (int64_t t = 0; t < tokens; t += LANES)                                                                   \
+            for (int64_t r = 0; r < rows; r += LANES) {                                                               \
+                VECTOR block[LANES];                                                                                  \
+                for (int i = 0; i < LANES; i++) block[i] = P(loadu_ps)(sums + (r + i) * width + t);                   \
+                transpose_##WIDE(block);                                                                              \
+                for (int i = 0; i < LANES && t + i < tokens; i++) {                                                   \
+                    float *y = (float *)job->y + (first + t + i) * job->rows + row + r;                               \
+                    if (rows - r >= LANES) P(storeu_ps)(y, block[i]);                                                 \
+                    else memcpy(y, block + i, (size_t)(rows - r) * sizeof *y);                                        \
+                }                                                                                                     \
+            }                                                                                                         \
     }
-}
+STORE(512, AVX512, __m512, 16, OF_512)
+STORE(256, AVX2, __m256, 8, OF_256)
 
 AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
     const int64_t tokens = least(width, job->tokens - first);
-    for (int64_t r = 0; r < rows; r += 16) {
-        const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
-        for (int64_t t = 0; t < tokens; t += 16) {
+    for (int64_t t = 0; t < tokens; t += 16)
+        for (int64_t r = 0; r < rows; r += 16) {
+            const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
             __m512 block[16];
             for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_ps(sums + (r + i) * width + t);
-            transpose(block);
+            transpose_512(block);
             for (int i = 0; i < 16 && t + i < tokens; i++)
                 _mm256_mask_storeu_epi16((uint16_t *)job->y + (first + t + i) * job->rows + row + r, valid,
                                          (__m256i)_mm512_cvtneps_pbh(block[i]));
         }
-    }
 }
 
 /* ---- fp32 x: one multiply-add of a vector of tokens for each stored weight ---- */
 
 /* A panel of VECTORS vectors of tokens. Where these are few, several weights are taken at a time, each with sums of its own:
- * a sum that waits for its predecessor would wait longer than the arithmetic takes. */
+ * a sum that waits for its predecessor would wait longer than the arithmetic takes. Memory is not waited for either: a word's
+ * values are fetched while the word before is multiplied, and those of the first word some rows ahead. */
 #define SPARSE_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, TYPE, WEIGHT, VECTORS)                                        \
     ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
-        enum { WIDTH = VECTORS * LANES, SETS = VECTORS > 4 ? 1 : 8 / VECTORS };                                       \
-        const TYPE *values[ROWS];                                                                                     \
-        memset(sums, 0, ROWS * WIDTH * sizeof(float));                                                                \
-        for (int i = 0; i < rows; i++) values[i] = (const TYPE *)job->values + gblm_start(job, row + i);              \
+        enum { WIDTH = VECTORS * LANES, SETS = VECTORS > 4 ? 1 : 8 / VECTORS, AHEAD = 8 };                            \
+        const TYPE *values[ROWS + AHEAD];                                                                             \
+        for (int i = 0; i < rows + AHEAD; i++)                                                                        \
+            values[i] = (const TYPE *)job->values + gblm_start(job, row + (i < rows ? i : rows - 1));                 \
         for (int64_t w = 0; w < job->words; w++, panel += 64 * WIDTH)                                                 \
             for (int i = 0; i < rows; i++) {                                                                          \
                 uint64_t mask = gblm_bits(job, row + i, w);                                                           \
-                const TYPE *v = values[i], *next = v + __builtin_popcountll(mask);                                    \
+                const TYPE *v = values[i], *next = v + __builtin_popcountll(mask), *first = values[i + AHEAD];        \
                 VECTOR set[SETS][VECTORS];                                                                            \
                 for (int j = 0; j < VECTORS; j++) {                                                                   \
-                    set[0][j] = P(loadu_ps)(sums + i * WIDTH + j * LANES);                                            \
+                    set[0][j] = w ? P(loadu_ps)(sums + i * WIDTH + j * LANES) : P(setzero_ps)();                      \
                     for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                       \
                 }                                                                                                     \
                 _mm_prefetch((const char *)(next + 16), _MM_HINT_T0);                                                 \
                 _mm_prefetch((const char *)(next + 32), _MM_HINT_T0);                                                 \
+                for (int line = 0; w == 0 && line < 3; line++)                                                        \
+                    _mm_prefetch((const char *)(first + 16 * line), _MM_HINT_T0);                                     \
                 while (v + SETS <= next)                                                                              \
                     for (int s = 0; s < SETS; s++, v++, mask &= mask - 1) {                                           \
                         const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                       \
@@ -193,31 +216,100 @@ AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t wi
 SPARSE_PANEL_512(1) SPARSE_PANEL_512(2) SPARSE_PANEL_512(3) SPARSE_PANEL_512(4)
 SPARSE_PANEL_512(5) SPARSE_PANEL_512(6) SPARSE_PANEL_512(7) SPARSE_PANEL_512(8)
 SPARSE_PANEL_256(2) SPARSE_PANEL_256(4) SPARSE_PANEL_256(6) SPARSE_PANEL_256(8)
+SPARSE_PANEL_256(10) SPARSE_PANEL_256(12)
 
 typedef void (*SparsePanel)(const Job *, const float *panel, float *sums, int64_t row, int rows);
 #define BY_VECTORS_512(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6, NAME##_7, NAME##_8}
-#define BY_VECTORS_256(NAME) {NAME##_2, NAME##_4, NAME##_6, NAME##_8}
+#define BY_VECTORS_256(NAME) {NAME##_2, NAME##_4, NAME##_6, NAME##_8, NAME##_10, NAME##_12}
 static const SparsePanel panels_512[2][8] = {BY_VECTORS_512(sparse_512), BY_VECTORS_512(half_512)};
-static const SparsePanel panels_256[2][4] = {BY_VECTORS_256(sparse_256), BY_VECTORS_256(half_256)};
+static const SparsePanel panels_256[2][6] = {BY_VECTORS_256(sparse_256), BY_VECTORS_256(half_256)};
 
-static void sparse_rows(const Work *work, const Job *job, int index) {
+/* ---- fp32 x, dense weights: the sums of several rows and vectors of tokens stay in registers ---- */
+
+/* Add `columns` columns of TAKEN rows times VECTORS vectors of tokens to their sums [TAKEN][width]. */
+#define DENSE_TILE(NAME, ATTRIBUTE, VECTOR, LANES, P, TAKEN, VECTORS)                                                 \
+    ATTRIBUTE static void NAME##_##VECTORS(const float *weights, int64_t stride, const float *panel, int64_t width,   \
+                                           int columns, float *sums, int first) {                                     \
+        VECTOR set[TAKEN][VECTORS];                                                                                   \
+        for (int r = 0; r < TAKEN; r++)                                                                               \
+            for (int j = 0; j < VECTORS; j++)                                                                         \
+                set[r][j] = first ? P(setzero_ps)() : P(loadu_ps)(sums + r * width + j * LANES);                      \
+        for (int column = 0; column < columns; column++, panel += width) {                                            \
+            VECTOR x[VECTORS];                                                                                        \
+            for (int j = 0; j < VECTORS; j++) x[j] = P(loadu_ps)(panel + j * LANES);                                  \
+            for (int r = 0; r < TAKEN; r++)                                                                           \
+                for (int j = 0; j < VECTORS; j++)                                                                     \
+                    set[r][j] = P(fmadd_ps)(P(set1_ps)(weights[r * stride + column]), x[j], set[r][j]);               \
+        }                                                                                                             \
+        for (int r = 0; r < TAKEN; r++)                                                                               \
+            for (int j = 0; j < VECTORS; j++) P(storeu_ps)(sums + r * width + j * LANES, set[r][j]);                  \
+    }
+DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 8, 1)
+DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 8, 2)
+DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 4, 3)
+DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 4, 4)
+DENSE_TILE(dense_256, AVX2, __m256, 8, OF_256, 4, 2)
+DENSE_TILE(dense_256, AVX2, __m256, 8, OF_256, 4, 3)
+
+typedef struct {
+    void (*add)(const float *weights, int64_t stride, const float *panel, int64_t width, int columns, float *sums, int first);
+    int rows, tokens;
+} Tile;
+static const Tile tiles_512[] = {{dense_512_1, 8, 16}, {dense_512_2, 8, 32}, {dense_512_3, 4, 48}, {dense_512_4, 4, 64}};
+static const Tile tiles_256[] = {{dense_256_2, 4, 16}, {dense_256_3, 4, 24}};
+
+/* `rows` rows of a dense weight from `row` on, in fp32 with zeros below to `taken` rows: in place, or a copy. */
+AVX2 static const float *dense_at(const Job *job, int64_t row, int64_t rows, int taken, int64_t column, int64_t *stride,
+                                  float *copy) {
+    const int64_t columns = job->words * 64, count = least(TILE, columns - column), start = row * columns + column;
+    if (job->type == F32 && rows >= taken) {
+        *stride = columns;
+        return (const float *)job->values + start;
+    }
+    *stride = TILE;
+    if (rows < taken) memset(copy, 0, (size_t)taken * TILE * sizeof *copy);
+    for (int64_t r = 0; r < least(rows, taken); r++)
+        for (int64_t c = 0; c < count; c += 8) {
+            const int64_t at = start + r * columns + c;
+            const __m256 wide = job->type == F32
+                                    ? _mm256_loadu_ps((const float *)job->values + at)
+                                    : _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)job->values + at)));
+            _mm256_storeu_ps(copy + r * TILE + c, wide);
+        }
+    return copy;
+}
+
+static void dense_panel(const Job *job, const float *panel, int64_t width, float *sums, int64_t row, int64_t rows) {
+    float copy[8 * TILE];
+    int64_t stride;
+    for (int64_t column = 0; column < job->words * 64; column += TILE)
+        for (int64_t t = 0; t < width;) {
+            const int64_t left = width - t;
+            const Tile *tile = job->path == AVX2_PATH ? tiles_256 + (left != 16 && left != 32) /* so that none is left */
+                                                      : tiles_512 + least(left, 64) / 16 - 1;
+            for (int64_t r = 0; r < rows; r += tile->rows) {
+                const float *weights = dense_at(job, row + r, rows - r, tile->rows, column, &stride, copy);
+                tile->add(weights, stride, panel + column * width + t, width, (int)least(TILE, job->words * 64 - column),
+                          sums + r * width + t, column == 0);
+            }
+            t += tile->tokens;
+        }
+}
+
+/* Of sparse and of dense weights. */
+static void fp32_rows(const Work *work, const Job *job, int index) {
     float sums[ROWS * PANEL] __attribute__((aligned(64)));
-    const int half = job->type == F16_X32;
+    const int half = job->type == F16_X32, avx2 = job->path == AVX2_PATH;
     int64_t begin, end, width;
     gblm_share(job->rows, work->parts, index, &begin, &end);
     for (int64_t first = 0; first < job->tokens; first += work->panel) {
         const float *panel = panel_at(work, first, &width);
         for (int64_t row = begin; row < end; row += ROWS) {
             const int rows = (int)least(ROWS, end - row);
-            if (job->path == AVX512_PATH) {
-                panels_512[half][width / 16 - 1](job, panel, sums, row, rows);
-                store(job, sums, width, row, rows, first);
-                continue;
-            }
-            panels_256[half][width / 16 - 1](job, panel, sums, row, rows);
-            for (int64_t t = 0; t < least(width, job->tokens - first); t++)
-                for (int i = 0; i < rows; i++)
-                    ((float *)job->y)[(first + t) * job->rows + row + i] = sums[i * width + t];
+            const SparsePanel sparse = avx2 ? panels_256[half][width / 16 - 1] : panels_512[half][width / 16 - 1];
+            if (job->mask) sparse(job, panel, sums, row, rows);
+            else dense_panel(job, panel, width, sums, row, rows);
+            (avx2 ? store_256 : store_512)(job, sums, width, row, rows, first);
         }
     }
 }
@@ -329,24 +421,24 @@ AVX512_BF16 static void strip_rows(const Work *work, const Job *job, int index) 
     gblm_share((job->rows + STRIP - 1) / STRIP, work->parts, index, &begin, &end);
     begin *= STRIP;
     end = least(end * STRIP, job->rows);
-    for (int64_t group = 0; group < job->tokens; group += PANELS * PANEL)
+    for (int64_t group = 0; group < job->tokens; group += PANELS * work->panel)
         for (int64_t row = begin; row < end; row += STRIP) {
             const int rows = (int)least(STRIP, end - row);
-            const int64_t last = least(job->tokens, group + PANELS * PANEL);
+            const int64_t last = least(job->tokens, group + PANELS * work->panel);
             for (int i = 0; i < rows; i++) values[i] = (const uint16_t *)job->values + job->starts[row + i];
             for (int64_t word = 0; word < job->words; word += STRIP_WORDS) {
                 const int words = (int)least(STRIP_WORDS, job->words - word);
                 for (int i = 0; i < rows; i++)
                     values[i] = expand_words(job->mask + (row + i) * job->words + word, words, values[i], strip[i]);
                 for (int i = rows; i < STRIP; i++) memset(strip[i], 0, sizeof strip[i]);
-                for (int64_t first = group; first < last; first += PANEL) {
+                for (int64_t first = group; first < last; first += work->panel) {
                     const uint32_t *panel = (const uint32_t *)panel_at(work, first, &width);
-                    multiply(strip, panel + word * 32 * width, words, width, sums[(first - group) / PANEL], word == 0);
+                    multiply(strip, panel + word * 32 * width, words, width, sums[(first - group) / work->panel], word == 0);
                 }
             }
-            for (int64_t first = group; first < last; first += PANEL) {
+            for (int64_t first = group; first < last; first += work->panel) {
                 panel_at(work, first, &width);
-                store_bf16(job, sums[(first - group) / PANEL], width, row, rows, first);
+                store_bf16(job, sums[(first - group) / work->panel], width, row, rows, first);
             }
         }
 }
@@ -366,14 +458,15 @@ AMX static void amx_rows(const Work *work, const Job *job, int index) {
 static void product_part(void *argument, int index) {
     const Work *work = argument;
     void (*rows)(const Work *, const Job *, int) =
-        gblm_x32(work->jobs->type) ? sparse_rows : work->jobs->path == AMX_PATH ? amx_rows : strip_rows;
+        gblm_x32(work->jobs->type) ? fp32_rows : work->jobs->path == AMX_PATH ? amx_rows : strip_rows;
     for (int i = 0; i < work->count; i++) rows(work, work->jobs + i, index);
 }
 
 void gblm_many_tokens(const Job *jobs, int count, const Threads *threads) {
     const int avx2 = jobs->path == AVX2_PATH;
-    Work work = {jobs, count, threads->count, avx2 ? AVX2_PANEL : PANEL};
-    threads->run(threads->context, avx2 ? pack_part_portable : pack_part, &work, threads->count);
+    const int64_t tokens = jobs->tokens, most = avx2 ? AVX2_PANEL : PANEL, panels = (tokens + most - 1) / most;
+    Work work = {jobs, count, threads->count, rounded((tokens + panels - 1) / panels)};
+    threads->run(threads->context, avx2 ? pack_part_256 : pack_part_512, &work, threads->count);
     threads->run(threads->context, product_part, &work, threads->count);
 }
 

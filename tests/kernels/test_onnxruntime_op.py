@@ -117,6 +117,20 @@ def test_a_path_can_be_forced(library: str, monkeypatch, path: str) -> None:
                 run(case, library)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "path"), [(dtype, path) for dtype in (torch.float32, torch.float16) for path in cpu.paths(dtype)], ids=str
+)
+def test_dense_weights_and_many_tokens(library: str, monkeypatch, dtype: torch.dtype, path: str) -> None:
+    """Rows and tokens that fill the tiles of the kernel, and that leave some of a tile."""
+    monkeypatch.setenv(cpu.PATH_VARIABLE, path)
+    numbers = np.random.default_rng(0)
+    for rows, columns in ((1, 64), (7, 192), (130, 320)):
+        weight = numbers.standard_normal((rows, columns)).astype(torch.empty(0, dtype=dtype).numpy().dtype)
+        for tokens in (9, 17, 48, 60, 80, 90, 129):
+            x = numbers.standard_normal((tokens, columns)).astype(np.float32)
+            assert run(Case("DenseLinear", x, {"weight": weight}, ["x", "weight"], ["y0"], set(), []), library) == ""
+
+
 def test_weights_of_one_node_have_one_type(library: str) -> None:
     mask, starts = np.array([[1]]), np.array([0])
     tensors = {"mask0": mask, "values0": np.ones(65, np.float32), "starts0": starts}
