@@ -126,3 +126,24 @@ def test_what_only_looks_like_it_stays(program: ir.Model) -> None:
     before = ir.to_proto(program).SerializeToString()
     slim_(program)
     assert ir.to_proto(program).SerializeToString() == before
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_a_sum_and_a_norm_stay_apart_in_float32(dtype: ir.DataType, tmp_path) -> None:
+    nodes = "summed = Add (x, z) y = LayerNormalization (summed, weight, bias)"
+    constants = {"weight": random(8), "bias": random(8)}
+    program = parsed(nodes, constants, {"x": ["batch", "tokens", 8], "z": ["batch", "tokens", 8]})
+    program.graph[0].outputs[0].dtype = dtype
+    slim_(program)
+    if dtype != ir.DataType.FLOAT:
+        assert operators(program) == ["Add", "LayerNormalization"]
+        return
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(ir.to_proto(program).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert operators(ir.load(tmp_path / "optimized.onnx")) == ["Sum", "LayerNormalization"]
+    x, z = random(2, 3, 8), random(1, 2, 3, 8)[0]
+    summed = (x + z).astype(np.float64)
+    normed = (summed - summed.mean(-1, keepdims=True)) / np.sqrt(summed.var(-1, keepdims=True) + 1e-5)
+    expected = normed * constants["weight"] + constants["bias"]
+    np.testing.assert_allclose(run(program, x=x, z=z), expected, rtol=1e-5, atol=1e-5)
