@@ -40,7 +40,7 @@ EXPORT int gblm_quantised_restore(const void *mask, const void *patterns, const 
 
 enum { CANARY = 64, FILL = 0xa5, LARGEST = 32 << 20, POOL = 1 << 16 };
 
-static const char *const PATH_NAMES[PATHS] = {"portable", "neon", "avx2", "vnni", "avx512", "amx"};
+static const char *const PATH_NAMES[PATHS] = {"portable", "neon", "neon-dot", "avx2", "vnni", "avx512", "amx"};
 
 static uint64_t state;
 static uint64_t number(void) { /* xorshift64* */

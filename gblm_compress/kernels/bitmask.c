@@ -1,7 +1,7 @@
 /* Kernels of the bitmask layout for decoding, 1 to 8 tokens, and the expansion of rows. See job.h.
  *
  * Every kernel computes rows [begin, end) for all tokens; each token of `x` is readable for whole words. Paths: portable C,
- * AVX2, AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
+ * NEON, AVX2, AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
  * attribute, so that one library runs anywhere; `gblm_paths` says what the CPU has.
  */
 #include "bitmask.h"
@@ -64,13 +64,65 @@ static inline uint64_t in_row(int64_t columns, int64_t w) {
 PORTABLE_EXPAND(32, uint32_t)
 PORTABLE_EXPAND(16, uint16_t)
 
+/* ---- for every instruction set ---- */
+
+/* Decoding is bound by memory, and one core fills more of its bandwidth with several streams: STREAMS rows, a quarter of the
+ * share apart, are read side by side. */
+#define STREAMS 4
+
+/* Several tokens, and one with AVX2 and NEON: each vector of weights is used once for every token, and each of x for every row that is
+ * read beside. T is a constant, so that the sums live in registers; there are at least four, lest one wait for the other. P
+ * gives the operations of VECTOR, and SUM the sum of its numbers. */
+#define TOKENS(NAME, ATTRIBUTE, VECTOR, P, SUM, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                             \
+    ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_##T##_rows(const Job *job, int64_t first,     \
+                                                                                  int64_t apart, const int streams) {\
+        const int64_t stride = job->words * 64;                                                                      \
+        const TYPE *v[STREAMS];                                                                                      \
+        const X_TYPE *x = (const X_TYPE *)job->x;                                                                    \
+        VECTOR sums[STREAMS][T];                                                                                     \
+        for (int i = 0; i < streams; i++) {                                                                          \
+            v[i] = (const TYPE *)job->values + gblm_start(job, first + i * apart);                                   \
+            for (int t = 0; t < T; t++) sums[i][t] = P(setzero_ps)();                                                \
+        }                                                                                                            \
+        for (int64_t w = 0; w < job->words; w++, x += 64) {                                                          \
+            uint64_t m[STREAMS];                                                                                     \
+            for (int i = 0; i < streams; i++) {                                                                      \
+                m[i] = gblm_bits(job, first + i * apart, w);                                                         \
+                __builtin_prefetch(v[i] + 1024);                                                                     \
+                __builtin_prefetch(v[i] + 1040);                                                                     \
+            }                                                                                                        \
+            _Pragma("GCC unroll 4") for (int part = 0; part < 64; part += WIDTH)                                     \
+                _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {                                          \
+                    const VECTOR values = VALUES(v + i, m[i]);                                                       \
+                    m[i] >>= WIDTH;                                                                                  \
+                    _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)                                              \
+                        sums[i][t] = PRODUCT(values, x + t * stride + part, sums[i][t]);                             \
+                }                                                                                                    \
+        }                                                                                                            \
+        for (int i = 0; i < streams; i++)                                                                            \
+            for (int t = 0; t < T; t++) gblm_put(job, t, first + i * apart, SUM(sums[i][t]));                        \
+    }                                                                                                                \
+    ATTRIBUTE static void NAME##_##T(const Job *job, int64_t begin, int64_t end) {                                   \
+        const int streams = T <= 2 ? STREAMS : T <= 4 ? 2 : 1;                                                       \
+        const int64_t apart = (end - begin) / streams;                                                               \
+        for (int64_t r = begin; r < begin + apart; r++) NAME##_##T##_rows(job, r, apart, streams);                   \
+        for (int64_t r = begin + streams * apart; r < end; r++) NAME##_##T##_rows(job, r, 0, 1);                     \
+    }
+#define KERNEL(NAME, ONE, ...)                                                                                       \
+    TOKENS(NAME, __VA_ARGS__, 2) TOKENS(NAME, __VA_ARGS__, 3) TOKENS(NAME, __VA_ARGS__, 4)                           \
+    TOKENS(NAME, __VA_ARGS__, 5) TOKENS(NAME, __VA_ARGS__, 6) TOKENS(NAME, __VA_ARGS__, 7)                           \
+    TOKENS(NAME, __VA_ARGS__, 8)                                                                                     \
+    static void NAME(const Job *job, int64_t begin, int64_t end) {                                                   \
+        static const Kernel by_tokens[] = {ONE,      NAME##_2, NAME##_3, NAME##_4,                                   \
+                                           NAME##_5,   NAME##_6, NAME##_7, NAME##_8};                                \
+        by_tokens[job->tokens - 1](job, begin, end);                                                                 \
+    }
+
 #if defined(__x86_64__)
 
 /* ---- AVX-512 ---- */
 
-/* One token. Decoding is bound by memory, and one core fills more of its bandwidth with several streams: STREAMS rows, a
- * quarter of the share apart, are read side by side. Four sums a row hide the latency of the multiply-add. */
-#define STREAMS 4
+/* One token. Four sums a row hide the latency of the multiply-add. */
 #define ONE_TOKEN(NAME, ATTRIBUTE, TYPE, X_TYPE, WORD)                                                               \
     ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_rows(const Job *job, int64_t first, int64_t apart, \
                                                                             const int streams) {                     \
@@ -173,53 +225,6 @@ AVX512_16 static inline __m512 dense_f16(const uint16_t **v, uint64_t bits) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((*v += 16) - 16)));
 }
 
-/* Several tokens, and one with AVX2: each vector of weights is used once for every token, and each of x for every row that is
- * read beside. T is a constant, so that the sums live in registers; there are at least four, lest one wait for the other. P
- * gives the operations of VECTOR, and SUM the sum of its numbers. */
-#define TOKENS(NAME, ATTRIBUTE, VECTOR, P, SUM, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                             \
-    ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_##T##_rows(const Job *job, int64_t first,     \
-                                                                                  int64_t apart, const int streams) {\
-        const int64_t stride = job->words * 64;                                                                      \
-        const TYPE *v[STREAMS];                                                                                      \
-        const X_TYPE *x = (const X_TYPE *)job->x;                                                                    \
-        VECTOR sums[STREAMS][T];                                                                                     \
-        for (int i = 0; i < streams; i++) {                                                                          \
-            v[i] = (const TYPE *)job->values + gblm_start(job, first + i * apart);                                   \
-            for (int t = 0; t < T; t++) sums[i][t] = P(setzero_ps)();                                                \
-        }                                                                                                            \
-        for (int64_t w = 0; w < job->words; w++, x += 64) {                                                          \
-            uint64_t m[STREAMS];                                                                                     \
-            for (int i = 0; i < streams; i++) {                                                                      \
-                m[i] = gblm_bits(job, first + i * apart, w);                                                         \
-                _mm_prefetch((const char *)(v[i] + 1024), _MM_HINT_T0);                                              \
-                _mm_prefetch((const char *)(v[i] + 1040), _MM_HINT_T0);                                              \
-            }                                                                                                        \
-            _Pragma("GCC unroll 4") for (int part = 0; part < 64; part += WIDTH)                                     \
-                _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {                                          \
-                    const VECTOR values = VALUES(v + i, m[i]);                                                       \
-                    m[i] >>= WIDTH;                                                                                  \
-                    _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)                                              \
-                        sums[i][t] = PRODUCT(values, x + t * stride + part, sums[i][t]);                             \
-                }                                                                                                    \
-        }                                                                                                            \
-        for (int i = 0; i < streams; i++)                                                                            \
-            for (int t = 0; t < T; t++) gblm_put(job, t, first + i * apart, SUM(sums[i][t]));                        \
-    }                                                                                                                \
-    ATTRIBUTE static void NAME##_##T(const Job *job, int64_t begin, int64_t end) {                                   \
-        const int streams = T <= 2 ? STREAMS : T <= 4 ? 2 : 1;                                                       \
-        const int64_t apart = (end - begin) / streams;                                                               \
-        for (int64_t r = begin; r < begin + apart; r++) NAME##_##T##_rows(job, r, apart, streams);                   \
-        for (int64_t r = begin + streams * apart; r < end; r++) NAME##_##T##_rows(job, r, 0, 1);                     \
-    }
-#define KERNEL(NAME, ONE, ...)                                                                                       \
-    TOKENS(NAME, __VA_ARGS__, 2) TOKENS(NAME, __VA_ARGS__, 3) TOKENS(NAME, __VA_ARGS__, 4)                           \
-    TOKENS(NAME, __VA_ARGS__, 5) TOKENS(NAME, __VA_ARGS__, 6) TOKENS(NAME, __VA_ARGS__, 7)                           \
-    TOKENS(NAME, __VA_ARGS__, 8)                                                                                     \
-    static void NAME(const Job *job, int64_t begin, int64_t end) {                                                   \
-        static const Kernel by_tokens[] = {ONE,      NAME##_2, NAME##_3, NAME##_4,                                   \
-                                           NAME##_5,   NAME##_6, NAME##_7, NAME##_8};                                \
-        by_tokens[job->tokens - 1](job, begin, end);                                                                 \
-    }
 #define AVX512_KERNEL(NAME, ATTRIBUTE, ...) KERNEL(NAME, NAME##_one, ATTRIBUTE, __m512, OF_512, _mm512_reduce_add_ps, __VA_ARGS__)
 #define PRODUCT_X32(VALUES, X, SUMS) _mm512_fmadd_ps(VALUES, _mm512_loadu_ps(X), SUMS)
 AVX512_KERNEL(avx512_f32, AVX512, float, float, 16, packed_f32, PRODUCT_X32)
@@ -371,6 +376,61 @@ AVX2_KERNEL(avx2_dense_f32, float, float, 8, eight_dense_f32, EIGHT_X32)
 AVX2_KERNEL(avx2_dense_f16, uint16_t, float, 8, eight_dense_f16, EIGHT_X32)
 #endif
 
+#if defined(__aarch64__)
+
+/* ---- NEON: 4 values are spread by a table of 16 shuffles ---- */
+
+static uint8_t neon_32[16][16], neon_16[16][8]; /* where a byte is taken from; 255 where there is none */
+static const uint8_t bits_in[16] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
+
+__attribute__((constructor)) static void fill_tables(void) {
+    for (int mask = 0; mask < 16; mask++)
+        for (int lane = 0, next = 0; lane < 4; next += mask >> lane++ & 1) {
+            const int has = mask >> lane & 1;
+            for (int byte = 0; byte < 4; byte++) neon_32[mask][4 * lane + byte] = has ? (uint8_t)(4 * next + byte) : 255;
+            for (int byte = 0; byte < 2; byte++) neon_16[mask][2 * lane + byte] = has ? (uint8_t)(2 * next + byte) : 255;
+        }
+}
+
+static inline float32x4_t widened_f16(uint16x4_t halves) { return vcvt_f32_f16(vreinterpret_f16_u16(halves)); }
+static inline float32x4_t widened_bf16(uint16x4_t halves) { return vreinterpretq_f32_u32(vshll_n_u16(halves, 16)); }
+
+/* 4 weights as fp32, and v moved past them. */
+static inline float32x4_t four_f32(const float **v, uint64_t bits) {
+    const uint8x16_t packed = vreinterpretq_u8_f32(vld1q_f32(*v));
+    *v += bits_in[bits & 15];
+    return vreinterpretq_f32_u8(vqtbl1q_u8(packed, vld1q_u8(neon_32[bits & 15])));
+}
+static inline uint16x4_t four_16(const uint16_t **v, uint64_t bits) {
+    const uint8x8_t packed = vreinterpret_u8_u16(vld1_u16(*v));
+    *v += bits_in[bits & 15];
+    return vreinterpret_u16_u8(vtbl1_u8(packed, vld1_u8(neon_16[bits & 15])));
+}
+#define FOUR_F16(V, BITS) widened_f16(four_16(V, BITS))
+#define FOUR_BF16(V, BITS) widened_bf16(four_16(V, BITS))
+static inline float32x4_t four_dense_f32(const float **v, uint64_t bits) {
+    (void)bits;
+    return vld1q_f32((*v += 4) - 4);
+}
+static inline float32x4_t four_dense_f16(const uint16_t **v, uint64_t bits) {
+    (void)bits;
+    return widened_f16(vld1_u16((*v += 4) - 4));
+}
+
+#define NEON_KERNEL(NAME, ...)                                            \
+    TOKENS(NAME, NEON, float32x4_t, OF_NEON, vaddvq_f32, __VA_ARGS__, 1)  \
+    KERNEL(NAME, NAME##_1, NEON, float32x4_t, OF_NEON, vaddvq_f32, __VA_ARGS__)
+#define FOUR_X32(VALUES, X, SUMS) vfmaq_f32(SUMS, VALUES, vld1q_f32(X))
+#define FOUR_XF16(VALUES, X, SUMS) vfmaq_f32(SUMS, VALUES, widened_f16(vld1_u16(X)))
+#define FOUR_XBF16(VALUES, X, SUMS) vfmaq_f32(SUMS, VALUES, widened_bf16(vld1_u16(X)))
+NEON_KERNEL(neon_f32, float, float, 4, four_f32, FOUR_X32)
+NEON_KERNEL(neon_f16, uint16_t, uint16_t, 4, FOUR_F16, FOUR_XF16)
+NEON_KERNEL(neon_bf16, uint16_t, uint16_t, 4, FOUR_BF16, FOUR_XBF16)
+NEON_KERNEL(neon_f16_x32, uint16_t, float, 4, FOUR_F16, FOUR_X32)
+NEON_KERNEL(neon_dense_f32, float, float, 4, four_dense_f32, FOUR_X32)
+NEON_KERNEL(neon_dense_f16, uint16_t, float, 4, four_dense_f16, FOUR_X32)
+#endif
+
 /* ---- choice of path ---- */
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -392,7 +452,10 @@ static int has_f16c(void) { /* not every compiler's __builtin_cpu_supports knows
 
 static int paths_of(int type) {
     int paths = 1 << PORTABLE_PATH;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+    (void)type;
+    paths |= 1 << NEON_PATH;
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) paths |= 1 << AVX2_PATH;
     const int base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -427,6 +490,10 @@ static Kernel kernel_of(int path, int type, int dense) {
     if (path >= AVX512_PATH) return avx512[type]; /* tiles do not pay for few tokens */
     if (path == AVX2_PATH && dense) return type == F32 ? avx2_dense_f32 : avx2_dense_f16;
     if (path == AVX2_PATH) return avx2[type];
+#elif defined(__aarch64__)
+    static const Kernel neon[TYPES] = {neon_f32, neon_f16, neon_bf16, neon_f16_x32};
+    if (path == NEON_PATH && dense) return type == F32 ? neon_dense_f32 : neon_dense_f16;
+    if (path == NEON_PATH) return neon[type];
 #endif
     (void)path, (void)dense;
     return portable[type];

@@ -23,7 +23,7 @@
 #define FEW_TOKENS 8 /* the most that the kernels for decoding take */
 
 enum { F32, F16, BF16, F16_X32 /* fp16 values, fp32 x and y */, TYPES };
-enum { PORTABLE_PATH, NEON_PATH, AVX2_PATH, VNNI_PATH, AVX512_PATH, AMX_PATH, PATHS };
+enum { PORTABLE_PATH, NEON_PATH, DOT_PATH /* NEON with sdot */, AVX2_PATH, VNNI_PATH, AVX512_PATH, AMX_PATH, PATHS };
 
 typedef struct {
     const uint64_t *mask; /* NULL: a dense weight, rows × words·64 values, of type F32 or F16_X32; starts is NULL too */
@@ -151,6 +151,19 @@ EXPAND_16 static inline __m512i expand_epi16(__mmask32 mask, const void *v) {
     __asm__("vpexpandw %0, %0 %{%1%}%{z%}" : "+v"(values) : "Yk"(mask));
     return values;
 }
+#endif
+
+#if defined(__aarch64__)
+/* NEON is always there; its operations by the names that the kernels use. */
+#define NEON
+#define OF_NEON(OPERATION) neon_##OPERATION
+
+static inline float32x4_t neon_setzero_ps(void) { return vdupq_n_f32(0); }
+static inline float32x4_t neon_set1_ps(float number) { return vdupq_n_f32(number); }
+static inline float32x4_t neon_loadu_ps(const float *from) { return vld1q_f32(from); }
+static inline void neon_storeu_ps(float *to, float32x4_t numbers) { vst1q_f32(to, numbers); }
+static inline float32x4_t neon_add_ps(float32x4_t a, float32x4_t b) { return vaddq_f32(a, b); }
+static inline float32x4_t neon_fmadd_ps(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 #endif
 
 #endif

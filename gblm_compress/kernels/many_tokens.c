@@ -3,7 +3,7 @@
  * x is first packed, for the whole call, into panels of up to PANEL tokens in which the tokens of one column lie side by
  * side: [columns][tokens]. Then
  *
- * fp32 x (AVX-512, AVX2): a vector holds one column of many tokens, and every stored weight is one multiply-add to it.
+ * fp32 x (AVX-512, AVX2, NEON): a vector holds one column of many tokens, and every stored weight is one multiply-add to it.
  * Zeros cost nothing, so that half the weights are half the arithmetic of a dense product. A mask word selects 64 columns,
  * whose part of the panel stays in the L1 cache while a block of rows passes over it. For a dense weight, the sums of some rows
  * and tokens stay in registers while the columns pass.
@@ -14,11 +14,11 @@
  */
 #include "many_tokens.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
 
 enum {
     PANEL = 128, /* tokens at most, as many as the sums of a row have registers for */
-    AVX2_PANEL = 96,
+    NARROW_PANEL = 96,
     ROWS = 128, /* that pass over a panel together */
     TILE = 128, /* columns of a panel that stay in the L1 cache while dense rows pass */
     STRIP = 32,
@@ -38,9 +38,151 @@ EXPORT int64_t gblm_panel_bytes(int64_t words, int64_t tokens, int type) {
 }
 
 EXPORT int gblm_has_many(int type, int path) {
-    return path >= AVX512_PATH ? type != F16 : path == AVX2_PATH && gblm_x32(type);
+    return path >= AVX512_PATH ? type != F16 : (path == AVX2_PATH || path == NEON_PATH) && gblm_x32(type);
 }
 
+/* ---- x into panels ---- */
+
+typedef struct {
+    const Job *jobs;
+    int count, parts;
+    int64_t panel; /* tokens of a full one */
+} Work;
+
+/* Panel `first`, which holds tokens first … first + width - 1; the last ones may be padding. */
+static float *panel_at(const Work *work, int64_t first, int64_t *width) {
+    const Job *job = work->jobs;
+    *width = least(work->panel, rounded(job->tokens - first));
+    return (float *)job->panels + first * units(job->words, job->type);
+}
+
+#define PACK_PART(WIDE, ATTRIBUTE, VECTOR, LANES, P)                                                                  \
+    ATTRIBUTE static void pack_part_##WIDE(void *argument, int index) {                                               \
+        const Work *work = argument;                                                                                  \
+        const Job *job = work->jobs;                                                                                  \
+        const int64_t columns = units(job->words, job->type);                                                         \
+        int64_t begin, end, width;                                                                                    \
+        gblm_share(columns / LANES, work->parts, index, &begin, &end);                                                \
+        for (int64_t first = 0; first < job->tokens; first += work->panel) {                                          \
+            float *panel = panel_at(work, first, &width);                                                             \
+            for (int64_t column = begin * LANES; column < end * LANES; column += LANES)                               \
+                for (int64_t t = 0; t < width; t += LANES) {                                                          \
+                    VECTOR block[LANES];                                                                              \
+                    for (int i = 0; i < LANES; i++) {                                                                 \
+                        const int64_t token = first + t + i;                                                          \
+                        block[i] = token < job->tokens ? P(loadu_ps)((const float *)job->x + token * columns + column)\
+                                                       : P(setzero_ps)();                                             \
+                    }                                                                                                 \
+                    transpose_##WIDE(block);                                                                          \
+                    for (int i = 0; i < LANES; i++) P(storeu_ps)(panel + (column + i) * width + t, block[i]);         \
+                }                                                                                                     \
+        }                                                                                                             \
+    }
+
+/* ---- sums back into y ---- */
+
+/* Sums [rows][width] of `rows` rows from `row` on and the tokens from `first` on; rows up to a multiple of 16 are readable. */
+#define STORE(WIDE, ATTRIBUTE, VECTOR, LANES, P)                                                                      \
+    ATTRIBUTE static void store_##WIDE(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows,   \
+                                       int64_t first) {                                                               \
+        const int64_t tokens = least(width, job->tokens - first);                                                     \
+        for (int64_t t = 0; t < tokens; t += LANES)                                                                   \
+            for (int64_t r = 0; r < rows; r += LANES) {                                                               \
+                VECTOR block[LANES];                                                                                  \
+                for (int i = 0; i < LANES; i++) block[i] = P(loadu_ps)(sums + (r + i) * width + t);                   \
+                transpose_##WIDE(block);                                                                              \
+                for (int i = 0; i < LANES && t + i < tokens; i++) {                                                   \
+                    float *y = (float *)job->y + (first + t + i) * job->rows + row + r;                               \
+                    if (rows - r >= LANES) P(storeu_ps)(y, block[i]);                                                 \
+                    else memcpy(y, block + i, (size_t)(rows - r) * sizeof *y);                                        \
+                }                                                                                                     \
+            }                                                                                                         \
+    }
+
+/* ---- fp32 x: one multiply-add of a vector of tokens for each stored weight ---- */
+
+/* A panel of VECTORS vectors of tokens. Where these are few, several weights are taken at a time, each with sums of its own:
+ * a sum that waits for its predecessor would wait longer than the arithmetic takes. Memory is not waited for either: a word's
+ * values are fetched while the word before is multiplied, and those of the first word some rows ahead. */
+#define SPARSE_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, TYPE, WEIGHT, VECTORS)                                        \
+    ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
+        enum { WIDTH = VECTORS * LANES, SETS = VECTORS > 4 ? 1 : 8 / VECTORS, AHEAD = 8 };                            \
+        const TYPE *values[ROWS + AHEAD];                                                                             \
+        for (int i = 0; i < rows + AHEAD; i++)                                                                        \
+            values[i] = (const TYPE *)job->values + gblm_start(job, row + (i < rows ? i : rows - 1));                 \
+        for (int64_t w = 0; w < job->words; w++, panel += 64 * WIDTH)                                                 \
+            for (int i = 0; i < rows; i++) {                                                                          \
+                uint64_t mask = gblm_bits(job, row + i, w);                                                           \
+                const TYPE *v = values[i], *next = v + __builtin_popcountll(mask), *first = values[i + AHEAD];        \
+                VECTOR set[SETS][VECTORS];                                                                            \
+                for (int j = 0; j < VECTORS; j++) {                                                                   \
+                    set[0][j] = w ? P(loadu_ps)(sums + i * WIDTH + j * LANES) : P(setzero_ps)();                      \
+                    for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                       \
+                }                                                                                                     \
+                __builtin_prefetch(next + 16);                                                                        \
+                __builtin_prefetch(next + 32);                                                                        \
+                for (int line = 0; w == 0 && line < 3; line++)                                                        \
+                    __builtin_prefetch(first + 16 * line);                                                            \
+                while (v + SETS <= next)                                                                              \
+                    for (int s = 0; s < SETS; s++, v++, mask &= mask - 1) {                                           \
+                        const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                       \
+                        const VECTOR weight = WEIGHT(*v);                                                             \
+                        for (int j = 0; j < VECTORS; j++)                                                             \
+                            set[s][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[s][j]);                   \
+                    }                                                                                                 \
+                for (; SETS > 1 && v < next; v++, mask &= mask - 1) {                                                 \
+                    const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                           \
+                    const VECTOR weight = WEIGHT(*v);                                                                 \
+                    for (int j = 0; j < VECTORS; j++)                                                                 \
+                        set[0][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[0][j]);                       \
+                }                                                                                                     \
+                for (int j = 0; j < VECTORS; j++) {                                                                   \
+                    for (int s = 1; s < SETS; s++) set[0][j] = P(add_ps)(set[0][j], set[s][j]);                       \
+                    P(storeu_ps)(sums + i * WIDTH + j * LANES, set[0][j]);                                            \
+                }                                                                                                     \
+                values[i] = next;                                                                                     \
+            }                                                                                                         \
+    }
+
+/* ---- fp32 x, dense weights: the sums of several rows and vectors of tokens stay in registers ---- */
+
+/* Add `columns` columns of TAKEN rows times VECTORS vectors of tokens to their sums [TAKEN][width]. */
+#define DENSE_TILE(NAME, ATTRIBUTE, VECTOR, LANES, P, TAKEN, VECTORS)                                                 \
+    ATTRIBUTE static void NAME##_##VECTORS(const float *weights, int64_t stride, const float *panel, int64_t width,   \
+                                           int columns, float *sums, int first) {                                     \
+        VECTOR set[TAKEN][VECTORS];                                                                                   \
+        for (int r = 0; r < TAKEN; r++)                                                                               \
+            for (int j = 0; j < VECTORS; j++)                                                                         \
+                set[r][j] = first ? P(setzero_ps)() : P(loadu_ps)(sums + r * width + j * LANES);                      \
+        for (int column = 0; column < columns; column++, panel += width) {                                            \
+            VECTOR x[VECTORS];                                                                                        \
+            for (int j = 0; j < VECTORS; j++) x[j] = P(loadu_ps)(panel + j * LANES);                                  \
+            for (int r = 0; r < TAKEN; r++)                                                                           \
+                for (int j = 0; j < VECTORS; j++)                                                                     \
+                    set[r][j] = P(fmadd_ps)(P(set1_ps)(weights[r * stride + column]), x[j], set[r][j]);               \
+        }                                                                                                             \
+        for (int r = 0; r < TAKEN; r++)                                                                               \
+            for (int j = 0; j < VECTORS; j++) P(storeu_ps)(sums + r * width + j * LANES, set[r][j]);                  \
+    }
+
+/* ---- the same for each instruction set ---- */
+
+typedef void (*SparsePanel)(const Job *, const float *panel, float *sums, int64_t row, int rows);
+typedef struct {
+    void (*add)(const float *weights, int64_t stride, const float *panel, int64_t width, int columns, float *sums, int first);
+    int rows, tokens;
+} Tile;
+
+/* What multiplies fp32 x: panels by their number of 16 tokens, for fp32 and fp16 values; and the tile for so many tokens. */
+typedef struct {
+    int most; /* tokens of a panel */
+    void (*pack)(void *argument, int index);
+    void (*store)(const Job *, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first);
+    SparsePanel sparse[2][PANEL / 16];
+    Tile (*tile)(int64_t tokens);
+} Fp32;
+
+#if defined(__x86_64__)
 /* Transpose 16 × 16 elements of 4 bytes in registers. */
 AVX512 static inline void transpose_512(__m512 a[16]) {
     __m512 b[16];
@@ -85,126 +227,11 @@ AVX2 static inline void transpose_256(__m256 a[8]) {
     memcpy(a, b, sizeof b);
 }
 
-/* ---- x into panels ---- */
-
-typedef struct {
-    const Job *jobs;
-    int count, parts;
-    int64_t panel; /* tokens of a full one */
-} Work;
-
-/* Panel `first`, which holds tokens first … first + width - 1; the last ones may be padding. */
-static float *panel_at(const Work *work, int64_t first, int64_t *width) {
-    const Job *job = work->jobs;
-    *width = least(work->panel, rounded(job->tokens - first));
-    return (float *)job->panels + first * units(job->words, job->type);
-}
-
-#define PACK_PART(WIDE, ATTRIBUTE, VECTOR, LANES, P)                                                                  \
-    ATTRIBUTE static void pack_part_##WIDE(void *argument, int index) {                                               \
-        const Work *work = argument;                                                                                  \
-        const Job *job = work->jobs;                                                                                  \
-        const int64_t columns = units(job->words, job->type);                                                         \
-        int64_t begin, end, width;                                                                                    \
-        gblm_share(columns / LANES, work->parts, index, &begin, &end);                                                \
-        for (int64_t first = 0; first < job->tokens; first += work->panel) {                                          \
-            float *panel = panel_at(work, first, &width);                                                             \
-            for (int64_t column = begin * LANES; column < end * LANES; column += LANES)                               \
-                for (int64_t t = 0; t < width; t += LANES) {                                                          \
-                    VECTOR block[LANES];                                                                              \
-                    for (int i = 0; i < LANES; i++) {                                                                 \
-                        const int64_t token = first + t + i;                                                          \
-                        block[i] = token < job->tokens ? P(loadu_ps)((const float *)job->x + token * columns + column)\
-                                                       : P(setzero_ps)();                                             \
-                    }                                                                                                 \
-                    transpose_##WIDE(block);                                                                          \
-                    for (int i = 0; i < LANES; i++) P(storeu_ps)(panel + (column + i) * width + t, block[i]);         \
-                }                                                                                                     \
-        }                                                                                                             \
-    }
 PACK_PART(512, AVX512, __m512, 16, OF_512)
-PACK_PART(256, AVX2, __m256, 8, OF_256)
-
-/* ---- sums back into y ---- */
-
-/* Sums [rows][width] of `rows` rows from `row` on and the tokens from `first` on; rows up to a multiple of 16 are readable. */
-#define STORE(WIDE, ATTRIBUTE, VECTOR, LANES, P)                                                                      \
-    ATTRIBUTE static void store_##WIDE(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows,   \
-                                       int64_t first) {                                                               \
-        const int64_t tokens = least(width, job->tokens - first);                                                     \
-        for (int64_t t = 0; t < tokens; t += LANES)                                                                   \
-            for (int64_t r = 0; r < rows; r += LANES) {                                                               \
-                VECTOR block[LANES];                                                                                  \
-                for (int i = 0; i < LANES; i++) block[i] = P(loadu_ps)(sums + (r + i) * width + t);                   \
-                transpose_##WIDE(block);                                                                              \
-                for (int i = 0; i < LANES && t + i < tokens; i++) {                                                   \
-                    float *y = (float *)job->y + (first + t + i) * job->rows + row + r;                               \
-                    if (rows - r >= LANES) P(storeu_ps)(y, block[i]);                                                 \
-                    else memcpy(y, block + i, (size_t)(rows - r) * sizeof *y);                                        \
-                }                                                                                                     \
-            }                                                                                                         \
-    }
 STORE(512, AVX512, __m512, 16, OF_512)
+PACK_PART(256, AVX2, __m256, 8, OF_256)
 STORE(256, AVX2, __m256, 8, OF_256)
 
-AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
-    const int64_t tokens = least(width, job->tokens - first);
-    for (int64_t t = 0; t < tokens; t += 16)
-        for (int64_t r = 0; r < rows; r += 16) {
-            const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
-            __m512 block[16];
-            for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_ps(sums + (r + i) * width + t);
-            transpose_512(block);
-            for (int i = 0; i < 16 && t + i < tokens; i++)
-                _mm256_mask_storeu_epi16((uint16_t *)job->y + (first + t + i) * job->rows + row + r, valid,
-                                         (__m256i)_mm512_cvtneps_pbh(block[i]));
-        }
-}
-
-/* ---- fp32 x: one multiply-add of a vector of tokens for each stored weight ---- */
-
-/* A panel of VECTORS vectors of tokens. Where these are few, several weights are taken at a time, each with sums of its own:
- * a sum that waits for its predecessor would wait longer than the arithmetic takes. Memory is not waited for either: a word's
- * values are fetched while the word before is multiplied, and those of the first word some rows ahead. */
-#define SPARSE_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, TYPE, WEIGHT, VECTORS)                                        \
-    ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
-        enum { WIDTH = VECTORS * LANES, SETS = VECTORS > 4 ? 1 : 8 / VECTORS, AHEAD = 8 };                            \
-        const TYPE *values[ROWS + AHEAD];                                                                             \
-        for (int i = 0; i < rows + AHEAD; i++)                                                                        \
-            values[i] = (const TYPE *)job->values + gblm_start(job, row + (i < rows ? i : rows - 1));                 \
-        for (int64_t w = 0; w < job->words; w++, panel += 64 * WIDTH)                                                 \
-            for (int i = 0; i < rows; i++) {                                                                          \
-                uint64_t mask = gblm_bits(job, row + i, w);                                                           \
-                const TYPE *v = values[i], *next = v + __builtin_popcountll(mask), *first = values[i + AHEAD];        \
-                VECTOR set[SETS][VECTORS];                                                                            \
-                for (int j = 0; j < VECTORS; j++) {                                                                   \
-                    set[0][j] = w ? P(loadu_ps)(sums + i * WIDTH + j * LANES) : P(setzero_ps)();                      \
-                    for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                       \
-                }                                                                                                     \
-                _mm_prefetch((const char *)(next + 16), _MM_HINT_T0);                                                 \
-                _mm_prefetch((const char *)(next + 32), _MM_HINT_T0);                                                 \
-                for (int line = 0; w == 0 && line < 3; line++)                                                        \
-                    _mm_prefetch((const char *)(first + 16 * line), _MM_HINT_T0);                                     \
-                while (v + SETS <= next)                                                                              \
-                    for (int s = 0; s < SETS; s++, v++, mask &= mask - 1) {                                           \
-                        const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                       \
-                        const VECTOR weight = WEIGHT(*v);                                                             \
-                        for (int j = 0; j < VECTORS; j++)                                                             \
-                            set[s][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[s][j]);                   \
-                    }                                                                                                 \
-                for (; SETS > 1 && v < next; v++, mask &= mask - 1) {                                                 \
-                    const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                           \
-                    const VECTOR weight = WEIGHT(*v);                                                                 \
-                    for (int j = 0; j < VECTORS; j++)                                                                 \
-                        set[0][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[0][j]);                       \
-                }                                                                                                     \
-                for (int j = 0; j < VECTORS; j++) {                                                                   \
-                    for (int s = 1; s < SETS; s++) set[0][j] = P(add_ps)(set[0][j], set[s][j]);                       \
-                    P(storeu_ps)(sums + i * WIDTH + j * LANES, set[0][j]);                                            \
-                }                                                                                                     \
-                values[i] = next;                                                                                     \
-            }                                                                                                         \
-    }
 #define HALF_512(H) _mm512_cvtph_ps(_mm256_set1_epi16((short)(H)))
 #define HALF_256(H) _mm256_cvtph_ps(_mm_set1_epi16((short)(H)))
 #define SPARSE_PANEL_512(V)                                                                           \
@@ -218,32 +245,7 @@ SPARSE_PANEL_512(5) SPARSE_PANEL_512(6) SPARSE_PANEL_512(7) SPARSE_PANEL_512(8)
 SPARSE_PANEL_256(2) SPARSE_PANEL_256(4) SPARSE_PANEL_256(6) SPARSE_PANEL_256(8)
 SPARSE_PANEL_256(10) SPARSE_PANEL_256(12)
 
-typedef void (*SparsePanel)(const Job *, const float *panel, float *sums, int64_t row, int rows);
-#define BY_VECTORS_512(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6, NAME##_7, NAME##_8}
-#define BY_VECTORS_256(NAME) {NAME##_2, NAME##_4, NAME##_6, NAME##_8, NAME##_10, NAME##_12}
-static const SparsePanel panels_512[2][8] = {BY_VECTORS_512(sparse_512), BY_VECTORS_512(half_512)};
-static const SparsePanel panels_256[2][6] = {BY_VECTORS_256(sparse_256), BY_VECTORS_256(half_256)};
 
-/* ---- fp32 x, dense weights: the sums of several rows and vectors of tokens stay in registers ---- */
-
-/* Add `columns` columns of TAKEN rows times VECTORS vectors of tokens to their sums [TAKEN][width]. */
-#define DENSE_TILE(NAME, ATTRIBUTE, VECTOR, LANES, P, TAKEN, VECTORS)                                                 \
-    ATTRIBUTE static void NAME##_##VECTORS(const float *weights, int64_t stride, const float *panel, int64_t width,   \
-                                           int columns, float *sums, int first) {                                     \
-        VECTOR set[TAKEN][VECTORS];                                                                                   \
-        for (int r = 0; r < TAKEN; r++)                                                                               \
-            for (int j = 0; j < VECTORS; j++)                                                                         \
-                set[r][j] = first ? P(setzero_ps)() : P(loadu_ps)(sums + r * width + j * LANES);                      \
-        for (int column = 0; column < columns; column++, panel += width) {                                            \
-            VECTOR x[VECTORS];                                                                                        \
-            for (int j = 0; j < VECTORS; j++) x[j] = P(loadu_ps)(panel + j * LANES);                                  \
-            for (int r = 0; r < TAKEN; r++)                                                                           \
-                for (int j = 0; j < VECTORS; j++)                                                                     \
-                    set[r][j] = P(fmadd_ps)(P(set1_ps)(weights[r * stride + column]), x[j], set[r][j]);               \
-        }                                                                                                             \
-        for (int r = 0; r < TAKEN; r++)                                                                               \
-            for (int j = 0; j < VECTORS; j++) P(storeu_ps)(sums + r * width + j * LANES, set[r][j]);                  \
-    }
 DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 8, 1)
 DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 8, 2)
 DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 4, 3)
@@ -251,16 +253,70 @@ DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 4, 4)
 DENSE_TILE(dense_256, AVX2, __m256, 8, OF_256, 4, 2)
 DENSE_TILE(dense_256, AVX2, __m256, 8, OF_256, 4, 3)
 
-typedef struct {
-    void (*add)(const float *weights, int64_t stride, const float *panel, int64_t width, int columns, float *sums, int first);
-    int rows, tokens;
-} Tile;
-static const Tile tiles_512[] = {{dense_512_1, 8, 16}, {dense_512_2, 8, 32}, {dense_512_3, 4, 48}, {dense_512_4, 4, 64}};
-static const Tile tiles_256[] = {{dense_256_2, 4, 16}, {dense_256_3, 4, 24}};
+static Tile tile_512(int64_t tokens) {
+    static const Tile tiles[] = {{dense_512_1, 8, 16}, {dense_512_2, 8, 32}, {dense_512_3, 4, 48}, {dense_512_4, 4, 64}};
+    return tiles[least(tokens, 64) / 16 - 1];
+}
+static Tile tile_256(int64_t tokens) {
+    return tokens == 16 || tokens == 32 ? (Tile){dense_256_2, 4, 16} : (Tile){dense_256_3, 4, 24};
+}
+
+#define BY_VECTORS_512(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6, NAME##_7, NAME##_8}
+#define BY_VECTORS_256(NAME) {NAME##_2, NAME##_4, NAME##_6, NAME##_8, NAME##_10, NAME##_12}
+static const Fp32 of_512 = {PANEL, pack_part_512, store_512, {BY_VECTORS_512(sparse_512), BY_VECTORS_512(half_512)}, tile_512},
+                  of_256 = {NARROW_PANEL, pack_part_256, store_256, {BY_VECTORS_256(sparse_256), BY_VECTORS_256(half_256)},
+                            tile_256};
+static const Fp32 *fp32_of(int path) { return path == AVX2_PATH ? &of_256 : &of_512; }
+
+/* Numbers as fp32; a multiple of 8. */
+AVX2 static void widen(const uint16_t *halves, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + i))));
+}
+#else
+static inline void transpose_128(float32x4_t a[4]) {
+    const float32x4x2_t low = vtrnq_f32(a[0], a[1]), high = vtrnq_f32(a[2], a[3]);
+    for (int i = 0; i < 2; i++) {
+        a[i] = vcombine_f32(vget_low_f32(low.val[i]), vget_low_f32(high.val[i]));
+        a[2 + i] = vcombine_f32(vget_high_f32(low.val[i]), vget_high_f32(high.val[i]));
+    }
+}
+
+PACK_PART(128, NEON, float32x4_t, 4, OF_NEON)
+STORE(128, NEON, float32x4_t, 4, OF_NEON)
+
+#define HALF_128(H) vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(H)))
+#define SPARSE_PANEL_128(V)                                                       \
+    SPARSE_PANEL(sparse_128, NEON, float32x4_t, 4, OF_NEON, float, vdupq_n_f32, V) \
+    SPARSE_PANEL(half_128, NEON, float32x4_t, 4, OF_NEON, uint16_t, HALF_128, V)
+SPARSE_PANEL_128(4) SPARSE_PANEL_128(8) SPARSE_PANEL_128(12)
+SPARSE_PANEL_128(16) SPARSE_PANEL_128(20) SPARSE_PANEL_128(24)
+DENSE_TILE(dense_128, NEON, float32x4_t, 4, OF_NEON, 4, 4)
+
+static Tile tile_128(int64_t tokens) {
+    (void)tokens;
+    return (Tile){dense_128_4, 4, 16};
+}
+
+#define BY_VECTORS_128(NAME) {NAME##_4, NAME##_8, NAME##_12, NAME##_16, NAME##_20, NAME##_24}
+static const Fp32 of_128 = {NARROW_PANEL, pack_part_128, store_128, {BY_VECTORS_128(sparse_128), BY_VECTORS_128(half_128)},
+                            tile_128};
+static const Fp32 *fp32_of(int path) {
+    (void)path;
+    return &of_128;
+}
+
+/* Numbers as fp32; a multiple of 8. */
+static void widen(const uint16_t *halves, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + i))));
+}
+#endif
+
+/* ---- rows of a weight ---- */
 
 /* `rows` rows of a dense weight from `row` on, in fp32 with zeros below to `taken` rows: in place, or a copy. */
-AVX2 static const float *dense_at(const Job *job, int64_t row, int64_t rows, int taken, int64_t column, int64_t *stride,
-                                  float *copy) {
+static const float *dense_at(const Job *job, int64_t row, int64_t rows, int taken, int64_t column, int64_t *stride,
+                             float *copy) {
     const int64_t columns = job->words * 64, count = least(TILE, columns - column), start = row * columns + column;
     if (job->type == F32 && rows >= taken) {
         *stride = columns;
@@ -268,14 +324,9 @@ AVX2 static const float *dense_at(const Job *job, int64_t row, int64_t rows, int
     }
     *stride = TILE;
     if (rows < taken) memset(copy, 0, (size_t)taken * TILE * sizeof *copy);
-    for (int64_t r = 0; r < least(rows, taken); r++)
-        for (int64_t c = 0; c < count; c += 8) {
-            const int64_t at = start + r * columns + c;
-            const __m256 wide = job->type == F32
-                                    ? _mm256_loadu_ps((const float *)job->values + at)
-                                    : _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)job->values + at)));
-            _mm256_storeu_ps(copy + r * TILE + c, wide);
-        }
+    for (int64_t r = 0, at = start; r < least(rows, taken); r++, at += columns)
+        if (job->type == F32) memcpy(copy + r * TILE, (const float *)job->values + at, (size_t)count * sizeof *copy);
+        else widen((const uint16_t *)job->values + at, count, copy + r * TILE);
     return copy;
 }
 
@@ -284,34 +335,45 @@ static void dense_panel(const Job *job, const float *panel, int64_t width, float
     int64_t stride;
     for (int64_t column = 0; column < job->words * 64; column += TILE)
         for (int64_t t = 0; t < width;) {
-            const int64_t left = width - t;
-            const Tile *tile = job->path == AVX2_PATH ? tiles_256 + (left != 16 && left != 32) /* so that none is left */
-                                                      : tiles_512 + least(left, 64) / 16 - 1;
-            for (int64_t r = 0; r < rows; r += tile->rows) {
-                const float *weights = dense_at(job, row + r, rows - r, tile->rows, column, &stride, copy);
-                tile->add(weights, stride, panel + column * width + t, width, (int)least(TILE, job->words * 64 - column),
-                          sums + r * width + t, column == 0);
+            const Tile tile = fp32_of(job->path)->tile(width - t);
+            for (int64_t r = 0; r < rows; r += tile.rows) {
+                const float *weights = dense_at(job, row + r, rows - r, tile.rows, column, &stride, copy);
+                tile.add(weights, stride, panel + column * width + t, width, (int)least(TILE, job->words * 64 - column),
+                         sums + r * width + t, column == 0);
             }
-            t += tile->tokens;
+            t += tile.tokens;
         }
 }
 
-/* Of sparse and of dense weights. */
 static void fp32_rows(const Work *work, const Job *job, int index) {
+    const Fp32 *fp32 = fp32_of(job->path);
     float sums[ROWS * PANEL] __attribute__((aligned(64)));
-    const int half = job->type == F16_X32, avx2 = job->path == AVX2_PATH;
     int64_t begin, end, width;
     gblm_share(job->rows, work->parts, index, &begin, &end);
     for (int64_t first = 0; first < job->tokens; first += work->panel) {
         const float *panel = panel_at(work, first, &width);
         for (int64_t row = begin; row < end; row += ROWS) {
             const int rows = (int)least(ROWS, end - row);
-            const SparsePanel sparse = avx2 ? panels_256[half][width / 16 - 1] : panels_512[half][width / 16 - 1];
-            if (job->mask) sparse(job, panel, sums, row, rows);
+            if (job->mask) fp32->sparse[job->type == F16_X32][width / 16 - 1](job, panel, sums, row, rows);
             else dense_panel(job, panel, width, sums, row, rows);
-            (avx2 ? store_256 : store_512)(job, sums, width, row, rows, first);
+            fp32->store(job, sums, width, row, rows, first);
         }
     }
+}
+
+#if defined(__x86_64__)
+AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
+    const int64_t tokens = least(width, job->tokens - first);
+    for (int64_t t = 0; t < tokens; t += 16)
+        for (int64_t r = 0; r < rows; r += 16) {
+            const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
+            __m512 block[16];
+            for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_ps(sums + (r + i) * width + t);
+            transpose_512(block);
+            for (int i = 0; i < 16 && t + i < tokens; i++)
+                _mm256_mask_storeu_epi16((uint16_t *)job->y + (first + t + i) * job->rows + row + r, valid,
+                                         (__m256i)_mm512_cvtneps_pbh(block[i]));
+        }
 }
 
 /* ---- bf16: strips of rows, expanded and multiplied ---- */
@@ -454,19 +516,22 @@ AMX static void amx_rows(const Work *work, const Job *job, int index) {
     strip_rows(work, job, index);
     _tile_release();
 }
+#endif
 
 static void product_part(void *argument, int index) {
     const Work *work = argument;
-    void (*rows)(const Work *, const Job *, int) =
-        gblm_x32(work->jobs->type) ? fp32_rows : work->jobs->path == AMX_PATH ? amx_rows : strip_rows;
+    void (*rows)(const Work *, const Job *, int) = fp32_rows;
+#if defined(__x86_64__)
+    if (!gblm_x32(work->jobs->type)) rows = work->jobs->path == AMX_PATH ? amx_rows : strip_rows;
+#endif
     for (int i = 0; i < work->count; i++) rows(work, work->jobs + i, index);
 }
 
 void gblm_many_tokens(const Job *jobs, int count, const Threads *threads) {
-    const int avx2 = jobs->path == AVX2_PATH;
-    const int64_t tokens = jobs->tokens, most = avx2 ? AVX2_PANEL : PANEL, panels = (tokens + most - 1) / most;
-    Work work = {jobs, count, threads->count, rounded((tokens + panels - 1) / panels)};
-    threads->run(threads->context, avx2 ? pack_part_256 : pack_part_512, &work, threads->count);
+    const Fp32 *fp32 = fp32_of(jobs->path);
+    const int64_t panels = (jobs->tokens + fp32->most - 1) / fp32->most;
+    Work work = {jobs, count, threads->count, rounded((jobs->tokens + panels - 1) / panels)};
+    threads->run(threads->context, fp32->pack, &work, threads->count);
     threads->run(threads->context, product_part, &work, threads->count);
 }
 

@@ -6,7 +6,8 @@
  *
  * x is rounded once for each call, to 16 bits with one scale a token: q = round(x · 32767 / largest). Its error is 1/65534 of
  * the largest input, so that outliers cost nothing. AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes
- * unsigned ones) and subtracts 32768 · (the row's sum of weights); AVX2 and NEON multiply q in 16 bits. Products are summed as
+ * unsigned ones) and subtracts 32768 · (the row's sum of weights). NEON with sdot, which takes signed ones, splits q - 128 and
+ * adds 128 · (that sum). AVX2 and other NEON multiply q in 16 bits. Products are summed as
  * integers along a group, or along a row that has one scale: for many tokens and with AVX2 and NEON along a part of it.
  *
  * The caller guarantees what quantised.h says.
@@ -15,6 +16,10 @@
 
 #include "bitmask.h"
 #include "quantised_words.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 enum { BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /* columns summed in int32 */ };
 
@@ -38,9 +43,12 @@ static inline uint32_t bits_f16(uint16_t x) {
     return bits;
 }
 
+/* How q is written: as int16, or for each word 64 high bytes and then 64 low ones, of q + 32768 or of q - 128. */
+enum { WHOLE, UNSIGNED_BYTES, SIGNED_BYTES };
+
 /* Round a token, and return its scale: NaN, which makes all of y NaN, where not all of x is finite. */
 #define ROUNDED(NAME, ATTRIBUTE, TYPE, BITS)                                                                 \
-    ATTRIBUTE static float NAME(const void *input, int64_t columns, int64_t words, int planes, void *output) { \
+    ATTRIBUTE static float NAME(const void *input, int64_t columns, int64_t words, int form, void *output) {   \
         const TYPE *x = input;                                                                               \
         uint32_t most = 0;                                                                                   \
         for (int64_t c = 0; c < columns; c++) {                                                              \
@@ -63,10 +71,11 @@ static inline uint32_t bits_f16(uint16_t x) {
                 memcpy(q + c, &value, 4);                                                                    \
                 q[c] -= 0x4b400000;                                                                          \
             }                                                                                                \
-            if (planes) {                                                                                    \
+            if (form != WHOLE) {                                                                             \
                 uint8_t *high = (uint8_t *)output + 128 * w, *low = high + 64;                               \
-                for (int c = 0; c < 64; c++) high[c] = (uint8_t)((q[c] + 32768) >> 8);                       \
-                for (int c = 0; c < 64; c++) low[c] = (uint8_t)q[c];                                         \
+                const int offset = form == UNSIGNED_BYTES ? 32768 : 0, sign = form == SIGNED_BYTES ? 128 : 0; \
+                for (int c = 0; c < 64; c++) high[c] = (uint8_t)((q[c] + offset) >> 8);                      \
+                for (int c = 0; c < 64; c++) low[c] = (uint8_t)(q[c] ^ sign);                                \
             } else {                                                                                         \
                 int16_t *to = (int16_t *)output + 64 * w;                                                    \
                 for (int c = 0; c < 64; c++) to[c] = (int16_t)q[c];                                          \
@@ -83,6 +92,11 @@ typedef float (*Rounding)(const void *, int64_t, int64_t, int, void *);
 
 /* The products of some rows, for up to FEW_TOKENS tokens. */
 typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
+
+#if defined(__x86_64__) || defined(__aarch64__)
+/* The place of so many tokens in a table by 1, 2, 4 and 8. */
+static int by_tokens(int64_t tokens) { return tokens <= 2 ? (int)tokens - 1 : tokens <= 4 ? 2 : 3; }
+#endif
 
 /* ---- portable ---- */
 
@@ -213,6 +227,95 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
         for (int64_t t = 0; t < job->tokens; t++) put(job, t, r, vaddvq_f32(sums[t]) * scale * job->x_scales[t]);
     }
 }
+
+/* ---- NEON with dot products of four bytes ---- */
+
+#if defined(__clang__)
+#define DOT __attribute__((target("dotprod")))
+#else
+#define DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+
+/* sums + the products of four bytes each: as assembly, since older compilers hide the intrinsic where not all code may use it. */
+DOT INLINE int32x4_t dotted(int32x4_t sums, int8x16_t x, int8x16_t levels) {
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sums) : "w"(x), "w"(levels));
+    return sums;
+}
+
+/* 8 levels, and v moved past them. */
+static inline int8x8_t dot_eight(const int8_t **v, unsigned bits) {
+    const int8x8_t levels = vtbl1_s8(vld1_s8(*v), vld1_s8((const int8_t *)shuffles[bits]));
+    *v += __builtin_popcount(bits);
+    return levels;
+}
+
+/* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. */
+DOT INLINE void dot_row(const Quantised *job, int64_t r, const int kind, const int tokens) {
+    const int64_t stride = bytes_a_token(job->words), span = (job->group ? job->group : PERIOD) / 16;
+    const int8_t *v = (const int8_t *)job->values + row_start(job, r), *x = job->x;
+    const uint8_t *places = (const uint8_t *)v;
+    const int8x16_t table = kind == PLACES ? vld1q_s8(job->levels + r * job->stride) : vdupq_n_s8(0);
+    int8_t word[72] = {0}; /* levels of the present word; 8 bytes are read at a time */
+    int32x4_t high[FEW_TOKENS], low[FEW_TOKENS];
+    float32x4_t sums[FEW_TOKENS];
+    for (int t = 0; t < tokens; t++) high[t] = low[t] = vdupq_n_s32(0), sums[t] = vdupq_n_f32(0);
+    int64_t left = span, group = 0;
+    for (int64_t w = 0; w < job->words; w++, x += 128) {
+        uint64_t bits = kind == DENSE ? 0 : row_bits(job, r, w);
+        if (kind == PLACES) {
+            neon_look_up(places, table, word);
+            v = word;
+            places += bytes_in(__builtin_popcountll(bits), kind);
+        }
+        for (int lane = 0; lane < 4; lane++, bits >>= 16) {
+            int8x16_t levels;
+            if (kind == DENSE) levels = vld1q_s8((v += 16) - 16);
+            else {
+                const int8x8_t first = dot_eight(&v, bits & 255), second = dot_eight(&v, bits >> 8 & 255);
+                levels = vcombine_s8(first, second);
+            }
+            for (int t = 0; t < tokens; t++) {
+                high[t] = dotted(high[t], vld1q_s8(x + t * stride + 16 * lane), levels);
+                low[t] = dotted(low[t], vld1q_s8(x + t * stride + 16 * lane + 64), levels);
+            }
+            if (--left && (lane < 3 || w + 1 < job->words)) continue;
+            const float scale = job->group ? scale_at(job, r, group) : 1.0f;
+            for (int t = 0; t < tokens; t++) {
+                const float32x4_t products = vfmaq_n_f32(vcvtq_f32_s32(low[t]), vcvtq_f32_s32(high[t]), 256);
+                sums[t] = vfmaq_n_f32(sums[t], products, scale);
+                high[t] = low[t] = vdupq_n_s32(0);
+            }
+            group++, left = span;
+        }
+    }
+    const float scale = job->group ? 1.0f : scale_at(job, r, 0);
+    for (int t = 0; t < tokens && t < job->tokens; t++)
+        put(job, t, r, (vaddvq_f32(sums[t]) + 128 * job->sums[r]) * scale * job->x_scales[t]);
+}
+
+#define DOT_TOKENS(KIND, TOKENS)                                                               \
+    DOT static void dot_##KIND##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {  \
+        for (int64_t r = begin; r < end; r++) dot_row(job, r, KIND, TOKENS);                   \
+    }
+#define DOT_KIND(KIND) DOT_TOKENS(KIND, 1) DOT_TOKENS(KIND, 2) DOT_TOKENS(KIND, 4) DOT_TOKENS(KIND, 8)
+DOT_KIND(LEVELS) DOT_KIND(PLACES) DOT_KIND(DENSE)
+
+#define DOT_BY_TOKENS(KIND) {dot_##KIND##_1, dot_##KIND##_2, dot_##KIND##_4, dot_##KIND##_8}
+static const Rows dots[KINDS][4] = {DOT_BY_TOKENS(LEVELS), DOT_BY_TOKENS(PLACES), DOT_BY_TOKENS(DENSE)};
+
+static void dot_any(const Quantised *job, int64_t begin, int64_t end) {
+    dots[kind_of(job)][by_tokens(job->tokens)](job, begin, end);
+}
+
+static int has_dot(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+#else
+    return 0;
+#endif
+}
 #endif
 
 #if defined(__x86_64__)
@@ -310,9 +413,6 @@ AVX2_KIND(LEVELS) AVX2_KIND(PLACES) AVX2_KIND(DENSE)
 
 #define AVX2_BY_TOKENS(KIND) {avx2_##KIND##_1, avx2_##KIND##_2, avx2_##KIND##_4, avx2_##KIND##_8}
 static const Rows avx2[KINDS][4] = {AVX2_BY_TOKENS(LEVELS), AVX2_BY_TOKENS(PLACES), AVX2_BY_TOKENS(DENSE)};
-
-/* The place of so many tokens in a table by 1, 2, 4 and 8. */
-static int by_tokens(int64_t tokens) { return tokens <= 2 ? (int)tokens - 1 : tokens <= 4 ? 2 : 3; }
 
 static void avx2_any(const Quantised *job, int64_t begin, int64_t end) {
     avx2[kind_of(job)][by_tokens(job->tokens)](job, begin, end);
@@ -541,7 +641,7 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
 int gblm_quantised_paths(void) {
     int paths = 1 << PORTABLE_PATH;
 #if defined(__aarch64__)
-    paths |= 1 << NEON_PATH;
+    paths |= 1 << NEON_PATH | has_dot() << DOT_PATH;
 #elif defined(__x86_64__)
     __builtin_cpu_init();
     paths |= gblm_paths(F16_X32) & 1 << AVX2_PATH;
@@ -576,18 +676,19 @@ static void round_part(void *argument, int index) {
     const Quantised *job = work->job;
     const int64_t from = job->columns * (job->type == F32 ? 4 : 2), to = bytes_a_token(job->words);
     const Rounding round = rounding_of(job->path, job->type);
+    const int form = job->path >= VNNI_PATH ? UNSIGNED_BYTES : job->path == DOT_PATH ? SIGNED_BYTES : WHOLE;
     int64_t begin, end;
     gblm_share(job->tokens, work->parts, index, &begin, &end);
     for (int64_t t = begin; t < end; t++)
         work->x_scales[t] =
-            round(work->inputs + t * from, job->columns, job->words, job->path >= VNNI_PATH, (char *)job->x + t * to);
+            round(work->inputs + t * from, job->columns, job->words, form, (char *)job->x + t * to);
 }
 
 static Rows rows_of(int path) {
 #if defined(__x86_64__)
     if (path != PORTABLE_PATH) return path >= VNNI_PATH ? vnni_any : avx2_any;
 #elif defined(__aarch64__)
-    if (path == NEON_PATH) return neon_rows;
+    if (path != PORTABLE_PATH) return path == DOT_PATH ? dot_any : neon_rows;
 #endif
     (void)path;
     return portable_rows;
