@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gblm_compress.command import flag_of
+from gblm_compress.formats import MOST_NONZEROS
 from gblm_compress.machine import cost, noisy
 from gblm_compress.printing import PlainConsole, printable, table
 from gblm_compress.settings.fields import SELF
@@ -380,11 +381,14 @@ def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...
     return ("evaluate", made, "--baseline", dense, *options)
 
 
-def _go_on(model: str, is_text: bool = False) -> tuple[str, ...]:
-    """Prune a dense model, export a pruned one, time an export. Nothing follows a dense export, which is a baseline."""
+def _go_on(model: str, *, is_text: bool = False, is_sparse: bool = False) -> tuple[str, ...]:
+    """Prune a dense model, export a pruned one, time an export. Nothing follows a dense export, which is a baseline.
+
+    `is_sparse`: the weights have the zeros of a pruning, perhaps of another tool's.
+    """
     made = _manifest(model)
     kind = made.get("kind")
-    if kind is None:
+    if kind is None and not is_sparse:
         return _prune(model)
     if kind == "export":
         return ("benchmark", model, "--baseline", _dense_of(model)) if "prune" in made else ()
@@ -427,7 +431,7 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "recover": lambda c, given: _evaluate(c["folder"], given["teacher"], {}),
     "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
     "export": lambda c, given: _go_on(c["folder"]) or _evaluate(c["folder"], given["model"], {}),
-    "inspect": lambda _, given: _go_on(given["model"]),
+    "inspect": lambda c, given: _go_on(given["model"], is_sparse=c["nonzeros"] <= MOST_NONZEROS * c["weights"]),
     "benchmark": lambda _, given: _timed(given["models"], given["baseline"][0]),
     "report": lambda result, given: _push(given["runs"][-1], result.runs[-1].best),
     "compare": _compared,

@@ -1,22 +1,23 @@
 """Exporters: one file each, and one line each in `formats.FORMATS`. See docs/adding-an-exporter.md."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
-from gblm_compress.formats import FORMATS
+from gblm_compress.formats import FORMATS, MOST_NONZEROS
 from gblm_compress.kernels import cpu
 from gblm_compress.machine import cost
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.zeros import count_nonzeros, made_zero
 from gblm_compress.models import loading, manifest
+from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
@@ -125,6 +126,22 @@ def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
             f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
             f"take more bytes (packing pays from {100 / width:.1f} %): the model is dense; prune it first"
         )
+
+
+def layers_with_zeros(source: ModelSource, model: nn.Module) -> list[str]:
+    """The pruned layers; in a folder from elsewhere, the layers with enough zeros for packed products to be faster."""
+    layers = manifest.pruned_layers(source, model)
+    if manifest.is_pruned(source.folder):
+        return layers
+    weights = {name: weight_matrix(model.get_submodule(name)) for name in layers}
+    return [name for name, weight in weights.items() if count_nonzeros(weight) <= MOST_NONZEROS * weight.numel()]
+
+
+@torch.no_grad()
+def drop_signs_of_zeros_(model: nn.Module, layers: Iterable[str]) -> None:
+    """Make -0.0 in the weights 0.0. Other tools multiply by a mask, and a packed layer would store each -0.0."""
+    for name in layers:
+        weight_matrix(model.get_submodule(name)).add_(0.0)
 
 
 def zeros_of_rounding(before: Mapping[str, int], after: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, Any]:

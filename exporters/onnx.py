@@ -18,7 +18,16 @@ import torch
 from torch import nn
 
 from gblm_compress.errors import ModelError, UsageError, first_line, is_out_of_memory
-from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, onnx_fused, onnx_plain, onnx_weights
+from gblm_compress.exporters import (
+    check_is_pruned,
+    check_nonzeros,
+    drop_signs_of_zeros_,
+    dtype_of,
+    layers_with_zeros,
+    onnx_fused,
+    onnx_plain,
+    onnx_weights,
+)
 from gblm_compress.exporters.onnx_packing import encode_initializers_, use_kernels_
 from gblm_compress.exporters.onnx_rounding import Rounded, by_channels, round_, use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
@@ -87,20 +96,20 @@ def export(
 
     If a fused graph by default cannot be made or run, a plain one takes its place, with the reason among the checks. A
     bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With
-    `kernels`, float16 is the dtype of the weights alone, and a model that was never pruned runs on the dense operator.
+    `kernels`, float16 is the dtype of the weights alone, and layers without zeros run on the dense operator.
     """
     stored = dtype_of(source, settings)
     model = loading.load_model(source, stored)
     if settings.kernels and stored == "float16":
         model = model.float()
     processor = loading.load_processor(source)
-    is_dense = settings.kernels and not manifest.is_pruned(source.folder)
-    layers = [] if is_dense else manifest.pruned_layers(source, model)
+    layers = layers_with_zeros(source, model) if settings.kernels else manifest.pruned_layers(source, model)
+    drop_signs_of_zeros_(model, layers)
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     check_nonzeros(source, weights)
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned(weights)
-    rounded = round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
+    rounded = round_(model, source, settings, is_dense=not layers) if settings.quantise else None
     loaded = source, settings, model, processor, layers, rounded
     write = partial(_write, *loaded, output, force=force, progress=progress)
     graph = graph_of(model, settings)

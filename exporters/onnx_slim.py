@@ -89,7 +89,7 @@ def _scaled_once(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
 
 
 def _unfused(tape: Tape, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
-    """The sum before a LayerNormalization as Sum. ONNX Runtime fuses an Add with it, and takes four times as long on a CPU."""
+    """The sum before a LayerNormalization as Sum. An Add is fused with it, which takes four times as long on a CPU."""
     before_norm = any(user.op_type == "LayerNormalization" for user, _ in node.outputs[0].uses())
     return tape.op("Sum", list(node.inputs)) if before_norm and node.outputs[0].dtype == ir.DataType.FLOAT else None
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, zeros_of_rounding
+from gblm_compress.exporters import (
+    check_is_pruned,
+    check_nonzeros,
+    drop_signs_of_zeros_,
+    dtype_of,
+    zeros_of_rounding,
+)
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
@@ -58,6 +64,7 @@ def export(
     model, processor = loading.load_model(source, dtype), loading.load_processor(source)
     task = loading.task_of(source)
     layers = manifest.pruned_layers(source, model)
+    drop_signs_of_zeros_(model, layers)
     shared = [name for name in layers if is_tied(model, name)]
     pruned = {name: linear_layer(model, name) for name in layers if name not in shared}
     sample = task.probe(processor, model.config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gblm_compress.layouts import LAYOUTS, Layout
 
+MOST_NONZEROS = 0.75  # of a layer that kernels run packed, if another tool pruned its model
 FOLDER_RUNTIMES = ("torch", "vllm")  # Runtimes of a Hugging Face folder; the first evaluates it.
 
 

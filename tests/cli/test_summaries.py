@@ -136,7 +136,7 @@ ROWS = [
             {"models": ("a/onnx",), "baseline": ("x",)},
             "evaluate a/onnx --baseline x --dataset demo --max-windows 16",
         ),
-        ("inspect", {"model": "x"}, "prune x -o pruned"),
+        ("inspect", {"model": "x"}, "export x -o onnx --format onnx --kernels"),
         ("compare", {"model": "x", "samples": 8}, "prune x -o pruned --method wanda --pattern 2:4 --samples 8"),
         ("validate", {"recipe": "my.yaml", "set": ["a.b=1"]}, "run my.yaml --set=a.b=1"),
         ("doctor", {}, "run quickstart"),
@@ -150,7 +150,7 @@ def test_the_next_command_has_the_paths_of_the_call(command, given, words, capsy
         (tmp_path / "a" / name / "gblm_manifest.json").write_text(json.dumps(content))
     monkeypatch.setitem(summaries.SUMMARIES, command, lambda _: ["summary"])
     content = {"folder": "a/pruned", "file": "a/text.txt", "sample": "window", "ok": True, "rows": ROWS}
-    content |= {"predictions": [PREDICTION]}
+    content |= {"predictions": [PREDICTION], "nonzeros": 6, "weights": 8}
     for quiet in ({}, {"quiet": True}):
         summaries.show(command, content, False, given | quiet)
         assert capsys.readouterr().out == "summary\n" + f"next: gblm-compress {words}\n" * (not quiet)

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from torch.nn.utils import prune
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import onnx_fused
@@ -186,6 +187,34 @@ def test_a_model_that_was_never_pruned_runs_on_the_dense_operator(tiny, tmp_path
     assert (result.checks["dtype"], result.checks["arithmetic"]) == ("float16", "float32")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
     assert all(path.is_file() for path in (tmp_path / "new" / "out").iterdir())
+
+
+@needs_operator
+def test_a_model_that_another_tool_pruned_runs_packed(tiny, tmp_path) -> None:
+    """Layers with few zeros stay dense, and a zero's sign, which that tool leaves, takes no place."""
+    source = tiny("llama")
+    model, folder = load_model(source), tmp_path / "sparse"
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "layers." in name:
+            amount = 0.8 if "layers.0." in name else 0.2
+            prune.l1_unstructured(layer, "weight", amount)
+            prune.remove(layer, "weight")
+    model.save_pretrained(folder)
+    loading.load_processor(source).save_pretrained(folder)
+    sparse = ModelSource("sparse", folder)
+    result, exported = export(sparse, tmp_path / "out", format="onnx", kernels=True)
+    names = operators(exported)
+    assert (names.count("BitmaskLinear"), names.count("DenseLinear")) == (4, 6)
+    assert result.checks["layers_checked"] == 7
+    sizes = {
+        tensor.name: tensor.dims[0] for tensor in graph_of(exported).initializer if tensor.name.endswith(".nonzeros")
+    }
+    assert sum(sizes.values()) == sum(
+        64 + layer.weight.count_nonzero()
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "layers.0." in name
+    )
+    assert_computes(exported, load_model(sparse))
 
 
 def test_models_without_a_fused_graph(tiny, tmp_path, monkeypatch) -> None:
