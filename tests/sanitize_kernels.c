@@ -40,7 +40,7 @@ EXPORT int gblm_quantised_restore(const void *mask, const void *patterns, const 
 
 enum { CANARY = 64, FILL = 0xa5, LARGEST = 32 << 20, POOL = 1 << 16 };
 
-static const char *const PATH_NAMES[PATHS] = {"portable", "neon", "neon-dot", "avx2", "vnni", "avx512", "amx"};
+static const char *const PATH_NAMES[PATHS] = {"portable", "neon", "neon-dot", "avx2", "avx-vnni", "vnni", "avx512", "amx"};
 
 static uint64_t state;
 static uint64_t number(void) { /* xorshift64* */
@@ -221,7 +221,7 @@ static int run(const Case *c, void *y, int64_t rows, int64_t words, int64_t toke
 
 static void refuse_linear(const Case *c, void *y) {
     const int64_t edge = ONE_OF(INT64_MIN, -1, 0, 9, 64, INT64_MAX);
-    const int small = (int)ONE_OF(INT32_MIN, -1, 5, 6, 40, INT32_MAX);
+    const int small = (int)ONE_OF(INT32_MIN, -1, PATHS, PATHS + 1, 40, INT32_MAX);
     int done = 1;
     switch (below(6)) {
     case 0: done = run(c, y, edge < 0 ? edge : -1, c->words, c->tokens, c->type, c->path, c->threads, NULL); break;
@@ -373,7 +373,7 @@ static void quantised(long long *by_path) {
     }
     const int hostile = below(50) == 0;
     int fault[4] = {group, type, path, threads};
-    if (hostile) fault[below(4)] = (int)ONE_OF(INT32_MIN, -1, 5, 33, INT32_MAX);
+    if (hostile) fault[below(4)] = (int)ONE_OF(INT32_MIN, -1, PATHS, 33, INT32_MAX);
     const int refused = hostile && !(fault[3] > 0 && fault[0] == group && fault[1] == type && fault[2] == path);
     void *const starts_or_none = kind == 2 || is_2_4 ? NULL : starts, *const mask_or_none = starts_or_none ? mask : NULL;
     void *const patterns_or_none = is_2_4 ? patterns : NULL;

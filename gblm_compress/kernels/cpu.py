@@ -20,7 +20,7 @@ from torch import Tensor
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels.masks import WORD
 
-PATHS = ("portable", "neon", "neon-dot", "avx2", "vnni", "avx512", "amx")
+PATHS = ("portable", "neon", "neon-dot", "avx2", "avx-vnni", "vnni", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the library's numbers

@@ -23,7 +23,7 @@
 #define FEW_TOKENS 8 /* the most that the kernels for decoding take */
 
 enum { F32, F16, BF16, F16_X32 /* fp16 values, fp32 x and y */, TYPES };
-enum { PORTABLE_PATH, NEON_PATH, DOT_PATH /* NEON with sdot */, AVX2_PATH, VNNI_PATH, AVX512_PATH, AMX_PATH, PATHS };
+enum { PORTABLE_PATH, NEON_PATH, DOT_PATH /* NEON with sdot */, AVX2_PATH, AVX_VNNI_PATH, VNNI_PATH, AVX512_PATH, AMX_PATH, PATHS };
 
 typedef struct {
     const uint64_t *mask; /* NULL: a dense weight, rows × words·64 values, of type F32 or F16_X32; starts is NULL too */
@@ -118,6 +118,12 @@ static inline void gblm_put(const Job *job, int64_t token, int64_t row, float su
 /* ---- instruction sets, chosen function by function ---- */
 
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX_VNNI __attribute__((target("avx2,avxvnni,fma,f16c,popcnt,bmi,bmi2"))) /* for a compiler that knows it */
+#if defined(__clang__) || __GNUC__ >= 11
+#define HAS_AVX_VNNI 1
+#else
+#define HAS_AVX_VNNI 0
+#endif
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
 /* Part of both that follow, so that what has it can be inlined into them. */
 #define EXPAND_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2")))

@@ -49,7 +49,7 @@ void gblm_run_session(void *context, void (*part)(void *, int), void *work, int 
 OrtStatusPtr gblm_out_of_memory(void) { return gblm_ort->CreateStatus(ORT_FAIL, "gblm: out of memory"); }
 
 OrtStatusPtr gblm_choose_path(const char *operator, int paths, int *path) {
-    static const char *const names[PATHS] = {"portable", "neon", "neon-dot", "avx2", "vnni", "avx512", "amx"};
+    static const char *const names[PATHS] = {"portable", "neon", "neon-dot", "avx2", "avx-vnni", "vnni", "avx512", "amx"};
     const char *forced = getenv("GBLM_COMPRESS_KERNEL");
     *path = -1;
     for (int i = 0; i < PATHS; i++)

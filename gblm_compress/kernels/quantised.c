@@ -7,7 +7,7 @@
  * x is rounded once for each call, to 16 bits with one scale a token: q = round(x · 32767 / largest). Its error is 1/65534 of
  * the largest input, so that outliers cost nothing. AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes
  * unsigned ones) and subtracts 32768 · (the row's sum of weights). NEON with sdot, which takes signed ones, splits q - 128 and
- * adds 128 · (that sum). AVX2 and other NEON multiply q in 16 bits. Products are summed as
+ * adds 128 · (that sum). AVX2, AVX-VNNI and other NEON multiply q in 16 bits. Products are summed as
  * integers along a group, or along a row that has one scale: for many tokens and with AVX2 and NEON along a part of it.
  *
  * The caller guarantees what quantised.h says.
@@ -19,6 +19,8 @@
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 enum { BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /* columns summed in int32 */ };
@@ -362,10 +364,6 @@ INLINE const uint64_t *avx2_mask(const Quantised *job, int64_t row, int64_t bloc
     return whole;
 }
 
-AVX2 INLINE float avx2_scale(const Quantised *job, int64_t row, int64_t group) {
-    return group < job->groups ? _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(job->scales[row * job->groups + group]))) : 0;
-}
-
 /* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. */
 AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const int tokens) {
     const int64_t stride = job->words * 64, span = (job->group ? job->group : PERIOD) / 32;
@@ -418,49 +416,30 @@ static void avx2_any(const Quantised *job, int64_t begin, int64_t end) {
     avx2[kind_of(job)][by_tokens(job->tokens)](job, begin, end);
 }
 
-/* The first `count` of 8 weights to where `type` has them. */
-AVX2 INLINE void avx2_put(__m256 weights, void *to, int64_t at, int64_t count, int type) {
-    uint16_t halves[8];
-    float whole[8];
-    if (type == F32) {
-        if (count >= 8) _mm256_storeu_ps((float *)to + at, weights);
-        else _mm256_storeu_ps(whole, weights), memcpy((float *)to + at, whole, (size_t)count * 4);
-        return;
-    }
-    __m128i half = _mm256_cvtps_ph(weights, _MM_FROUND_TO_NEAREST_INT);
-    if (type == BF16) {
-        const __m256i bits = _mm256_castps_si256(weights), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i upper =
-            _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-        half = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
-    }
-    if (count >= 8) _mm_storeu_si128((__m128i *)((uint16_t *)to + at), half);
-    else _mm_storeu_si128((__m128i *)halves, half), memcpy((uint16_t *)to + at, halves, (size_t)count * 2);
-}
-
-AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int8_t *to, const int kind) {
+AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to,
+                             const int kind) {
     const uint8_t *v = job->values + row_start(job, row);
     const __m128i table = avx2_table(job, row, kind);
-    int64_t at = 0;
-    for (int64_t w = 0; w < job->words; w++) {
+    for (int64_t w = first; w < last; w++) {
         const uint64_t bits = row_bits(job, row, w);
+        _mm_prefetch((const char *)v + (*at >> (kind == PLACES)) + 256, _MM_HINT_T0);
         for (int lane = 0; lane < 4; lane++, to += 16)
-            _mm_storeu_si128((__m128i *)to, avx2_lane((const uint8_t *)&bits + 2 * lane, v, &at, table, kind));
-        if (kind == PLACES) at = (at + 1) & ~1ll;
+            _mm_storeu_si128((__m128i *)to, avx2_lane((const uint8_t *)&bits + 2 * lane, v, at, table, kind));
+        if (kind == PLACES) *at = (*at + 1) & ~1ll;
     }
 }
 
-/* The levels of all columns of a row. */
-AVX2 static void spread(const Quantised *job, int64_t row, int8_t *to) {
-    if (kind_of(job) == DENSE) avx2_levels(job, row, to, DENSE);
-    else if (kind_of(job) == PLACES) avx2_levels(job, row, to, PLACES);
-    else avx2_levels(job, row, to, LEVELS);
+AVX2 void gblm_avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to) {
+    if (kind_of(job) == DENSE) avx2_levels(job, row, first, last, at, to, DENSE);
+    else if (kind_of(job) == PLACES) avx2_levels(job, row, first, last, at, to, PLACES);
+    else avx2_levels(job, row, first, last, at, to, LEVELS);
 }
 
 AVX2 static void avx2_restore(const Quantised *job, int64_t begin, int64_t end, void *dense) {
     int8_t levels[64 * MOST_WORDS] __attribute__((aligned(32)));
     for (int64_t r = begin; r < end; r++) {
-        spread(job, r, levels);
+        int64_t at = 0;
+        gblm_avx2_levels(job, r, 0, job->words, &at, levels);
         for (int64_t column = 0; column < job->columns; column += 8) {
             const __m256 scale = _mm256_set1_ps(avx2_scale(job, r, job->group ? column / job->group : 0));
             const __m256i level = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(levels + column)));
@@ -637,6 +616,13 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
 
 /* ---- choice of path, and work shared by threads ---- */
 
+#if defined(__x86_64__)
+static int has_avx_vnni(void) {
+    unsigned a, b, c, d;
+    return HAS_AVX_VNNI && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+#endif
+
 /* Bit p of the result is set where the CPU can run path p. */
 int gblm_quantised_paths(void) {
     int paths = 1 << PORTABLE_PATH;
@@ -645,6 +631,7 @@ int gblm_quantised_paths(void) {
 #elif defined(__x86_64__)
     __builtin_cpu_init();
     paths |= gblm_paths(F16_X32) & 1 << AVX2_PATH;
+    if (paths >> AVX2_PATH & 1 && has_avx_vnni()) paths |= 1 << AVX_VNNI_PATH;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
         paths |= 1 << VNNI_PATH | (__builtin_cpu_supports("avx512vbmi2") ? 1 << AVX512_PATH : 0);
@@ -709,11 +696,10 @@ static void multiply_eights(Quantised job, int64_t begin, int64_t end) {
 static void multiply_rows(const Quantised *job, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
     if (gblm_by_tiles(job)) {
-        gblm_quantised_many(job, begin, end);
+        (job->path >= VNNI_PATH ? gblm_quantised_many : gblm_quantised_many_avx2)(job, begin, end);
         return;
     }
-#endif
-#if defined(__x86_64__) || defined(__aarch64__)
+#elif defined(__aarch64__)
     int8_t levels[64 * MOST_WORDS] __attribute__((aligned(64)));
     const int once = job->tokens > FEW_TOKENS && kind_of(job) != DENSE && job->path != PORTABLE_PATH;
     const int64_t columns = job->words * 64, most = (int64_t)sizeof levels / columns;
@@ -752,7 +738,7 @@ static void restore_part(void *argument, int index) {
         vnni_restore(job, work->first + begin, work->first + end, dense);
         return;
     }
-    if (job->path == AVX2_PATH) {
+    if (job->path >= AVX2_PATH) {
         avx2_restore(job, work->first + begin, work->first + end, dense);
         return;
     }

@@ -48,13 +48,43 @@ static inline int bytes_in(int count, int kind) { return kind == PLACES ? (count
 /* Of x, rounded to 16 bits. */
 static inline int64_t bytes_a_token(int64_t words) { return words * 128; }
 
-/* Whether rows are spread for all tokens together, by `gblm_quantised_many`. */
-static inline int gblm_by_tiles(const Quantised *job) { return job->path >= VNNI_PATH && job->tokens > FEW_TOKENS; }
+/* Whether rows are spread for all tokens together, by the functions below. */
+static inline int gblm_by_tiles(const Quantised *job) { return job->path >= AVX2_PATH && job->tokens > FEW_TOKENS; }
 
-/* Rows [begin, end) of y for all tokens; begin is a multiple of GBLM_TILE. */
+/* Rows [begin, end) of y for all tokens; begin is a multiple of GBLM_TILE. With AVX-512, and with AVX2 or AVX-VNNI. */
 void gblm_quantised_many(const Quantised *job, int64_t begin, int64_t end);
+void gblm_quantised_many_avx2(const Quantised *job, int64_t begin, int64_t end);
 
 #if defined(__x86_64__)
+
+/* ---- AVX2 ---- */
+
+/* The levels of words [first, last) of a row. Their weights begin at number `at` of the row, which moves past them. */
+void gblm_avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to);
+
+AVX2 INLINE float avx2_scale(const Quantised *job, int64_t row, int64_t group) {
+    return group < job->groups ? _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(job->scales[row * job->groups + group]))) : 0;
+}
+
+/* The first `count` of 8 numbers to place `at` of an array of `type`. */
+AVX2 INLINE void avx2_put(__m256 numbers, void *to, int64_t at, int64_t count, int type) {
+    uint16_t halves[8];
+    float whole[8];
+    if (type == F32) {
+        if (count >= 8) _mm256_storeu_ps((float *)to + at, numbers);
+        else _mm256_storeu_ps(whole, numbers), memcpy((float *)to + at, whole, (size_t)count * 4);
+        return;
+    }
+    __m128i half = _mm256_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT);
+    if (type == BF16) {
+        const __m256i bits = _mm256_castps_si256(numbers), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i upper =
+            _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+        half = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    }
+    if (count >= 8) _mm_storeu_si128((__m128i *)((uint16_t *)to + at), half);
+    else _mm_storeu_si128((__m128i *)halves, half), memcpy((uint16_t *)to + at, halves, (size_t)count * 2);
+}
 
 /* AVX-512 without VBMI2 spreads bytes by a shuffle within each sixteen columns, which are one lane. A bit's place
  * is the number of the lane's bits below it; where 4 bits are stored and a lane begins in the middle of a byte, one more.

@@ -110,6 +110,7 @@ def test_every_option_is_some_formats_and_every_layout_has_a_format() -> None:
     [
         ({"format": "onnx", "quantise": "int4", "kernels": True}, "avx2", True),
         ({"format": "bitmask-int4"}, "avx2", True),
+        ({"format": "bitmask-int4"}, "avx-vnni", True),
         ({"format": "bitmask-int4"}, "avx512", False),
         ({"format": "onnx", "quantise": "int8", "kernels": True}, "avx2", False),
         ({"format": "onnx", "quantise": "int4"}, "avx2", False),
