@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import httpx
 from ending import exit_after
 from rich.console import Console
 from rich.table import Table
@@ -51,6 +50,8 @@ def served(folder: Path, stack: ExitStack) -> str:
 
 async def load(url: str, texts: list[str], concurrency: int) -> tuple[float, list[float]]:
     """Seconds for all texts, so many at once, and of each request."""
+    import httpx
+
     waiting, times = list(texts), []
     async with httpx.AsyncClient(timeout=START_SECONDS) as client:
 

@@ -174,6 +174,31 @@ def trainings(start: str) -> list[Row]:
     return rows
 
 
+def passes(threads: int) -> list[Row]:
+    """Forward passes, one row for each engine and its weights, with the times of all models."""
+    rows: dict[tuple[str, str], Row] = {}
+    for row in results("forward-epyc-zen5")["rows"]:
+        if row["threads"] == threads:
+            key = row["engine"], row["weights"] + (f", {row['zeros']:.0%} zeros" if row["zeros"] else "")
+            empty = {"engine": key[0], "weights": key[1].replace("%", " %"), **dict.fromkeys(MODELS)}
+            rows.setdefault(key, empty)[row["model"]] = row
+    return list(rows.values())
+
+
+def shares() -> list[Row]:
+    """Milliseconds of a pass by kind of operator, the product of weights first."""
+    rows = []
+    for row in results("forward-epyc-zen5")["rows"]:
+        if row["model"] == "minilm" and row["threads"] == 1 and (times := row.get("operator_ms_1x128")):
+            parts = dict.fromkeys((*PARTS.values(), "others"), 0.0)
+            for operator, each in times.items():
+                own = PARTS.get(operator, "others")
+                parts["attention" if operator == "MatMul" and row["weights"] != "dense float32" else own] += each
+            zeros = f", {row['zeros']:.0%} zeros" if row["zeros"] else ""
+            rows.append({"weights": row["weights"] + zeros.replace("%", " %"), **parts})
+    return rows
+
+
 def serving() -> list[Row]:
     measured = results("serving-vllm-xeon-amx-2-cores")
     rows = []
@@ -188,11 +213,17 @@ def megabytes(rows: Iterable[Row]) -> list[Row]:
     return [row | {"peak": row["peak_rss_bytes"] / 1e6, "file": row.get("checkpoint_bytes", 0) / 1e6} for row in rows]
 
 
+PARTS = dict.fromkeys(("MatMul", "BitmaskLinear", "QuantisedLinear", "DynamicQuantizeMatMul"), "products")
+PARTS |= dict.fromkeys(("FusedMatMul", "Softmax", "Where", "Transpose", "Reshape"), "attention")
+PARTS |= {**dict.fromkeys(("LayerNormalization", "Sum"), "norms"), "BiasGelu": "Gelu"}
+MODELS = ("minilm", "bert-base", "vit-b-16")
 ENGINES = {
-    "engine": "{engine}", "weights": "{weights}", "MB": "{MB:.0f}", "ms per token": "{ms_per_token:.1f}",
-    "× dense": "{decode_over_dense:.2f}", "× llama.cpp": "{decode_over_llama_cpp:.2f}",
-    "4 sequences, ms per step": "{ms_per_step_of_4:.1f}", "4 sequences, × dense": "{parallel_over_dense:.2f}",
-    "prompt, ms": "{prefill_ms:.0f}", "prompt, × dense": "{prefill_over_dense:.2f}",
+    "engine": "{engine}", "weights": "{weights}", "MB a token": "{MB_per_token:.0f}",
+    "ms per token": "{ms_per_token:.1f}", "× dense": "{token_over_dense:.2f}",
+    "× llama.cpp": "{token_over_llama_cpp:.2f}",
+    "4 sequences, ms per step": "{ms_per_step_of_4:.1f}", "4 sequences, × dense": "{step_of_4_over_dense:.2f}",
+    "prompt, ms": "{ms_per_prompt_of_512:.0f}", "prompt, × dense": "{prompt_of_512_over_dense:.2f}",
+    "prompt, × llama.cpp": "{prompt_of_512_over_llama_cpp:.2f}",
 }  # fmt: skip
 SIZES = {
     "threads": "{threads}", "engine": "{engine}", "weights": "{weights}", "kernels": "{path}",
@@ -213,8 +244,25 @@ def across(columns: dict[str, str], shapes: dict[str, str]) -> dict[str, str]:
     }
 
 
+def timed(**sizes: str) -> dict[str, str]:
+    """Columns of a table of `passes`: {model with underscores: sizes with commas}."""
+    columns = {"engine": "{engine}", "weights": "{weights}"}
+    for model, each in sizes.items():
+        name = model.replace("_", "-")
+        for size in each.split():
+            heading = size.replace("x", " × ") if len(sizes) == 1 else f"{name}, {size.replace('x', ' × ')}"
+            columns |= {f"{heading}, ms": f"{{{name}[ms_{size}]:.1f}}"}
+            columns |= {f"{heading}, × dense float32": f"{{{name}[{size}_over_dense_float32]:.2f}}"}
+    return columns
+
+
 def without_llama_cpp(columns: dict[str, str]) -> dict[str, str]:
     return {heading: shape for heading, shape in columns.items() if "llama.cpp" not in heading}
+
+
+def without_prompts(columns: dict[str, str]) -> dict[str, str]:
+    """Of measurements before the kernels for prompts changed."""
+    return {heading: shape for heading, shape in without_llama_cpp(columns).items() if "prompt" not in shape}
 
 
 def by_fit(*names: str) -> dict[str, str]:
@@ -248,11 +296,28 @@ MINILM = results("encoders-minilm")
 TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     "encoders": (MINILM, ENCODERS),
     "encoders-short": ([row for row in MINILM if row["method"].startswith(("obs+best", "pruned", "recov"))], ENCODERS),
+    "embeddings": (
+        results("embeddings-epyc-zen5")["rows"],
+        {
+            "export": "{folder}", "requests at once": "{concurrency}", "requests/s": "{requests/s:.0f}",
+            "median, ms": "{p50 ms:.1f}", "99th percentile, ms": "{p99 ms:.1f}",
+        },
+    ),
+    "passes-1-thread": (passes(1), timed(minilm="1x32 1x128 8x128")),
+    "passes-larger": (passes(1), timed(bert_base="1x128 8x128", vit_b_16="1 8")),
+    "passes-shares": (
+        shares(),
+        {"weights": "{weights}"} | {part: f"{{{part}:.1f}}" for part in (*dict.fromkeys(PARTS.values()), "others")},
+    ),
     "engines-2-threads": (engines("engines-epyc-zen5-2-cores", 2), ENGINES),
     "engines-1-thread": (engines("engines-epyc-zen5-2-cores", 1), ENGINES),
-    "engines-avx2": (engines("engines-epyc-zen3-1-thread", 1), without_llama_cpp(ENGINES)),
-    "sizes": (engines("sizes-epyc-zen5-2-cores", 2) + engines("sizes-epyc-zen5-2-cores", 1), SIZES),
-    "sizes-avx2": (engines("sizes-epyc-zen5-avx2", 2), without_llama_cpp(SIZES)),
+    "engines-avx2": (
+        engines("engines-epyc-zen5-avx2", 2) + engines("engines-epyc-zen5-avx2", 1), without_llama_cpp(SIZES)
+    ),
+    "sizes": (
+        [row for n in (2, 1) for row in engines("sizes-epyc-zen5-2-cores", n) if row["path"] != "avx2"], SIZES
+    ),
+    "sizes-avx2": (engines("sizes-epyc-zen5-avx2", 2), without_prompts(SIZES)),
     "kernels-float": (
         [row for row in results("cpu-decode-epyc-zen5-2-cores")["kernels"] if row["tokens"] == 1],
         {
