@@ -10,12 +10,12 @@ THREADS is the number of threads of one request, 1 by default: several requests 
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnxruntime
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 import gblm_compress
@@ -34,7 +34,7 @@ app = FastAPI()
 
 
 class Request(BaseModel):
-    input: str | list[str]
+    input: str | Annotated[list[str], Field(min_length=1)]
 
 
 @app.post("/v1/embeddings")
