@@ -5,7 +5,8 @@
     curl localhost:8000/v1/embeddings -H 'Content-Type: application/json' -d '{"input": ["a sentence"]}'
 
 FOLDER is the output of `gblm-compress export MODEL -o onnx --format onnx`, with `--quantise int8` or `--kernels` too.
-THREADS is the number of threads of one request, 1 by default: several requests run side by side.
+THREADS is the number of threads of one request, 1 by default: several requests run side by side. Texts are cut to 256
+tokens, and an embedding is the mean over the tokens. Change `embeddings` for a model that pools otherwise.
 """
 
 import os
@@ -18,14 +19,13 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
-import gblm_compress
-
 FOLDER, LONGEST = Path(os.environ["FOLDER"]), 256
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(os.environ.get("THREADS", "1"))
-options.register_custom_ops_library(str(gblm_compress.onnxruntime_library()))
+for library in FOLDER.glob("gblm_onnxruntime.*"):  # of an export with --kernels
+    options.register_custom_ops_library(str(library))
 session = onnxruntime.InferenceSession(FOLDER / "model.onnx", options, providers=["CPUExecutionProvider"])
 tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 tokenizer.enable_truncation(LONGEST)
@@ -39,7 +39,7 @@ class Request(BaseModel):
 
 @app.post("/v1/embeddings")
 def embeddings(request: Request) -> dict[str, Any]:
-    """Mean over the tokens, of length 1: the pooling of most sentence encoders. FastAPI calls this in a thread."""
+    """Means over the tokens, of length 1. FastAPI calls this in a thread."""
     encoded = tokenizer.encode_batch([request.input] if isinstance(request.input, str) else request.input)
     given = {
         value.name: np.array([getattr(text, FIELDS[value.name]) for text in encoded], np.int64)
