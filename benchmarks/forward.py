@@ -5,10 +5,10 @@
     python benchmarks/forward.py --shape vit-b-16 --folder exports --sparsities 0.5 --profile --json result.json
 
 Exports ONNX graphs of all models (those that are in `--folder` already are taken as they are) and times them in one
-process: torch, ONNX Runtime, and OpenVINO where its package (openvino) is installed. Inputs are random tokens without
-padding, or random pixels. A figure is the median over interleaved rounds; the first round is warm-up. Rows are added to
-those of `--json`, so that a large measurement can be made in pieces. `--profile` shows the time of each kind of
-operator, so that one sees what is no product of weights.
+process: torch, ONNX Runtime, and OpenVINO where its package (openvino) is installed, in 8 bits too with nncf. Inputs
+are random tokens without padding, or random pixels. A figure is the median over interleaved rounds; the first round is
+warm-up. Rows are added to those of `--json`, so that a large measurement can be made in pieces. `--profile` shows the
+time of each kind of operator, so that one sees what is no product of weights.
 
 With `--shape` the models are made in `--folder` too: one of random weights, and a copy for each of `--sparsities`, by
 magnitude. `bert-tiny` and `vit-tiny` are for trying this script.
@@ -105,13 +105,19 @@ def exported(models: dict[str, ModelSource], dtypes: Sequence[str], folder: Path
 
 
 class OpenVino:
-    """OpenVINO on the graph of an export, loaded as by `load_runtime`."""
+    """OpenVINO on the graph of an export; in 8 bits by NNCF, if there are samples to quantise it with."""
 
-    def __init__(self, source: ModelSource, dtype: str, device: str, threads: int) -> None:
+    def __init__(self, source: ModelSource, threads: int, calibration: Sequence[Sample] = ()) -> None:
         import openvino
 
-        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": {"float32": "f32"}[dtype]}
-        compiled = openvino.Core().compile_model(source.folder / GRAPH, device.upper(), options)
+        model = openvino.Core().read_model(source.folder / GRAPH)
+        if calibration:
+            import nncf
+
+            arrays = [{name: tensor.numpy() for name, tensor in sample.items()} for sample in calibration]
+            model = nncf.quantize(model, nncf.Dataset(arrays), model_type=nncf.ModelType.TRANSFORMER)
+        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(model, "CPU", options)
         self._request, self._inputs = compiled.create_infer_request(), [value.any_name for value in compiled.inputs]
 
     def predict(self, sample: Sample) -> torch.Tensor:
@@ -168,7 +174,9 @@ def compared(
     """A row for each engine and its weights."""
     dense, float32 = next(iter(models)), "dense float32"
     sources = {("torch", float32, dense): models[dense]}
-    sources |= {("openvino", float32, dense): graphs[float32, dense]} if find_spec("openvino") else {}
+    for package, weights in (("openvino", float32), ("nncf", "dense int8")):
+        if find_spec("openvino") and find_spec(package) and weights.split()[1] in ("float32", *options.weights):
+            sources["openvino", weights, dense] = graphs[float32, dense]
     sources |= {("onnxruntime", *key): graph for key, graph in graphs.items()}
     rows, engines = {}, {}
     for (engine, weights, of), source in sources.items():
@@ -177,8 +185,11 @@ def compared(
         row = dict(zip(KEYS, (options.model, engine, weights, of, path, threads), strict=True))
         row |= {"zeros": zeros_of(source) if kind == "packed" else 0.0, "MB": source.bytes_on_disk / 1e6}
         rows[engine, weights, of] = row | {"version": import_module(engine).__version__}
-        load = OpenVino if engine == "openvino" else load_runtime
-        engines[engine, weights, of] = load(source, "float32", "cpu", threads).predict
+        if engine == "openvino":
+            calibration = list(samples.values()) if dtype == "int8" else []
+            engines[engine, weights, of] = OpenVino(source, threads, calibration).predict
+        else:
+            engines[engine, weights, of] = load_runtime(source, "float32", "cpu", threads).predict
     for label, sample in samples.items():
         expected = engines["torch", float32, dense](sample)
         for key in (key for key in engines if key[1] == float32):

@@ -304,6 +304,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         },
     ),
     "passes-1-thread": (passes(1), timed(minilm="1x32 1x128 8x128")),
+    "passes-2-threads": (passes(2), timed(minilm="1x128 8x128")),
     "passes-larger": (passes(1), timed(bert_base="1x128 8x128", vit_b_16="1 8")),
     "passes-shares": (
         shares(),
