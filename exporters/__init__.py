@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
-from gblm_compress.formats import FORMATS, MOST_NONZEROS
+from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.machine import cost
 from gblm_compress.methods.patterns import Pattern
@@ -126,15 +126,6 @@ def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
             f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
             f"take more bytes (packing pays from {100 / width:.1f} %): the model is dense; prune it first"
         )
-
-
-def layers_with_zeros(source: ModelSource, model: nn.Module) -> list[str]:
-    """The pruned layers; in a folder from elsewhere, the layers with enough zeros for packed products to be faster."""
-    layers = manifest.pruned_layers(source, model)
-    if manifest.is_pruned(source.folder):
-        return layers
-    weights = {name: weight_matrix(model.get_submodule(name)) for name in layers}
-    return [name for name, weight in weights.items() if count_nonzeros(weight) <= MOST_NONZEROS * weight.numel()]
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ from gblm_compress.exporters import (
     check_nonzeros,
     drop_signs_of_zeros_,
     dtype_of,
-    layers_with_zeros,
     onnx_fused,
     onnx_plain,
     onnx_weights,
@@ -31,10 +30,11 @@ from gblm_compress.exporters import (
 from gblm_compress.exporters.onnx_packing import encode_initializers_, use_kernels_
 from gblm_compress.exporters.onnx_rounding import Rounded, by_channels, round_, use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
-from gblm_compress.formats import FORMATS
+from gblm_compress.formats import FORMATS, MOST_NONZEROS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.files import GRAPH
@@ -103,7 +103,7 @@ def export(
     if settings.kernels and stored == "float16":
         model = model.float()
     processor = loading.load_processor(source)
-    layers = layers_with_zeros(source, model) if settings.kernels else manifest.pruned_layers(source, model)
+    layers = _packed_layers(source, model) if settings.kernels else manifest.pruned_layers(source, model)
     drop_signs_of_zeros_(model, layers)
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     check_nonzeros(source, weights)
@@ -121,6 +121,15 @@ def export(
         reason = first_line(error)
     progress.say(f"a plain graph replaces the fused one: {reason}")
     return write("plain", reason)
+
+
+def _packed_layers(source: ModelSource, model: nn.Module) -> list[str]:
+    """What `kernels` run packed: pruned layers; in a folder from elsewhere, layers with enough zeros to gain."""
+    layers = manifest.pruned_layers(source, model)
+    if manifest.is_pruned(source.folder):
+        return layers
+    weights = {name: weight_matrix(model.get_submodule(name)) for name in layers}
+    return [name for name, weight in weights.items() if count_nonzeros(weight) <= MOST_NONZEROS * weight.numel()]
 
 
 def _write(

@@ -98,6 +98,22 @@ typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
 #if defined(__x86_64__) || defined(__aarch64__)
 /* The place of so many tokens in a table by 1, 2, 4 and 8. */
 static int by_tokens(int64_t tokens) { return tokens <= 2 ? (int)tokens - 1 : tokens <= 4 ? 2 : 3; }
+
+/* NAME_any, which computes rows by NAME_row with kind and tokens as constants. */
+#define TOKEN_KERNEL(NAME, ATTRIBUTE, KIND, TOKENS)                                                                      \
+    ATTRIBUTE static void NAME##_##KIND##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {                   \
+        for (int64_t r = begin; r < end; r++) NAME##_row(job, r, KIND, TOKENS);                                          \
+    }
+#define KIND_KERNELS(NAME, ATTRIBUTE, KIND)                                                                              \
+    TOKEN_KERNEL(NAME, ATTRIBUTE, KIND, 1) TOKEN_KERNEL(NAME, ATTRIBUTE, KIND, 2)                                        \
+    TOKEN_KERNEL(NAME, ATTRIBUTE, KIND, 4) TOKEN_KERNEL(NAME, ATTRIBUTE, KIND, 8)
+#define KIND_TABLE(NAME, KIND) {NAME##_##KIND##_1, NAME##_##KIND##_2, NAME##_##KIND##_4, NAME##_##KIND##_8}
+#define ROW_KERNELS(NAME, ATTRIBUTE)                                                                                     \
+    KIND_KERNELS(NAME, ATTRIBUTE, LEVELS) KIND_KERNELS(NAME, ATTRIBUTE, PLACES) KIND_KERNELS(NAME, ATTRIBUTE, DENSE)     \
+    static void NAME##_any(const Quantised *job, int64_t begin, int64_t end) {                                           \
+        static const Rows rows[KINDS][4] = {KIND_TABLE(NAME, LEVELS), KIND_TABLE(NAME, PLACES), KIND_TABLE(NAME, DENSE)}; \
+        rows[kind_of(job)][by_tokens(job->tokens)](job, begin, end);                                                     \
+    }
 #endif
 
 /* ---- portable ---- */
@@ -169,11 +185,11 @@ static inline void neon_look_up(const uint8_t *places, int8x16_t table, int8_t *
     }
 }
 
-/* 8 weights in 16 bits, and v moved past them. */
-static inline int16x8_t neon_eight(const int8_t **v, unsigned bits) {
-    const int8x8_t weights = vtbl1_s8(vld1_s8(*v), vld1_s8((const int8_t *)shuffles[bits]));
+/* 8 levels, and v moved past them. */
+static inline int8x8_t neon_eight(const int8_t **v, unsigned bits) {
+    const int8x8_t levels = vtbl1_s8(vld1_s8(*v), vld1_s8((const int8_t *)shuffles[bits]));
     *v += __builtin_popcount(bits);
-    return vmovl_s8(weights);
+    return levels;
 }
 
 /* The levels of all columns of a row. */
@@ -212,7 +228,7 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
                     places += bytes_in(__builtin_popcountll(bits), kind);
                 }
                 const int16x8_t weights =
-                    kind == DENSE ? vmovl_s8(vld1_s8((v += 8) - 8)) : neon_eight(&v, (unsigned)(bits >> c % 64) & 255);
+                    vmovl_s8(kind == DENSE ? vld1_s8((v += 8) - 8) : neon_eight(&v, (unsigned)(bits >> c % 64) & 255));
                 for (int64_t t = 0; t < job->tokens; t++) {
                     const int16x8_t x = vld1q_s16((const int16_t *)job->x + t * columns + c);
                     low[t] = vmlal_s16(low[t], vget_low_s16(weights), vget_low_s16(x));
@@ -244,13 +260,6 @@ DOT INLINE int32x4_t dotted(int32x4_t sums, int8x16_t x, int8x16_t levels) {
     return sums;
 }
 
-/* 8 levels, and v moved past them. */
-static inline int8x8_t dot_eight(const int8_t **v, unsigned bits) {
-    const int8x8_t levels = vtbl1_s8(vld1_s8(*v), vld1_s8((const int8_t *)shuffles[bits]));
-    *v += __builtin_popcount(bits);
-    return levels;
-}
-
 /* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. */
 DOT INLINE void dot_row(const Quantised *job, int64_t r, const int kind, const int tokens) {
     const int64_t stride = bytes_a_token(job->words), span = (job->group ? job->group : PERIOD) / 16;
@@ -273,7 +282,7 @@ DOT INLINE void dot_row(const Quantised *job, int64_t r, const int kind, const i
             int8x16_t levels;
             if (kind == DENSE) levels = vld1q_s8((v += 16) - 16);
             else {
-                const int8x8_t first = dot_eight(&v, bits & 255), second = dot_eight(&v, bits >> 8 & 255);
+                const int8x8_t first = neon_eight(&v, bits & 255), second = neon_eight(&v, bits >> 8 & 255);
                 levels = vcombine_s8(first, second);
             }
             for (int t = 0; t < tokens; t++) {
@@ -295,19 +304,7 @@ DOT INLINE void dot_row(const Quantised *job, int64_t r, const int kind, const i
         put(job, t, r, (vaddvq_f32(sums[t]) + 128 * job->sums[r]) * scale * job->x_scales[t]);
 }
 
-#define DOT_TOKENS(KIND, TOKENS)                                                               \
-    DOT static void dot_##KIND##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {  \
-        for (int64_t r = begin; r < end; r++) dot_row(job, r, KIND, TOKENS);                   \
-    }
-#define DOT_KIND(KIND) DOT_TOKENS(KIND, 1) DOT_TOKENS(KIND, 2) DOT_TOKENS(KIND, 4) DOT_TOKENS(KIND, 8)
-DOT_KIND(LEVELS) DOT_KIND(PLACES) DOT_KIND(DENSE)
-
-#define DOT_BY_TOKENS(KIND) {dot_##KIND##_1, dot_##KIND##_2, dot_##KIND##_4, dot_##KIND##_8}
-static const Rows dots[KINDS][4] = {DOT_BY_TOKENS(LEVELS), DOT_BY_TOKENS(PLACES), DOT_BY_TOKENS(DENSE)};
-
-static void dot_any(const Quantised *job, int64_t begin, int64_t end) {
-    dots[kind_of(job)][by_tokens(job->tokens)](job, begin, end);
-}
+ROW_KERNELS(dot, DOT)
 
 static int has_dot(void) {
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -402,19 +399,7 @@ AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const
     for (int t = 0; t < tokens && t < job->tokens; t++) put(job, t, r, gblm_sum_256(sums[t]) * scale * job->x_scales[t]);
 }
 
-#define AVX2_TOKENS(KIND, TOKENS)                                                                    \
-    AVX2 static void avx2_##KIND##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {      \
-        for (int64_t r = begin; r < end; r++) avx2_row(job, r, KIND, TOKENS);                        \
-    }
-#define AVX2_KIND(KIND) AVX2_TOKENS(KIND, 1) AVX2_TOKENS(KIND, 2) AVX2_TOKENS(KIND, 4) AVX2_TOKENS(KIND, 8)
-AVX2_KIND(LEVELS) AVX2_KIND(PLACES) AVX2_KIND(DENSE)
-
-#define AVX2_BY_TOKENS(KIND) {avx2_##KIND##_1, avx2_##KIND##_2, avx2_##KIND##_4, avx2_##KIND##_8}
-static const Rows avx2[KINDS][4] = {AVX2_BY_TOKENS(LEVELS), AVX2_BY_TOKENS(PLACES), AVX2_BY_TOKENS(DENSE)};
-
-static void avx2_any(const Quantised *job, int64_t begin, int64_t end) {
-    avx2[kind_of(job)][by_tokens(job->tokens)](job, begin, end);
-}
+ROW_KERNELS(avx2, AVX2)
 
 AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to,
                              const int kind) {

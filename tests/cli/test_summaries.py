@@ -156,6 +156,12 @@ def test_the_next_command_has_the_paths_of_the_call(command, given, words, capsy
         assert capsys.readouterr().out == "summary\n" + f"next: gblm-compress {words}\n" * (not quiet)
 
 
+def test_after_an_inspection_a_dense_model_is_pruned() -> None:
+    content = {"nonzeros": 61, "weights": 80}
+    assert summaries.FOLLOWING["inspect"](content, {"model": "x"}) == ("prune", "x", "-o", "pruned")
+    assert summaries.FOLLOWING["inspect"](content | {"nonzeros": 60}, {"model": "x"})[0] == "export"
+
+
 @pytest.mark.parametrize(
     ("name", "baseline"),
     [("demo", "demo"), ("owner/model", "owner/model"), ("here", "here"), ("elsewhere", "MODEL"), (None, "MODEL")],
