@@ -27,6 +27,7 @@ from rich.table import Table
 from serving import requests
 
 from gblm_compress.machine import environment, version_of
+from gblm_compress.models.files import GRAPH
 
 EXAMPLES, START_SECONDS = Path(__file__).parents[1] / "docs" / "examples", 60
 
@@ -42,6 +43,8 @@ def served(folder: Path, stack: ExitStack) -> str:
     stack.callback(server.terminate)
     for _ in range(10 * START_SECONDS):
         time.sleep(0.1)
+        if server.poll() is not None:
+            sys.exit(f"the server of {folder} ended; is the folder an ONNX export, and is uvicorn installed?")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return f"http://127.0.0.1:{port}/v1/embeddings"
@@ -75,6 +78,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if missing := [str(folder) for folder in options.folders if not (folder / GRAPH).exists()]:
+        parser.error(f"no {GRAPH} in {', '.join(missing)}; give folders of `gblm-compress export --format onnx`")
     texts, rows = [request.prompt for request in requests(options.requests)], []
     with ExitStack() as stack:
         urls = {folder.name: served(folder, stack) for folder in options.folders}
