@@ -55,59 +55,43 @@ ENVIRONMENT |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS",
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: `code` is its exit code, `signal` what killed it."""
+    """How a command ended: `code` is its exit code, or minus the signal that killed it."""
 
-    code: int | None
-    signal: int | None
+    code: int
     stdout: str
     stderr: str
     seconds: float
 
-    @property
-    def timed_out(self) -> bool:
-        return self.signal == signal.SIGKILL
-
 
 class Server:
-    """The server, which ends with the process that started it."""
+    """Forks of a server that ends with the process that started it; with the method "fork", of this process."""
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(IMPORTED)
-        root = str(Path(__file__).parents[1])
-        with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": os.environ.get("PYTHONPATH", root)}):
-            forkserver.ensure_running()
+    def __init__(self, method: str = "forkserver") -> None:
+        self._context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(IMPORTED)
+            root = str(Path(__file__).parents[1])
+            with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": os.environ.get("PYTHONPATH", root)}):
+                forkserver.ensure_running()
 
     def run(
         self, arguments: list[str], folder: Path, cache: Path, seconds: float = LONG_ENOUGH, code: str = PROGRAM
     ) -> Outcome:
         process = self._context.Process(target=_run, args=(arguments, folder, cache, code))
-        process.start()
         start = time.monotonic()
+        process.start()
         process.join(seconds)
         process.kill()
         process.join()
-        ended = process.exitcode or 0
-        said = [(cache / name).read_text(errors="backslashreplace") for name in ("stdout", "stderr")]
         took = time.monotonic() - start
-        return Outcome(ended if ended >= 0 else None, -ended if ended < 0 else None, said[0], said[1], took)
+        said = [(cache / name).read_text(errors="backslashreplace") for name in ("stdout", "stderr")]
+        return Outcome(process.exitcode, *said, took)
 
     def build(self, command: Sequence[str], **_: Any) -> "CompletedProcess[str]":
         """In place of `subprocess.run` for the builder of fused graphs, whose imports take longer than its work."""
         with tempfile.TemporaryDirectory() as cache:
             done = self.run([*command[3:]], Path.cwd(), Path(cache), code=BUILDER)
-        return CompletedProcess(
-            command, -(done.signal or 0) if done.code is None else done.code, done.stdout, done.stderr
-        )
-
-
-def _build(command: Sequence[str], **_: Any) -> "CompletedProcess[str]":
-    """`Server.build` in a process that the server has forked."""
-    with tempfile.TemporaryDirectory() as cache:
-        child = os.fork() or _run([*command[3:]], Path.cwd(), Path(cache), BUILDER)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said = [(Path(cache) / name).read_text(errors="backslashreplace") for name in ("stdout", "stderr")]
-    return CompletedProcess(command, code, *said)
+        return CompletedProcess(command, done.code, done.stdout, done.stderr)
 
 
 class _Worker:
@@ -146,7 +130,7 @@ def _run(arguments: list[str], folder: Path, cache: Path, code: str) -> NoReturn
     os.environ["GBLM_COMPRESS_CACHE"] = str(cache)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_LIMIT, -1))
-    onnx_fused.subprocess = SimpleNamespace(run=_build)
+    onnx_fused.subprocess = SimpleNamespace(run=Server("fork").build)
     benchmarking.subprocess = SimpleNamespace(Popen=_Worker, PIPE=None)
     try:
         exec(code, {"__name__": "__main__"})
