@@ -134,7 +134,6 @@ def _builder(request: pytest.FixtureRequest, monkeypatch) -> None:
 def program(server: Server, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     """program("prune", "tiny"): the command as a user gives it, in the test's own folder."""
     cache = tmp_path_factory.getbasetemp() / "cache"
-    cache.mkdir(exist_ok=True)
     return lambda *arguments: server.run(list(arguments), tmp_path, cache)
 
 

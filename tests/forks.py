@@ -77,6 +77,10 @@ class Server:
     def run(
         self, arguments: list[str], folder: Path, cache: Path, seconds: float = LONG_ENOUGH, code: str = PROGRAM
     ) -> Outcome:
+        cache.mkdir(exist_ok=True)
+        streams = [cache / name for name in ("stdout", "stderr")]
+        for stream in streams:  # a command may be killed before it opens them
+            stream.write_bytes(b"")
         process = self._context.Process(target=_run, args=(arguments, folder, cache, code))
         start = time.monotonic()
         process.start()
@@ -84,8 +88,7 @@ class Server:
         process.kill()
         process.join()
         took = time.monotonic() - start
-        said = [(cache / name).read_text(errors="backslashreplace") for name in ("stdout", "stderr")]
-        return Outcome(process.exitcode, *said, took)
+        return Outcome(process.exitcode, *(stream.read_text(errors="backslashreplace") for stream in streams), took)
 
     def build(self, command: Sequence[str], **_: Any) -> "CompletedProcess[str]":
         """In place of `subprocess.run` for the builder of fused graphs, whose imports take longer than its work."""
@@ -123,7 +126,7 @@ class _Worker:
 
 def _run(arguments: list[str], folder: Path, cache: Path, code: str) -> NoReturn:
     for number, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(cache / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(cache / name, os.O_WRONLY), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     sys.argv = ["gblm-compress", *arguments]
     os.chdir(folder)

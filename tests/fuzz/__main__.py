@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.forks import Outcome, Server
@@ -40,27 +40,31 @@ class Runner:
         """
         kind = KINDS[name]
         with tempfile.TemporaryDirectory(prefix="gblm-fuzz-") as place:
-            folder, cache = Path(place) / "work", Path(place) / "cache"
+            folder = Path(place) / "work"
             shutil.copytree(self.store / kind.made, folder, symlinks=True)
-            cache.mkdir()
+            cache = folder / "cache" if (folder / "cache").exists() else Path(place)
             done, arguments = example(kind, folder, draw)
             before = _content(folder, kind)
-            own_cache = folder / "cache"
-            outcome = self.server.run(
-                arguments, folder, own_cache if own_cache.exists() else cache, self.seconds, kind.code
-            )
+            outcome = self.server.run(arguments, folder, cache, self.seconds, kind.code)
             self.counts[name] += 1
             faults = list(_faults(outcome)) + list(_leftovers(before, _content(folder, kind), outcome))
             assert not faults, f"{name}: {'; '.join(done)}\n{arguments}\n{faults}\n{outcome.stderr[-3000:]}"
 
+    def examples(self, name: str, count: int, number: int) -> None:
+        """Check so many examples of a kind, those of seed `number`; the AssertionError is that of the smallest."""
+
+        @seed(number)
+        @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.data())
+        def check(data: st.DataObject) -> None:
+            self.check(name, data.draw)
+
+        check()
+
 
 def _faults(outcome: Outcome) -> Iterator[str]:
-    if outcome.timed_out:
-        yield f"no end within {outcome.seconds:.0f} s"
-    elif outcome.signal:
-        yield f"ended by signal {outcome.signal}"
-    elif outcome.code not in FORESEEN:
-        yield f"exit code {outcome.code}"
+    if outcome.code not in FORESEEN:
+        yield f"exit code {outcome.code} after {outcome.seconds:.0f} s"
     if "Traceback" in outcome.stderr:
         yield "a traceback"
     if "\x1b" in outcome.stdout + outcome.stderr:
@@ -77,14 +81,22 @@ def _leftovers(before: dict[str, str], after: dict[str, str], outcome: Outcome) 
 
 
 def _content(folder: Path, kind: Kind) -> dict[str, str]:
-    """{path: a hash of its content} of the inputs, and the names alone of new paths at the top."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if parts[0] not in kind.changes and not (parts[0] == "out" and len(parts) > 1):
-            regular = path.is_file() and not path.is_symlink()
-            found["/".join(parts)] = hashlib.sha256(path.read_bytes()).hexdigest() if regular else "no file"
-    return found
+    """`contents` of the inputs, and the names alone of new paths at the top."""
+    return {
+        path: content
+        for path, content in contents(folder).items()
+        if path.partition("/")[0] not in kind.changes and not path.startswith("out/")
+    }
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """{path: hash of its content} of all files; of what else there is, the path."""
+
+    def content(path: Path) -> str:
+        is_file = path.is_file() and not path.is_symlink()
+        return hashlib.sha256(path.read_bytes()).hexdigest() if is_file else "no file"
+
+    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*")}
 
 
 @contextmanager
@@ -106,33 +118,16 @@ def main() -> None:
     with runner(options.limit) as run:
         while (took := time.monotonic() - start) < options.seconds:
             name = (options.kind or list(KINDS))[(number - options.seed) % len(options.kind or KINDS)]
-            if fault := _batch(run, name, number):
+            try:
+                run.examples(name, BATCH, number)
+            except Exception as fault:
                 faults += 1
-                print(fault)
+                print(f"seed {number}: {fault}")
             number += 1
             print(f"{took:.0f} s: {sum(run.counts.values())} inputs, {faults} faults", file=sys.stderr)
     print(*(f"{count:6} {name}" for name, count in run.counts.items()), sep="\n")
     print(f"{faults} faults, seeds up to {number - 1}")
     sys.exit(faults > 0)
-
-
-def _batch(run: Runner, name: str, number: int) -> str | None:
-    """Some examples of one kind; the smallest fault, if any."""
-
-    @seed(number)
-    @settings(
-        max_examples=BATCH, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(st.data())
-    def examples(data: st.DataObject) -> None:
-        run.check(name, data.draw)
-
-    try:
-        examples()
-    except Exception as fault:
-        return f"seed {number}: {fault}"
-    return None
 
 
 if __name__ == "__main__":

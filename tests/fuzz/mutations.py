@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import torch
 from hypothesis import strategies as st
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -29,6 +33,11 @@ ODD_STEPS: list[dict[str, Any]] = [
         "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 9,
     },
 ]  # fmt: skip
+PARTS = [
+    ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders"),
+    ("post_processor", "processors"),
+]  # fmt: skip
+ODD_CELLS: list[Any] = ["a" * 10_000, None, b"\xff", 1, 1e400, ["a"], {"text": "a"}, True, ""]
 ODD_TEXTS = ["", "\x00", "null", "{", "[" * 3000, "9" * 5000, "\ufeff", "---\n", "&a [*a]", "!!int x", "- " * 3000]
 
 
@@ -47,22 +56,18 @@ def spoil(path: Path, draw: Draw) -> str:
 
 
 def _bytes(path: Path, draw: Draw) -> str:
-    data = bytearray(path.read_bytes())
+    data, few = path.read_bytes(), draw(st.integers(1, 64))
     place = draw(st.integers(0, len(data)))
-    what = draw(st.sampled_from(["flip", "cut", "insert", "delete", "zero", "empty"]))
-    if what == "flip" and place < len(data):
-        data[place] ^= 1 << draw(st.integers(0, 7))
-    elif what == "cut":
-        del data[place:]
-    elif what == "insert":
-        data[place:place] = draw(st.binary(max_size=16))
-    elif what == "delete":
-        del data[place : place + draw(st.integers(1, 64))]
-    elif what == "zero":
-        data[place : place + 64] = bytes(len(data[place : place + 64]))
-    elif what == "empty":
-        data.clear()
-    path.write_bytes(data)
+    before, after = data[:place], data[place:]
+    changed = {
+        "flip": bytes(byte ^ 1 << few % 8 for byte in after[:1]) + after[1:],
+        "cut": b"",
+        "insert": draw(st.binary(max_size=16)) + after,
+        "delete": after[few:],
+        "zero": bytes(len(after[:few])) + after[few:],
+    }
+    what = draw(st.sampled_from(sorted(changed)))
+    path.write_bytes(before + changed[what])
     return f"{what} at byte {place}"
 
 
@@ -126,37 +131,29 @@ def _header(path: Path, draw: Draw) -> str:
 
 def _tensor(path: Path, draw: Draw) -> str:
     """One tensor of another shape, dtype or content, in a file that is sound by itself."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path)
     name = draw(st.sampled_from(sorted(tensors)))
-    tensor = tensors[name]
-    what = draw(st.sampled_from(["missing", "short", "long", "dtype", "ones", "flat", "bit", "random"]))
+    tensor = tensors.pop(name)
+    dtype = draw(st.sampled_from([torch.float64, torch.int8, torch.bool, torch.bfloat16]))
     raw = tensor.view(-1).view(torch.uint8)
-    if what == "missing":
-        del tensors[name]
-    elif what == "bit":
-        raw[draw(st.integers(0, len(raw) - 1))] ^= 1 << draw(st.integers(0, 7))
-    elif what == "random":
-        raw.copy_(torch.randint(0, 256, raw.shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))))
-    else:
-        dtype = draw(st.sampled_from([torch.float64, torch.int8, torch.bool, torch.bfloat16]))
-        tensors[name] = {
-            "short": tensor[: len(tensor) // 2].clone(),
-            "long": torch.cat([tensor, tensor]),
-            "dtype": tensor.to(dtype),
-            "ones": torch.full_like(tensor, 255 if tensor.dtype == torch.uint8 else -1),
-            "flat": tensor.reshape(-1),
-        }[what]
+    noise = torch.randint(0, 256, raw.shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    changed = {
+        "short": tensor[: len(tensor) // 2].clone(),
+        "long": torch.cat([tensor, tensor]),
+        "dtype": tensor.to(dtype),
+        "ones": torch.full_like(tensor, 255 if tensor.dtype == torch.uint8 else -1),
+        "flat": tensor.reshape(-1),
+        "random": noise.to(torch.uint8).view(tensor.dtype).view(tensor.shape),
+    }
+    what = draw(st.sampled_from(["missing", *changed]))
+    if what in changed:
+        tensors[name] = changed[what]
     save_file(tensors, path, metadata={"format": "pt"})
     return f"tensor {name}: {what}"
 
 
 def extreme(path: Path, draw: Draw) -> str:
     """One weight, row, column or all of a tensor become a number that few models hold."""
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path)
     name = draw(st.sampled_from(sorted(tensors)))
     value, where = draw(st.sampled_from(EXTREMES)), draw(st.sampled_from(["all", "one", "row", "column"]))
@@ -167,34 +164,23 @@ def extreme(path: Path, draw: Draw) -> str:
 
 
 def _steps(path: Path, draw: Draw) -> str:
+    """Other steps of a tokenizer."""
     content = json.loads(path.read_text())
-    parts = {
-        "normalizer": "normalizers",
-        "pre_tokenizer": "pretokenizers",
-        "decoder": "decoders",
-        "post_processor": "processors",
-    }
-    part = draw(st.sampled_from(sorted(parts)))
+    part, kind = draw(st.sampled_from(PARTS))
     steps = draw(st.lists(st.sampled_from(ODD_STEPS), min_size=1, max_size=4))
-    content[part] = {"type": "Sequence", parts[part]: steps}
+    content[part] = {"type": "Sequence", kind: steps}
     path.write_text(json.dumps(content))
     return f"{part} = {str(steps)[:200]}"
 
 
 def _table(path: Path, draw: Draw) -> str:
     """Another column in a table, in a file that is sound by itself."""
-    import pyarrow
-    from pyarrow import parquet
-
     table = parquet.read_table(path)
-    name = draw(st.sampled_from(["text", "label", "score", "image", "", "\n"]))
-    values = draw(
-        st.sampled_from([["a" * 10_000], [None], [b"\xff"], [1], [1e400], [["a"]], [{"text": "a"}], [True], [""]])
-    )
-    column = pyarrow.array(values * len(table))
+    name, value = draw(st.sampled_from(["text", "label", "score", "image", "", "\n"])), draw(st.sampled_from(ODD_CELLS))
+    column = pyarrow.array([value] * len(table))
     if draw(st.booleans()):
         table = pyarrow.table({name: column})
     else:
         table = pyarrow.Table.from_arrays([*table.columns, column], [*table.column_names, name])
     parquet.write_table(table[: draw(st.integers(0, len(table)))], path)
-    return f"columns {table.column_names}, {name!r} of {str(values)[:40]}"
+    return f"columns {table.column_names}, {name!r} of {str(value)[:40]}"

@@ -21,7 +21,7 @@ from gblm_compress.errors import MissingDependencyError
 from gblm_compress.exporters.onnx_packing import use_kernels_
 from gblm_compress.kernels import cpu
 from tests.exporters.test_onnx_slim import parsed
-from tests.hostile_graphs import Case, cases, run, sound_case
+from tests.hostile_graphs import Case, run, run_many, sound_case
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,12 @@ def library() -> str:
 
 
 def test_any_graph_is_computed_right_or_refused(library: str) -> None:
-    """A wrong product, or a damaged graph that is taken, is an AssertionError of `run`."""
-    refused = [bool(run(case, library)) for case in cases(600)]
-    assert 0.5 < np.mean(refused) < 0.8  # both kinds are tried
+    """A wrong product, or a sound graph that is refused, is an AssertionError."""
+    assert 0.5 < run_many(600, library) / 600 < 0.8  # both kinds are tried
 
 
 def changed(name: str, array: np.ndarray):
     return lambda case: case.tensors.__setitem__(name, array)
-
-
-def given(x: np.ndarray):
-    return lambda case: setattr(case, "x", x)
 
 
 DAMAGES = {
@@ -56,8 +51,8 @@ DAMAGES = {
         (changed("values0", np.zeros((1, 66), np.float32)), "values 'values0' must be a tensor of float or float16 w"),
         (lambda case: case.variable.add("values0"), "values 'values0' must be a constant initializer"),
         (lambda case: case.inputs.extend(case.inputs[1:] * 8), "of 1 to 8 weights, .* it has 28 inputs and 1 outputs"),
-        (given(np.array(1.0, np.float32)), "x must be a tensor of float with 1 to 8 dim.* 0 dimensions, the last of 0"),
-        (given(np.zeros((3, 65), np.float32)), "the last of 64; .* 2 dimensions, the last of 65"),
+        (changed("x", np.array(1.0, np.float32)), "with 1 to 8 dim.* 0 dimensions, the last of 0"),
+        (changed("x", np.zeros((3, 65), np.float32)), "the last of 64; .* 2 dimensions, the last of 65"),
     ],
     "DenseLinear": [
         (changed("weight", np.zeros((2, 65), np.float16)), r"weight 'weight' has shape \[2, 65\]; it needs rows, and"),
@@ -96,8 +91,7 @@ SOUND = {
     [(operator, *damaged) for operator, found in DAMAGES.items() for damaged in found],
 )
 def test_the_message_names_the_fault(library: str, operator: str, damage, message: str) -> None:
-    tensors = SOUND[operator]
-    case = Case(operator, np.ones((3, 64), np.float32), dict(tensors), ["x", *tensors], ["y0"], set(), [])
+    case = Case(operator, {"x": np.ones((3, 64), np.float32)} | SOUND[operator])
     assert run(case, library) == ""
     damage(case)
     assert re.search(message, run(case, library))
@@ -110,11 +104,8 @@ def test_a_path_can_be_forced(library: str, monkeypatch, path: str) -> None:
         case = sound_case(random.Random(seed))
         half = any(tensor.dtype == np.float16 for tensor in case.tensors.values())
         dtype = torch.int8 if case.operator == "QuantisedLinear" else torch.float16 if half else torch.float32
-        if path in cpu.paths(dtype):
-            assert run(case, library) == ""
-        else:
-            with pytest.raises(AssertionError, match=f"{path}: this CPU has no such path"):
-                run(case, library)
+        expected = "" if path in cpu.paths(dtype) else f"{path}: this CPU has no such path"
+        assert re.search(expected or "^$", run(case, library))
 
 
 @pytest.mark.parametrize(
@@ -128,21 +119,22 @@ def test_dense_weights_and_many_tokens(library: str, monkeypatch, dtype: torch.d
         weight = numbers.standard_normal((rows, columns)).astype(torch.empty(0, dtype=dtype).numpy().dtype)
         for tokens in (9, 17, 48, 60, 80, 90, 129):
             x = numbers.standard_normal((tokens, columns)).astype(np.float32)
-            assert run(Case("DenseLinear", x, {"weight": weight}, ["x", "weight"], ["y0"], set(), []), library) == ""
+            assert run(Case("DenseLinear", {"x": x, "weight": weight}), library) == ""
 
 
 def test_weights_of_one_node_have_one_type(library: str) -> None:
     mask, starts = np.array([[1]]), np.array([0])
-    tensors = {"mask0": mask, "values0": np.ones(65, np.float32), "starts0": starts}
+    tensors = {"x": np.ones((1, 64), np.float32)}
+    tensors |= {"mask0": mask, "values0": np.ones(65, np.float32), "starts0": starts}
     tensors |= {"mask1": mask, "values1": np.ones(65, np.float16), "starts1": starts}
-    case = Case("BitmaskLinear", np.ones((1, 64), np.float32), tensors, ["x", *tensors], ["y0", "y1"], set(), [])
+    case = Case("BitmaskLinear", tensors, ["y0", "y1"])
     assert "the values of weight 0 and weight 1 are of different types" in run(case, library)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_weights_beside_the_graph(library: str, tmp_path, offset: int) -> None:
     """ONNX Runtime maps their file, at whatever offset they have; what is written into it later moves no kernel."""
-    case = sound_case(random.Random(4))
+    case = sound_case(random.Random(4), ["BitmaskLinear"])
     model = onnx.load_from_string(case.model())
     content = b""
     for tensor in (tensor for tensor in model.graph.initializer if tensor.raw_data):
