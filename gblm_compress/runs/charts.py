@@ -26,6 +26,7 @@ ERRORS = (
     "The error of each layer's output, relative to the output of its dense weights for the same inputs, on the "
     "calibration text when it was pruned and fitted. Pruning costs most in dark layers."
 )
+TIMES = "a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
 LOSS = (
     "The divergence from the dense model's predictions, with the training's share of the text's cross-entropy, on text "
     "that the training does not see. Lower is better; the filled dot was kept."
@@ -46,19 +47,17 @@ def of(report: RunReport) -> list[Chart]:
     """The charts that a report has data for, unless all values are alike."""
     sizes = [replace(row, value=(row.value or 0) / 1e6) for row in report.find("bytes")]
     figure, axis = ("tpot_ms", "ms per token") if report.generates else ("ttft_ms", "ms per forward pass")
-    times = [row for row in report.find(figure) if row.batch == report.smallest_batch]
-    smaller = "Quality against size: to the left is smaller."
-    faster = f"Quality against time at batch {report.smallest_batch}: to the left is faster; lines span p10 to p90."
     first, prefill = "Time of a forward pass", "a forward pass"
     if report.generates:
         first, prefill = "Time to the first token", "prefill"
-    spans = "a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
-    decode, prefill = (f"Milliseconds of {what}: {spans}" for what in ("decode", prefill))
+    times = [row for row in report.find(figure) if row.batch == report.smallest_batch]
+    smaller = "Quality against size: to the left is smaller."
+    faster = f"Quality against time at batch {report.smallest_batch}: to the left is faster; lines span p10 to p90."
     made = (
         _front(report, "quality-bytes", "Quality and size", smaller, sizes, "megabytes on disk"),
         _front(report, "quality-time", "Quality and speed", faster, times, axis),
-        _dots(report, "tpot_ms", "latency-decode", "Time per token after the first", decode),
-        _dots(report, "ttft_ms", "latency-prefill", first, prefill),
+        _dots("latency-decode", "Time per token after the first", report.find("tpot_ms"), "decode"),
+        _dots("latency-prefill", first, report.find("ttft_ms"), prefill),
         _step(report),
         _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS),
         _tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
@@ -80,46 +79,40 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
     return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
 
 
-def _dots(report: RunReport, figure: str, name: str, title: str, caption: str) -> Chart | None:
+def _dots(name: str, title: str, rows: Sequence[Row], what: str) -> Chart | None:
     """A dot with its interval for each time; its name has the columns that differ."""
-    rows = report.find(figure)
     if len(rows) < 2:
         return None
     several = [field for field in ("runtime", "batch") if len({getattr(row, field) for row in rows}) > 1]
-    labels = [
-        _wrapped(", ".join([_name(row), *(f"{field} {getattr(row, field)}" for field in several)])) for row in rows
-    ]
+    labels = [", ".join([_name(row), *(f"{field} {getattr(row, field)}" for field in several)]) for row in rows]
 
     def draw(axes: Any) -> None:
         for number, row in enumerate(rows):
             axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=GREY if row.dense else COLOURS[0])
-        _lines(axes, labels, "milliseconds")
 
-    return Chart(name, title, caption, drawn(draw, _height(labels)))
+    return Chart(name, title, f"Milliseconds of {what}: {TIMES}", _lines(draw, labels, "milliseconds"))
 
 
 def _step(report: RunReport) -> Chart | None:
     rows = [row for row in report.find("step_ms") if row.batch == report.smallest_batch]
     if not rows:
         return None
-    where = {row: _wrapped(row.artefact) for row in rows}
-    labels = list(dict.fromkeys(where.values()))
+    labels = list(dict.fromkeys(row.artefact for row in rows))
 
     def draw(axes: Any) -> None:
         ends = dict.fromkeys(labels, 0.0)
         for part, colour in zip(get_args(Part), (COLOURS[0], GREY, *COLOURS[1:]), strict=False):
-            if widths := {where[row]: row.value or 0.0 for row in rows if row.part == part}:
+            if widths := {row.artefact: row.value or 0.0 for row in rows if row.part == part}:
                 lines, left = [labels.index(label) for label in widths], [ends[label] for label in widths]
                 axes.barh(lines, list(widths.values()), left=left, color=colour, label=part)
                 ends |= {label: ends[label] + width for label, width in widths.items()}
-        _lines(axes, labels, "milliseconds")
 
     title, of_what = "Where a forward pass's time goes", "a forward pass of one sample, profiled apart from the timings"
     if report.generates:
         title = "Where a decode step's time goes"
         of_what = "a step on one token, profiled apart from the timings and without a prompt"
     what = f"Milliseconds of each part of {of_what}. Zeros shorten the products; attention, norms and the rest stay."
-    return Chart("step", title, what, drawn(draw, _height(labels)))
+    return Chart("step", title, what, _lines(draw, labels, "milliseconds"))
 
 
 def _recovery(report: RunReport) -> Chart | None:
@@ -202,17 +195,14 @@ def _tiles(name: str, title: str, rows: Sequence[Row], caption: str) -> Chart | 
     if not places or max(places.values()) - min(places.values()) < ALIKE:
         return None
     projections, blocks = (list(dict.fromkeys(each)) for each in zip(*places, strict=True))
-    labels = [_wrapped(projection) for projection in projections]
     shown = [[places.get((projection, block), math.nan) for block in blocks] for projection in projections]
 
     def draw(axes: Any) -> None:
         image = axes.imshow(shown, cmap="Blues", aspect="auto", interpolation="nearest")
         axes.figure.colorbar(image, ax=axes, format=lambda share, _: amount("zeros", share))
         axes.set_xticks(range(len(blocks)), blocks)
-        _lines(axes, labels, "block")
-        axes.locator_params(axis="x", nbins=11)
 
-    return Chart(name, title, caption, drawn(draw, _height(labels)))
+    return Chart(name, title, caption, _lines(draw, projections, "block", ticks=11))
 
 
 def _spread(row: Row) -> list[list[float]] | None:
@@ -225,17 +215,15 @@ def _name(row: Row) -> str:
     return printable(f"{row.artefact}, {row.part}" if row.part else row.artefact)[:60]
 
 
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(printable(label)[:60], LETTERS))
+def _lines(draw: Callable[[Any], None], labels: Sequence[str], axis: str, ticks: int = 7) -> bytes:
+    """A picture with a line for each label, and at most so many ticks on the axis below."""
+    wrapped = ["\n".join(textwrap.wrap(printable(label)[:60], LETTERS)) for label in labels]
 
+    def draw_lines(axes: Any) -> None:
+        draw(axes)
+        axes.set_yticks(range(len(labels)), wrapped)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=ticks)
+        axes.set_xlabel(axis)
 
-def _height(labels: Sequence[str]) -> float:
-    """Inches that these labels take, one below the other."""
-    return len(labels) * (GAP + LINE * max(1 + label.count("\n") for label in labels))
-
-
-def _lines(axes: Any, labels: Sequence[str], axis: str) -> None:
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.locator_params(axis="x", nbins=7)
-    axes.set_xlabel(axis)
+    return drawn(draw_lines, len(labels) * (GAP + LINE * max(1 + label.count("\n") for label in wrapped)))

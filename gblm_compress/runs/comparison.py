@@ -8,7 +8,7 @@ import tempfile
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from gblm_compress.settings import (
     CompareSettings,
     ComputeSettings,
     EvaluateSettings,
-    PruneSettings,
 )
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
@@ -78,10 +77,6 @@ class Grid:
     calibration: CalibrationSettings
     evaluation: EvaluateSettings
     compute: ComputeSettings
-
-    def methods(self) -> list[PruneSettings]:
-        pairs = product(self.settings.patterns, self.settings.methods)
-        return [self.settings.prune_settings(method, pattern) for pattern, method in pairs]
 
     def stages(self, progress: Progress) -> list[Stage]:
         cells = product(self.settings.patterns, self.settings.methods, range(self.settings.seeds))
@@ -152,7 +147,8 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
 
 
 def check(grid: Grid, progress: Progress) -> None:
-    source, text, methods = grid.dense.source, grid.calibration, grid.methods()
+    source, text, pairs = grid.dense.source, grid.calibration, product(grid.settings.patterns, grid.settings.methods)
+    methods = [grid.settings.prune_settings(method, pattern) for pattern, method in pairs]
     loading.check_model(source, "compare")
     task = loading.task_of(source)
     if not task.generates:
@@ -168,12 +164,10 @@ def check(grid: Grid, progress: Progress) -> None:
 
 
 def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
-    """The means over the seeds of each method and pattern, with standard errors (None for one seed)."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.method, cell.pattern), []).append(cell)
+    """The means over the adjacent seeds of each method and pattern, with standard errors (None for one seed)."""
     result = []
-    for (method, pattern), group in groups.items():
+    for (method, pattern), found in groupby(cells, lambda cell: (cell.method, cell.pattern)):
+        group = list(found)
         summary: dict[str, Any] = {"method": method, "pattern": pattern, "seeds": len(group)}
         for name in ("perplexity", "mean_kl"):
             mean = mean_metric([getattr(cell, name) for cell in group])

@@ -20,7 +20,7 @@ from gblm_compress.runs import report, rows
 from gblm_compress.runs.job import Job, carry_out
 from gblm_compress.runs.rows import DENSE, Row, check_gates
 from gblm_compress.runs.run_report import Outcome, RunReport
-from gblm_compress.runs.stages import exports_of_dense, stages_of
+from gblm_compress.runs.stages import check_artefacts_of_gates, exports_of_dense, stages_of
 from gblm_compress.settings import Recipe
 from gblm_compress.storage import outputs, records
 
@@ -40,7 +40,8 @@ def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
 def check_model(recipe: Recipe, dense: ModelSource | None, progress: Progress) -> list[GblmError]:
     unusable = errors.collect([partial(_check_dense, recipe, dense)]) if dense else []
     job = Job(recipe, None if unusable else dense, ANYWHERE, progress)
-    found = unusable + errors.collect(look for stage in stages_of(job) for look in stage.looks)
+    looks = [look for stage in stages_of(job) for look in stage.looks]
+    found = unusable + errors.collect([*looks, partial(check_artefacts_of_gates, job)])
     return list({str(fault): fault for fault in found}.values())
 
 

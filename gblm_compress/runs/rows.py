@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from rich.filesize import decimal
@@ -57,12 +58,9 @@ class Row:
         return self.runtime, self.dtype, self.batch
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without unset ones."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name == "value" or (value not in (None, "") and value is not False)
-        }
+        """Plain values for JSON, without those that are not set."""
+        values = {field: getattr(self, field.name) for field in fields(self)}
+        return {field.name: value for field, value in values.items() if value != field.default}
 
 
 def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
@@ -194,24 +192,26 @@ def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[Gat
     for group in groups:
         for name, limit in group.limits.items():
             found = [row for row in measured if row.figure == name[4:] and group.artefact in (None, row.artefact)]
-            of_quality = GATES[name] in ("evaluate", "tasks")
-            if not of_quality:
-                found = [row for row in found if row.value is not None]
+            if GATES[name] not in ("evaluate", "tasks"):
+                found = _best_of_each_batch(name, [row for row in found if row.value is not None])
+            outcomes += [_outcome(name, limit, row, significant=group.artefact is None) for row in found]
             if not found:
                 subject = f"{group.artefact or 'all artefacts'}: not measured"
                 outcomes.append(GateOutcome(name, subject, limit, None, False, artefact=group.artefact))
-            elif of_quality:
-                outcomes += [_outcome(name, limit, row) for row in found]
-            else:
-                best = max if name.startswith("min_") else min
-                for batch in sorted({row.batch or 0 for row in found}):
-                    here = [row for row in found if (row.batch or 0) == batch]
-                    row = best(here, key=lambda each: _worse_end(name, each))
-                    outcomes.append(_outcome(name, limit, row, significant=group.artefact is None))
     return outcomes
 
 
-def _outcome(name: str, limit: float, row: Row, significant: bool = False) -> GateOutcome:
+def _best_of_each_batch(name: str, rows: list[Row]) -> list[Row]:
+    best = max if name.startswith("min_") else min
+    batches = groupby(sorted(rows, key=_batch), _batch)
+    return [best(batch, key=partial(_worse_end, name)) for _, batch in batches]
+
+
+def _batch(row: Row) -> int:
+    return row.batch or 0
+
+
+def _outcome(name: str, limit: float, row: Row, significant: bool) -> GateOutcome:
     if row.value is None:
         return GateOutcome(name, f"{row.where}: not finite", limit, None, False, artefact=row.artefact)
     end, subject = _worse_end(name, row), row.where

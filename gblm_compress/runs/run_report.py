@@ -168,13 +168,11 @@ def verdict(report: RunReport, artefact: str | None = None) -> Verdict | None:
     speedup = report.speedup("decode_speedup", artefact) or report.speedup("prefill_speedup", artefact)
     beside, where = DENSE, ""
     if speedup:
-        timed = [row.artefact for row in report.rows if row.dense and row.runtime and row.lane == speedup.lane]
-        beside = timed[0] if timed else DENSE
-    if speedup and (machine := report.conditions.get("machine")):
-        where = f", on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}"
-    others = []
-    if beside != DENSE:
-        others.append(_size(report, artefact, DENSE).sentence)
+        timed = (row.artefact for row in report.rows if row.dense and row.runtime and row.lane == speedup.lane)
+        beside = next(timed, DENSE)
+        if machine := report.conditions.get("machine"):
+            where = f", on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}"
+    others = [] if beside == DENSE else [_size(report, artefact, DENSE).sentence]
     of = "tokens" if "perplexity" in report.metrics else "predictions"
     for row in report.find("top1_agreement", artefact):
         others.append(f"the same answer in {100 * (row.value or 0):.0f} % of {of}")

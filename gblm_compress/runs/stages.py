@@ -1,6 +1,6 @@
 """The stages of a run, as a list made from the recipe."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from gblm_compress import errors, exporters
@@ -66,20 +66,16 @@ def timed_against(job: Job) -> list[ExportSettings]:
         if not timed & set(FORMATS[settings.format].runtimes):
             continue
         if settings.quantise and job.benchmark.float_baseline:
-            found.append(_in_float32(job, settings.format))
-            continue
-        known = job.found or settings.dtype != "auto"
-        half = settings.kernels and known and exporters.dtype_of(job.dense, settings) == "float16"
-        stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
-        found.append(ExportSettings(format=settings.format, **stored))
+            dense = ExportSettings(format=settings.format)
+            if job.found and exporters.dtype_of(job.dense, dense) != "float32":
+                dense = ExportSettings(format=settings.format, dtype="float32")
+        else:
+            known = job.found or settings.dtype != "auto"
+            half = settings.kernels and known and exporters.dtype_of(job.dense, settings) == "float16"
+            stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
+            dense = ExportSettings(format=settings.format, **stored)
+        found.append(dense)
     return list(dict.fromkeys(found))
-
-
-def _in_float32(job: Job, format: str) -> ExportSettings:
-    """The export in float32. It names no dtype if float32 is the checkpoint's own."""
-    own = ExportSettings(format=format)
-    is_other = job.found and exporters.dtype_of(job.dense, own) != "float32"
-    return ExportSettings(format=format, dtype="float32") if is_other else own
 
 
 def _prune(job: Job, settings: PruneSettings) -> Stage:
@@ -121,10 +117,7 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         unfit = errors.collect([lambda: job.patterns])  # a fault of the pruning stage
         return {} if unfit or of_dense else job.patterns
 
-    looks: list[Look] = [
-        lambda: exporters.check(job.found, settings, patterns()),
-        partial(_check_made, job),
-    ]
+    looks: list[Look] = [lambda: exporters.check(job.found, settings, patterns())]
     if (pruning := job.recipe.prune) is not None and not of_dense:
         looks.append(lambda: _check_allocation(pruning, settings, patterns()))
         if pruning.grid is not None:
@@ -141,14 +134,6 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         looks=looks,
         work=partial(export, source, artefact.folder, settings, force=True, progress=job.progress),
     )
-
-
-def _check_made(job: Job) -> None:
-    """Refuse gates on an export that this machine can make only without kernels, under another name."""
-    made = {job.exported.name, *(each.folder_name for each in job.exports)}
-    for gates in job.recipe.gates:
-        if gates.artefact not in (None, *made):
-            raise UsageError(f"gates.artefact {gates.artefact!r} is not made: {'; '.join(job.notes)}")
 
 
 def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: Mapping[str, Pattern]) -> None:
@@ -169,7 +154,7 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
     looks: list[Look] = [] if in_torch else [partial(check_onnx_provider, job.device)]
     if source == job.measured[0]:  # once, for all evaluations
         models = [job.dense] if job.found else []
-        looks += [lambda: raise_all(evaluation.check(models, asked, job.progress)), partial(_check_gates, job)]
+        looks.append(lambda: raise_all(evaluation.check(models, asked, job.progress)))
 
     shared = {"baseline": job.reference, "progress": job.progress, **job.compute.model_dump()}
     by = f" and by {', '.join(settings.tasks)}" if settings.tasks else ""
@@ -184,24 +169,6 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
     )
 
 
-def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
-    """Refuse gates on an artefact that is not evaluated, or not timed if there are `timed` runtimes."""
-    done, needs = ("evaluated", "evaluate") if timed is None else ("timed", "benchmark")
-    exports = {each.folder_name: each for each in job.exports}
-    known = (job.exported.name, *exports)
-    for gates in job.recipe.gates:
-        if gates.artefact not in known or not any(GATES[name] == needs for name in gates.limits):
-            continue
-        named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
-        runtimes = FORMATS[made.format].runtimes if made else ("torch",)
-        if timed is not None and set(runtimes).isdisjoint(timed):
-            raise UsageError(
-                f"{named} is not timed in {' or '.join(runtimes)}, where it runs; name one in benchmark.runtimes"
-            )
-        if made and made not in job.runnable:
-            raise UsageError(f"{named} is not {done} on {job.device}; set model.device")
-
-
 def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
     baselines, length = [job.dense, *exports_of_dense(job)], settings.prompt + settings.generate
     return Stage(
@@ -212,7 +179,6 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
         looks=[
             *job.looks_at((), length, "benchmark.prompt plus generate"),
             partial(_check_runtimes, job, settings),
-            partial(_check_gates, job, settings.runtimes),
         ],
         work=partial(benchmark, Contest(job.measured, baselines, settings, job.compute), job.progress),
     )
@@ -230,3 +196,23 @@ def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
         check_installed(runtime)
     if timed - set(FOLDER_RUNTIMES):
         check_onnx_provider(job.device)
+
+
+def check_artefacts_of_gates(job: Job) -> None:
+    """Refuse gates on an artefact that this machine makes under another name only, or cannot evaluate or time."""
+    exports = {each.folder_name: each for each in job.exports}
+    for gates in job.recipe.gates:
+        if gates.artefact is None:
+            continue
+        named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
+        if not made and gates.artefact != job.exported.name:  # an export with kernels, where there are none
+            raise UsageError(f"{named} is not made: {'; '.join(job.notes)}")
+        runtimes = FORMATS[made.format].runtimes if made else ("torch",)
+        needs = {GATES[name] for name in gates.limits}
+        if "benchmark" in needs and job.benchmark and set(runtimes).isdisjoint(job.benchmark.runtimes):
+            raise UsageError(
+                f"{named} is not timed in {' or '.join(runtimes)}, where it runs; name one in benchmark.runtimes"
+            )
+        if made and made not in job.runnable and needs & {"evaluate", "benchmark"}:
+            done = "evaluated" if "evaluate" in needs else "timed"
+            raise UsageError(f"{named} is not {done} on {job.device}; set model.device")

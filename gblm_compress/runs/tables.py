@@ -24,6 +24,21 @@ NAMES = {
     "output_error": "error",
 }
 """The headings of figures; others have their own names."""
+PLAIN = (
+    ("Tasks", {"model": "artefact", "task": "part"}, ("questions", "accuracy", "dense_accuracy", "recovery")),
+    ("Kernels that ran", {"model": "where", "kernel": "part"}, ("prefill_kernels", "decode_kernels")),
+    ("Pruned layers", {"layer": "part"}, ("weights", "zeros", "output_error")),
+    ("Recovery", {"tokens": "tokens", "weights": "part"}, ("held_out_loss",)),
+)
+"""The tables that only list rows: title, labels, figures."""
+NOTES = {
+    "Tasks": "± is one standard error; a recovery has its 95 % interval.",
+    "Speed and memory": "Medians over the rounds. The speed-up is over dense in the same runtime and dtype; its "
+    "interval is from the p10 and p90 of both.",
+    "Kernels that ran": "Calls in one forward pass.",
+    "Pruned layers": "The error of the layer's output, relative to the output of its dense weights.",
+    "Recovery": "The divergence from dense, with the training's share of the text's cross-entropy.",
+}
 UNMEASURED = "–"
 SMALL = 0.01
 """A figure without an interval counts as the same if it changes by no more than this fraction."""
@@ -68,7 +83,7 @@ def cell_of(row: Row | None) -> Cell:
 
 
 def of(report: RunReport) -> list[Table]:
-    plain = (table(title, report.rows, labels, figures, note) for title, labels, figures, note in PLAIN)
+    plain = (table(title, report.rows, labels, figures, NOTES[title]) for title, labels, figures in PLAIN)
     return [each for each in (gates(report), quality(report), speed(report), *plain, stages(report)) if each.rows]
 
 
@@ -87,35 +102,6 @@ def table(title: str, rows: Iterable[Row], labels: dict[str, str], figures: Sequ
 
 def _label(value: Any) -> Cell:
     return Cell(f"{value:,}", value) if isinstance(value, int) else Cell(str(value))
-
-
-PLAIN = (
-    (
-        "Tasks",
-        {"model": "artefact", "task": "part"},
-        ("questions", "accuracy", "dense_accuracy", "recovery"),
-        "± is one standard error; a recovery has its 95 % interval.",
-    ),
-    (
-        "Kernels that ran",
-        {"model": "where", "kernel": "part"},
-        ("prefill_kernels", "decode_kernels"),
-        "Calls in one forward pass.",
-    ),
-    (
-        "Pruned layers",
-        {"layer": "part"},
-        ("weights", "zeros", "output_error"),
-        "The error of the layer's output, relative to the output of its dense weights.",
-    ),
-    (
-        "Recovery",
-        {"tokens": "tokens", "weights": "part"},
-        ("held_out_loss",),
-        "The divergence from dense, with the training's share of the text's cross-entropy.",
-    ),
-)
-"""The tables that only list rows: title, labels, figures, note."""
 
 
 def gates(report: RunReport) -> Table:
@@ -144,10 +130,7 @@ def speed(report: RunReport) -> Table:
     dtypes = {row.dtype for row in timed}
     shown = ["tpot_ms", "tokens_per_second", "decode_speedup"] if report.generates else ["prefill_speedup"]
     labels = {"model": "artefact", "runtime": "runtime", "dtype": "dtype", "batch": "batch"}
-    notes = [
-        "Medians over the rounds. The speed-up is over dense in the same runtime and dtype; its interval is from the "
-        "p10 and p90 of both."
-    ]
+    notes = [NOTES["Speed and memory"]]
     if len(dtypes) == 1:
         del labels["dtype"]
         notes.append(f"All are compared with dense {dtypes.pop()}.")

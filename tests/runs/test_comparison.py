@@ -55,13 +55,9 @@ def test_cells_are_what_the_stages_give_and_are_reused(grid, tmp_path, progress,
 
 def test_summaries_are_means_and_standard_errors_over_seeds() -> None:
     one = Cell("a", "2:4", 0, 10.0, 9.0, 0.5, 0.5, accuracy=0.5, recovery=None, seconds=1.0)
-    cells = [
-        one,
-        replace(one, method="b", accuracy=None),
-        replace(one, seed=1, perplexity=12.0, accuracy=0.7, seconds=3.0),
-        replace(one, seed=2, perplexity=17.0, accuracy=None, seconds=2.0),
-    ]
-    first, second = summarise(cells)
+    two = replace(one, seed=1, perplexity=12.0, accuracy=0.7, seconds=3.0)
+    three = replace(one, seed=2, perplexity=17.0, accuracy=None, seconds=2.0)
+    first, second = summarise([one, two, three, replace(one, method="b", accuracy=None)])
     assert [first[name] for name in ("method", "seeds", "perplexity", "seconds")] == ["a", 3, 13.0, 2.0]
     assert first["perplexity_error"] == pytest.approx(math.sqrt(13.0 / 3))
     assert first["accuracy"] == pytest.approx(0.6)
