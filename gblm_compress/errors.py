@@ -1,20 +1,4 @@
-"""The errors that a user can meet, and their exit codes.
-
-    GblmError                      1  unexpected
-    ├── RankError                  1  another process of the run ended or did not answer
-    ├── UsageError                 2  an option, an argument or an output path is wrong
-    │   ├── RecipeError            2  a recipe has faults; the message lists all with their location
-    │   └── OutputError            2  the output cannot be written
-    ├── InputError                 3  the model or the data cannot be used
-    │   ├── ModelError             3  missing, corrupt, of an unsupported kind, or with values that cannot be pruned
-    │   └── DataError              3  missing, unreadable or too short
-    ├── MissingDependencyError     4  hardware or a package is missing
-    │   └── NotEnoughMemoryError   4  memory ran out, of the machine or of its GPU
-    ├── VerificationError          5  a written artefact does not match its claims
-    └── GateError                  6  a gate of the recipe failed
-
-A message names the fault, the value given, the value needed and the next step.
-"""
+"""The errors that a user can meet. A message names the fault, the value given, the value needed and the next step."""
 
 import errno
 import re
@@ -33,7 +17,7 @@ _ALLOCATION = re.compile(
 class GblmError(Exception):
     """Base class. `faults` lists the faults if there are several. The command line prints `result` first."""
 
-    exit_code = 1
+    exit_code = 1  # unexpected
     faults: tuple[str, ...] = ()
     parts: "tuple[GblmError, ...]" = ()
     result: Any = None
@@ -44,47 +28,47 @@ E = TypeVar("E", bound=GblmError)
 
 
 class RankError(GblmError):
-    pass
+    """Another process of the run ended or did not answer."""
 
 
 class UsageError(GblmError):
-    exit_code = 2
+    exit_code = 2  # an option, an argument or an output path is wrong
 
 
 class RecipeError(UsageError):
-    pass
+    """A recipe has faults; the message lists all with their location."""
 
 
 class OutputError(UsageError):
-    pass
+    """The output cannot be written."""
 
 
 class InputError(GblmError):
-    exit_code = 3
+    exit_code = 3  # the model or the data cannot be used
 
 
 class ModelError(InputError):
-    pass
+    """Missing, corrupt, of an unsupported kind, or with values that cannot be pruned."""
 
 
 class DataError(InputError):
-    pass
+    """Missing, unreadable or too short."""
 
 
 class MissingDependencyError(GblmError):
-    exit_code = 4
+    exit_code = 4  # hardware or a package is missing
 
 
 class NotEnoughMemoryError(MissingDependencyError):
-    pass
+    """Memory ran out, of the machine or of its GPU."""
 
 
 class VerificationError(GblmError):
-    exit_code = 5
+    exit_code = 5  # a written artefact does not match its claims
 
 
 class GateError(GblmError):
-    exit_code = 6
+    exit_code = 6  # a gate of the recipe failed
 
 
 def first_line(error: BaseException) -> str:

@@ -43,8 +43,7 @@ class Progress:
         def facts() -> str:
             nonlocal done
             done += 1
-            rate = tokens * done / total / (time.monotonic() - start)
-            speed = f"{rate:,.0f} tokens/s, " if tokens else ""
+            speed = f"{tokens * done / total / (time.monotonic() - start):,.0f} tokens/s, " if tokens else ""
             return f"{speed}{process.memory_info().rss / 1e9:.1f} GB"
 
         def print_line() -> None:
@@ -52,9 +51,7 @@ class Progress:
             words, now = facts(), time.monotonic()
             if now - last >= PLAIN_LINE_EVERY_S and done < total:
                 last, eta = now, (now - start) / done * (total - done)
-                print(
-                    f"{printable(what)}: {done}/{total} {unit}, ETA {eta:.0f} s, {words}", file=sys.stderr, flush=True
-                )
+                print(f"{name}: {done}/{total} {unit}, ETA {eta:.0f} s, {words}", file=sys.stderr, flush=True)
 
         if not self.console.is_terminal:
             yield print_line

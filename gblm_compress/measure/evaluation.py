@@ -4,7 +4,6 @@ Perplexity follows the protocol of the GPTQ, SparseGPT, Wanda and GBLM papers: t
 whole and cut into non-overlapping windows. Each window predicts its tokens 2 … L from those before them.
 """
 
-import errno
 import math
 import os
 import tempfile
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,21 +77,18 @@ class Reference:
         self._runtime: Any = None
         self._file: IO[bytes] | None = None
         self._left = 0
-        self._kept: dict[str, tuple[int, torch.Size]] = {}  # {sample: place in the file and shape}
+        self._kept: dict[str, int] = {}  # {sample: place in the file}
         self._answers: dict[tuple[Any, ...], Answers] = {}
-
-    @property
-    def room(self) -> int:
-        return 0 if self._folder is None else min(MOST_KEPT, outputs.free_bytes(self._folder) // 2)
 
     def judged(self, sample: Sample, progress: Progress) -> Tensor:
         """`Task.judged` of the prediction: [positions, …] in float32."""
         key = "" if self._folder is None else fingerprint([sample])
-        if key in self._kept:
-            return self._read(*self._kept[key])
+        if self._file is not None and key in self._kept:
+            self._file.seek(self._kept[key])
+            return torch.from_numpy(np.load(self._file))
         judged = loading.task_of(self.source).judged(self.loaded(progress).predict(sample), sample).contiguous()
         if self._folder is not None:
-            self._keep(key, judged)
+            self._keep(key, judged, self._folder)
         return judged
 
     def answers(self, settings: EvaluateSettings, progress: Progress) -> Answers:
@@ -122,37 +119,23 @@ class Reference:
             self._runtime = load_runtime(self.source, dtype, device, torch.get_num_threads())
         return self._runtime
 
-    def _keep(self, key: str, logits: Tensor) -> None:
+    def _keep(self, key: str, logits: Tensor, folder: Path) -> None:
         if self._file is None:
-            self._left = self.room
-            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - `close` closes it
+            self._left = min(MOST_KEPT, outputs.free_bytes(folder) // 2)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - `close` closes it
         if logits.nbytes > self._left:
             return
         try:
             place = self._file.seek(0, os.SEEK_END)
-            if self._file.write(logits.numpy().data) < logits.nbytes:
-                raise OSError(errno.ENOSPC, "no space is left")
+            np.save(self._file, logits.numpy())
         except OSError:  # others filled the disk meanwhile
             self._left = 0
             return
         self._left -= logits.nbytes
-        self._kept[key] = place, logits.shape
-
-    def _read(self, place: int, shape: torch.Size) -> Tensor:
-        assert self._file is not None
-        content = bytearray(4 * shape.numel())
-        self._file.seek(place)
-        self._file.readinto(content)  # type: ignore[attr-defined]
-        return torch.frombuffer(content, dtype=torch.float32).view(shape)
+        self._kept[key] = place
 
 
-def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
-    """The samples of an evaluation, after its checks."""
-    errors.raise_all(check([source], settings, progress))
-    return _samples(source, settings, progress)
-
-
-def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
+def samples_of(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
     if settings.max_windows == 0:
         return []
     progress.say(f"reading {settings.dataset} …")
@@ -188,7 +171,7 @@ def evaluate(
     looks: list[Callable[[], object]] = [partial(loading.choose_device, device)]
     looks += [partial(check_baseline, source, model) for model in dense]
     errors.raise_all(check([source, *dense], settings, progress) + errors.collect(looks))
-    task, samples = loading.task_of(source), _samples(source, settings, progress)
+    task, samples = loading.task_of(source), samples_of(source, settings, progress)
     if not progress.quiet and not isinstance(baseline, Reference):  # several evaluations share it
         place = loading.choose_device(device)
         if line := _estimate([source, *dense], samples, loading.choose_dtype(dtype, source, place), place):

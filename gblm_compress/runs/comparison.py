@@ -122,7 +122,7 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
     output, source = grid.output, grid.dense.source
     with outputs.working_in(output, "comparison"), closing(grid.dense):
         check(grid, progress)
-        evaluation.prepare(source, grid.evaluation, progress)  # before the first pruning
+        evaluation.samples_of(source, grid.evaluation, progress)  # before the first pruning
         device = loading.choose_device(grid.compute.device)
         stages = replace(grid, compute=grid.compute.model_copy(update={"device": device})).stages(progress)
         cells = [Cell(**carry_out(stage, output, progress).result) for stage in stages]

@@ -10,7 +10,7 @@ from typing import Any
 from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine import environment, noisy
-from gblm_compress.measure.evaluation import prepare
+from gblm_compress.measure.evaluation import samples_of
 from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.models.manifest import is_pruned
@@ -81,7 +81,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         progress.say(f"note: {note}")
     with outputs.working_in(output, "run"), closing(job.reference):
         if recipe.evaluate is not None:
-            prepare(dense, recipe.evaluate, progress)
+            samples_of(dense, recipe.evaluate, progress)
         records.write_file(output / RECIPE, records.as_json(recipe.model_dump(mode="json", exclude_unset=True)))
         result = _report(job, [carry_out(stage, output, progress) for stage in stages_of(job)])
         report.write(result, output)
