@@ -1,6 +1,7 @@
 """A benchmark: what is compared with what, and the process that times a model, where everything is an answer."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,12 +14,9 @@ from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import BenchmarkSettings, ComputeSettings
+from tests.conftest import edit_json
 
-SHORT = {"prompt": 8, "generate": 4, "repeats": 5, "warmup": 1}
-
-
-def test_spread_is_the_percentiles() -> None:
-    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 1.4, 4.6)
+SHORT = ["--prompt", "8", "--generate", "4", "--repeats", "5", "--warmup", "1", "--json", "--quiet"]
 
 
 @pytest.mark.parametrize(
@@ -31,27 +29,30 @@ def test_spread_is_the_percentiles() -> None:
     ],
 )
 def test_overlapping_intervals_claim_nothing(baseline, model, verdict) -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 1.4, 4.6)
     speedup = Speedup.of(baseline, model)
     assert speedup.verdict == verdict and speedup.ratio == baseline.median / model.median
     assert (speedup.low, speedup.high) == (baseline.p10 / model.p90, baseline.p90 / model.p10)
 
 
-def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None:
-    dense, other = tiny("llama"), ModelSource("other", tmp_path)
-    twin = ModelSource("twin", dense.folder)
-    build_tiny("llama", tmp_path, seed=1)
-    result = benchmark(Contest([other, twin], [dense], BenchmarkSettings(batch=(1, 2), **SHORT)), progress)
-    timed = [(s.name, b) for b in (1, 2) for s in (dense, other, twin)]
-    assert [(m.model, m.batch) for m in result.measurements] == timed
-    for m in result.measurements:
-        assert (m.runtime, m.provider, m.dtype) == ("torch", "cpu", "float32")
-        assert 0 < m.ttft_ms.p10 <= m.ttft_ms.median <= m.ttft_ms.p90
-        assert m.tokens_per_second == pytest.approx(1000 * m.batch / m.tpot_ms.median)
-        assert m.peak_memory_bytes > 50e6 and m.load_seconds > 0
-        assert m.prefill_kernels == m.decode_kernels == {"dense": 15}  # 7 in each of two blocks, and the head
-        assert (m.decode_speedup is None) == (m.model == dense.name)
-    assert [m.same_tokens_as_baseline for m in result.measurements] == 2 * [None, False, True]
-    assert {"cpu", "cores", "packages", "threads", "device", "busy_cores"} <= set(result.environment)
+def test_dense_and_pruned_are_timed_in_one_run(tiny, program, tmp_path) -> None:
+    dense = tiny("llama").name
+    build_tiny("llama", tmp_path / "other", seed=1)
+    shutil.copytree(dense, tmp_path / "twin")
+    done = program("benchmark", "other", "twin", "--baseline", dense, "--batch", "1,2", *SHORT)
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    timed = [(name, batch) for batch in (1, 2) for name in (dense, "other", "twin")]
+    assert [(m["model"], m["batch"]) for m in found["measurements"]] == timed
+    for m in found["measurements"]:
+        assert (m["runtime"], m["provider"], m["dtype"]) == ("torch", "cpu", "float32")
+        assert 0 < m["ttft_ms"]["p10"] <= m["ttft_ms"]["median"] <= m["ttft_ms"]["p90"]
+        assert m["tokens_per_second"] == pytest.approx(1000 * m["batch"] / m["tpot_ms"]["median"])
+        assert m["peak_memory_bytes"] > 50e6 and m["load_seconds"] > 0
+        assert m["prefill_kernels"] == m["decode_kernels"] == {"dense": 15}  # 7 in each of two blocks, and the head
+        assert (m["decode_speedup"] is None) == (m["model"] == dense)
+    assert [m["same_tokens_as_baseline"] for m in found["measurements"]] == 2 * [None, False, True]
+    assert {"cpu", "cores", "packages", "threads", "device", "busy_cores"} <= set(found["environment"])
 
 
 def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypatch) -> None:
@@ -74,12 +75,13 @@ def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypa
     ids=["levels", "arithmetic", "dtype"],
 )
 def test_weights_are_timed_against_those_of_the_same_kind_and_arithmetic(tiny, tmp_path, checks, lane) -> None:
-    config, models = json.loads((tiny("llama").folder / "config.json").read_text()), []
+    models = []
     for number, found in enumerate((checks[0], *checks)):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "model.onnx").touch()
-        (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+        shutil.copy(tiny("llama").folder / "config.json", folder)
+        edit_json(folder / "config.json", dtype="float16")
         manifest = {"kind": "export", "base_model": {"name": "tiny", "sha256": tiny("llama").fingerprint}}
         (folder / "gblm_manifest.json").write_text(json.dumps(manifest | {"checks": {"dtype": "float16", **found}}))
         models.append(ModelSource(str(number), folder))
@@ -106,16 +108,16 @@ def test_no_model_in_the_asked_runtime(tiny, progress) -> None:
         benchmark(Contest([tiny("llama")], [tiny("llama")], BenchmarkSettings(runtimes=("onnxruntime",))), progress)
 
 
-def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, progress, tmp_path) -> None:
-    (tmp_path / "config.json").write_bytes((tiny("llama").folder / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(ModelError, match="damaged safetensors file"):
-        benchmark(Contest([tiny("llama")], [ModelSource("x", tmp_path)], BenchmarkSettings()), progress)
+def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, program, tmp_path) -> None:
+    shutil.copytree(tiny("llama").folder, tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors").write_bytes(b"junk")
+    done = program("benchmark", "x", "--baseline", tiny("llama").name, *SHORT)
+    assert done.code == 3 and "damaged safetensors file" in done.stderr
 
 
 def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
-    lane, settings = benchmarking._Lane("torch", "float32"), BenchmarkSettings(**SHORT)
-    with benchmarking.started(tiny("llama"), lane, "cpu", 1, settings) as (ask, facts):
+    lane = benchmarking._Lane("torch", "float32")
+    with benchmarking.started(tiny("llama"), lane, "cpu", 1, BenchmarkSettings(prompt=8)) as (ask, facts):
         assert facts["dtype"] == "float32"
         with pytest.raises(GblmError, match="cannot be timed .RuntimeError: "):
             ask({"batch": -1, "seed": 0})
