@@ -1,5 +1,6 @@
 """vLLM's engine stepped by hand, under a stand-in that reads prompts one after the other, as a scheduler may."""
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,30 +17,28 @@ class Engine:
     """Answers a sequence with its last id plus 1, 2, …; one prompt is read at each step."""
 
     def __init__(self) -> None:
-        self.requests: dict[str, list[int]] = {}
+        self.requests: dict[str, int] = {}  # {sequence: its last id}
         self.said: dict[str, list[int]] = {}
         self.steps = 0
         self.most = 100  # tokens of a sequence
 
     def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
         assert params.temperature == 0.0 and params.ignore_eos
-        self.requests[name] = prompt["prompt_token_ids"]
+        self.requests[name] = prompt["prompt_token_ids"][-1]
 
     def abort_request(self, names: list[str]) -> None:
         for name in names:
-            del self.requests[name]
-            self.said.pop(name, None)
+            del self.requests[name], self.said[name]
 
     def has_unfinished_requests(self) -> bool:
         return all(len(said) < self.most for said in self.said.values())
 
     def step(self) -> list[Any]:
         self.steps += 1
-        waiting = next((name for name in self.requests if name not in self.said), None)
+        waiting = [name for name in self.requests if name not in self.said]
+        self.said |= {name: [] for name in waiting[:1]}
         for name, said in self.said.items():
-            said.append(self.requests[name][-1] + len(said) + 1)
-        if waiting is not None:
-            self.said[waiting] = [self.requests[waiting][-1] + 1]
+            said.append(self.requests[name] + len(said) + 1)
         ended = {name: [SimpleNamespace(token_ids=tuple(said))] for name, said in self.said.items()}
         return [SimpleNamespace(request_id=name, outputs=outputs) for name, outputs in ended.items()]
 
@@ -59,8 +58,7 @@ def engine(monkeypatch) -> Engine:
     platforms.current_platform = SimpleNamespace(device_type="cpu")
     for module in (package, platforms):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name in ("ENABLE_V1_MULTIPROCESSING", "CPU_OMP_THREADS_BIND", "CPU_KVCACHE_SPACE", "LOGGING_LEVEL"):
-        monkeypatch.setenv(f"VLLM_{name}", "0")  # and so put back
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     return made
 
 
