@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -244,11 +244,9 @@ def _latest(make: Callable[[_Group], dict[str, Tensor]]) -> Callable[[_Group], d
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged safetensors file ({error})") from error
+    damaged = translated(lambda said: ModelError(f"{path}: damaged safetensors file ({said})"))
+    with damaged, safe_open(path, framework="pt") as file:
+        yield file
 
 
 def check_shape(name: str, stored: list[int], needed: Tensor) -> None:

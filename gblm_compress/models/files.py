@@ -158,9 +158,7 @@ def _check_counts(folder: Path, config: dict[str, Any]) -> None:
     """Refuse more layers, experts or labels than the files have room for: each is made before it is filled."""
     shapes = shapes_of(folder)
     widest = max((size for shape in shapes for size in shape), default=0)  # of a router, a head, or fused experts
-    parts = [config]
-    for part in parts:
-        parts += [value for value in part.values() if isinstance(value, dict)]
+    for part in _objects(config):
         for key, given in part.items():
             if not (counted := _COUNT.fullmatch(key)):
                 continue
@@ -207,7 +205,7 @@ def _check_graph(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a folder, in order, checked."""
+    """The safetensors files that transformers loads from a folder, in order."""
     entry, index = _entry(folder), index_file(folder)
     if index is None and not entry.exists():
         hint = ""
@@ -220,8 +218,6 @@ def weight_files(folder: Path) -> list[Path]:
     for path in files:
         if not path.exists():
             raise ModelError(f"{str(path)!r} is missing; the checkpoint is incomplete")
-        _check_file(path, folder)
-        read_header(path)
     return files
 
 
@@ -248,10 +244,8 @@ def _entry(folder: Path) -> Path:
 
 
 def _indexed(index: Path) -> list[str]:
-    try:
+    with translated(lambda said: ModelError(f"{str(index)!r} is damaged: {said}")):
         weight_map = read_json(index).get("weight_map")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{str(index)!r} is damaged: {first_line(error)}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{str(index)!r} is damaged: it has no weight_map of tensors to files")
     for name in weight_map.values():
@@ -308,16 +302,14 @@ def _check_file(path: Path, folder: Path) -> None:
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
     """The header of a safetensors file: {tensor: its entry}, its metadata, and where its data begins."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with translated(lambda said: ModelError(f"{str(path)!r}: damaged safetensors file ({said})")):
         with safe_open(path, framework="np"):  # checks lengths (100 MB at most), types, shapes and offsets
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{str(path)!r}: damaged safetensors file ({first_line(error)})") from error
     return header, header.pop("__metadata__", None) or {}, 8 + length
 
 
@@ -330,7 +322,7 @@ def check_tokenizer(folder: Path) -> None:
     """Refuse a tokenizer.json whose steps multiply a text; real ones turn a letter into 18 at most (T5)."""
     if not (path := folder / "tokenizer.json").exists():
         return
-    try:
+    with translated(lambda said: ModelError(f"its tokenizer.json is refused ({said}); copy the original model's")):
         content = read_json(path, unique=True)
         encoding = [content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")]
         for steps in (encoding, content.get("decoder")):
@@ -338,8 +330,6 @@ def check_tokenizer(folder: Path) -> None:
                 raise ValueError(f"its steps can make a text more than {MOST_GROWTH} times as long")
         if (content.get("model") or {}).get("max_input_chars_per_word", 0) > LONGEST_WORD:
             raise ValueError(f"it looks for pieces in words of more than {LONGEST_WORD:,} letters")
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ModelError(f"its tokenizer.json is refused ({first_line(error)}); copy the original model's") from error
 
 
 def _objects(content: Any) -> Iterator[dict[str, Any]]:

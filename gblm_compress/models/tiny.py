@@ -6,22 +6,19 @@ from typing import Any
 import torch
 
 VOCABULARY = 257  # bytes and one special token
-_SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 256}
-_LLAMA = {
-    **_SIZES, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+_SIZES = {
+    "vocab_size": VOCABULARY, "max_position_embeddings": 512, "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "bos_token_id": 256, "eos_token_id": 256,
 }  # fmt: skip
+_LLAMA = {**_SIZES, "intermediate_size": 128, "num_key_value_heads": 2}
 _KINDS: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA, "tie_word_embeddings": True},
     "mistral": {**_LLAMA, "sliding_window": None},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
-    "gpt2": {**_SIZES, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
-    "opt": {
-        **_SIZES, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "word_embed_proj_dim": 64, "pad_token_id": 256,
-    },
-}  # fmt: skip
+    "gpt2": _SIZES,
+    "opt": {**_SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 256},
+}
 
 
 def tiny_config(kind: str) -> Any:

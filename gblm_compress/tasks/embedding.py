@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gblm_compress.errors import DataError, ModelError, first_line
+from gblm_compress.errors import DataError, ModelError, translated
 from gblm_compress.storage.records import read_json
 from gblm_compress.tasks import passages
 from gblm_compress.tasks.metrics import Metric, spearman
@@ -141,10 +141,8 @@ def _alone(rows: Sequence[Row]) -> list[Row]:
 
 
 def _read(path: Path, kind: type) -> Any:
-    try:
+    with translated(lambda said: ModelError(f"{str(path)!r} cannot be read ({said})")):
         return read_json(path, kind) if path.exists() else kind()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{str(path)!r} cannot be read ({first_line(error)})") from error
 
 
 def top_agreement(reference: Tensor, vectors: Tensor, count: int) -> float:

@@ -337,19 +337,15 @@ def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
         path = next((file for file in _idx_files(path) if file.name.startswith(part)), path)
         if path.is_dir():
             raise DataError(f"dataset {source!r} has no part for {role}: no file {part}images-idx3-ubyte")
-    pixels, labels, beside = _idx(path, source, dimensions=3), None, _labels_beside(path)
-    if beside is not None:
-        labels = _idx(beside, source, dimensions=1)
-        if len(labels) != len(pixels):
-            counts = f"{len(pixels)} images in {path.name}, {len(labels)} labels in {beside.name}"
-            raise DataError(f"dataset {source!r}: {counts}")
+    pixels, beside = _idx(path, source, dimensions=3), _labels_beside(path)
+    labels = [None] * len(pixels) if beside is None else _idx(beside, source, dimensions=1).tolist()
+    if beside is not None and len(labels) != len(pixels):
+        counts = f"{len(pixels)} images in {path.name}, {len(labels)} labels in {beside.name}"
+        raise DataError(f"dataset {source!r}: {counts}")
+    numbered = enumerate(zip(pixels, labels, strict=True))
     return [
-        Picture(
-            f"image {number} of {str(path)!r}",
-            None if labels is None else int(labels[number]),
-            partial(Image.fromarray, pixels[number]),
-        )
-        for number in range(len(pixels))
+        Picture(f"image {number} of {str(path)!r}", label, partial(Image.fromarray, image))
+        for number, (image, label) in numbered
     ]
 
 

@@ -209,10 +209,8 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
 
 def vocabulary_of(config: Any) -> int:
     """The number of tokens that a model has embeddings for."""
-    try:
+    with translated(lambda said: ModelError(f"the model's config has no usable vocab_size ({said})")):
         return int(config.get_text_config().vocab_size)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"the model's config has no usable vocab_size ({first_line(error)})") from error
 
 
 def padded_ids(vocabulary: int, padding: slice) -> dict[str, Tensor]:

@@ -21,21 +21,26 @@ from gblm_compress.settings import PruneSettings, ResourceSettings
 from tests.conftest import edit_json, edit_weights, prune
 
 ONE_SHARD = "model-00001-of-00001.safetensors"
+NESTED = "[" * 100_000
+PRUNE = PruneSettings(method="magnitude", fit="none")
 
 
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
     """A copy of a tiny Llama, to be spoilt."""
-    return Path(shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+    return shutil.copytree(tiny("llama").folder, tmp_path / "model")
 
 
-def pruned(folder: Path, output: Path, progress, **resources) -> ModelSource:
-    source = resolve_model(str(folder), progress)
-    prune(source, output, PruneSettings(method="magnitude", fit="none"), resources=ResourceSettings(**resources))
-    return ModelSource("out", output)
+@pytest.fixture
+def pruned(folder, tmp_path):
+    """pruned("out"): the folder pruned to another beside it."""
 
+    def to(name: str, **resources) -> ModelSource:
+        check_folder(folder)
+        prune(ModelSource("model", folder), tmp_path / name, PRUNE, resources=ResourceSettings(**resources))
+        return ModelSource(name, tmp_path / name)
 
-NESTED = "[" * 100_000
+    return to
 
 
 @pytest.mark.parametrize(
@@ -44,24 +49,18 @@ NESTED = "[" * 100_000
         (None, "has no config.json"),
         ("{", "config.json' is damaged: Expecting"),
         ("{}", "config.json' is damaged: model_type: Field required"),
-        ("[]", "it holds a list, not an object"),
         (NESTED, "nested too deeply"),
         ('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}", "damaged"),
         ('{"model_type": 5}', "model_type: Input should be a valid string, got 5"),
         ('{"model_type": "llama", "architectures": "LlamaForCausalLM"}', "architectures: Input should be a valid list"),
-        ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size: Input should be a valid integer"),
         ('{"model_type": "llama", "num_hidden_layers": -1}', "num_hidden_layers: .*greater than or equal to 1, got -1"),
         ('{"model_type": "llama", "rope_scaling": 3}', "rope_scaling: "),
         ('{"model_type": "llama", "text_config": {"n_layer": "x"}}', r"text_config\.n_layer: .*got \"x\""),
-        ('{"model_type": "llama", "num_hidden_layers": 100000}', "num_hidden_layers is 100000, but .* hold 20 tensors"),
-        ('{"model_type": "gpt2", "n_layer": 2147483648}', "n_layer is 2147483648, but .* room for 20 at most"),
-        ('{"model_type": "x", "text_config": {"n_layers": 99}}', "n_layers is 99, but .* room for 20 at most"),
+        ('{"model_type": "gpt2", "n_layer": 100000}', "n_layer is 100000, but .* hold 20 tensors, room for 20 at most"),
         ('{"model_type": "mixtral", "num_local_experts": 100000}', "num_local_experts is 100000, .* for 257 at most"),
-        ('{"model_type": "llama", "num_labels": 1000000000}', "num_labels is 1000000000, but .* room for 257 at most"),
         ('{"model_type": "x", "v": {"w": {"num_decoder_layers": 99}}}', "num_decoder_layers is 99, .* for 20 at most"),
         ('{"model_type": "llama", "attn_implementation": "flex_attention"}', 'run here with eager, sdpa.*got "flex'),
-        ('{"model_type": "llama", "_attn_implementation": "owner/kernel"}', "_attn_implementation.*code.*not run"),
-        ('{"model_type": "llama", "attn_implementation": {"text_config": "a/b:c"}}', "attn_implementation.*not run"),
+        ('{"model_type": "llama", "_attn_implementation": {"text_config": "a/b:c"}}', "_attn_impl.*code.*not run"),
         ('{"model_type": "llama", "torch_dtype": "load"}', "torch_dtype is 'load'; models in float32, float16"),
         ('{"model_type": "llama", "transformers_weights": "../x.safetensors"}', "in the same folder"),
         ('{"model_type": "llama", "transformers_weights": "adapter_model.bin"}', "pickled weights are never loaded"),
@@ -94,22 +93,19 @@ def test_indices(folder, index: str, message: str) -> None:
         check_folder(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
 def test_links_out_of_the_folder_and_special_files(name, folder, tmp_path) -> None:
     path = folder / name
-    (tmp_path / "secret").write_bytes(path.read_bytes())
-    path.unlink()
-    path.symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match=f"{name}' is a link out of the folder"):
-        check_folder(folder)
-    path.unlink()
-    path.symlink_to(path)
-    with pytest.raises(ModelError, match="leads nowhere"):
-        check_folder(folder)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(ModelError, match="not a regular file"):
-        check_folder(folder)
+    path.rename(tmp_path / "secret")
+    for make, message in (
+        (lambda: path.symlink_to(tmp_path / "secret"), f"{name}' is a link out of the folder"),
+        (lambda: path.symlink_to(path), "leads nowhere"),
+        (lambda: os.mkfifo(path), "not a regular file"),
+    ):
+        make()
+        with pytest.raises(ModelError, match=message):
+            check_folder(folder)
+        path.unlink()
 
 
 def test_links_inside_and_those_of_the_hubs_cache_are_followed(folder, tmp_path, progress) -> None:
@@ -144,19 +140,25 @@ def test_data_of_a_graph_is_in_the_folder_wherever_the_graph_names_it(tmp_path) 
         check_folder(tmp_path)
 
 
-def test_truncated_weights(folder) -> None:
+def test_weights_that_are_truncated_missing_pickled_or_of_an_adapter(folder) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
-    for length in (0, 7, 8, 100, -1):
+    for length in (0, 7, 100, -1):
         path.write_bytes(content[:length])
         with pytest.raises(ModelError, match="damaged safetensors file"):
             check_folder(folder)
     path.unlink()
     with pytest.raises(ModelError, match="has no model.safetensors and no model.safetensors.index.json"):
         check_folder(folder)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match="pickled weights are never loaded"):
+        check_folder(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(ModelError, match="LoRA adapter.*merge it into its base model"):
+        check_folder(folder)
 
 
-def test_a_header_without_metadata(folder, tmp_path, progress) -> None:
+def test_a_header_without_metadata(folder, pruned) -> None:
     """`"__metadata__": null` is what the format's own reader takes for none."""
     path = folder / "model.safetensors"
     content = path.read_bytes()
@@ -164,16 +166,16 @@ def test_a_header_without_metadata(folder, tmp_path, progress) -> None:
     header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": None}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     assert read_header(path)[1] == {}
-    grids.verify(pruned(folder, tmp_path / "out", progress))
+    grids.verify(pruned("out"))
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_set_of_weights_that_transformers_reads_is_pruned(offload, folder, tmp_path, progress) -> None:
+def test_the_set_of_weights_that_transformers_reads_is_pruned(offload, folder, pruned) -> None:
     wanted = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / ONE_SHARD)
     index = {"metadata": {}, "weight_map": dict.fromkeys(wanted, ONE_SHARD)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    source = pruned(folder, tmp_path / "out", progress, offload=offload)
+    source = pruned("out", offload=offload)
     assert [path.name for path in weight_files(source.folder)] == [ONE_SHARD]
     weight = AutoModelForCausalLM.from_pretrained(source.folder).model.layers[0].mlp.up_proj.weight
     assert float((weight == 0).float().mean()) == 0.5
@@ -182,52 +184,40 @@ def test_the_set_of_weights_that_transformers_reads_is_pruned(offload, folder, t
     assert files_of(folder) == files and bytes_of(folder) == size
     save_file({name: tensor + 1 for name, tensor in wanted.items()}, folder / "model.safetensors", {"format": "pt"})
     assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
-    source = pruned(folder, tmp_path / "two", progress, offload=offload)
+    source = pruned("two", offload=offload)
     assert {path.name for path in source.folder.glob("*.safetensors*")} == {"model.safetensors"}
     got = load_file(source.folder / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(got, wanted["model.embed_tokens.weight"] + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_weights_in_no_dtype_that_is_pruned_are_refused(dtype, folder, tmp_path, progress) -> None:
+def test_weights_in_no_dtype_that_is_pruned_are_refused(dtype, folder, pruned) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     with pytest.raises(ModelError, match=f"hold '{name}' in {dtype}, not as floating-point numbers of 16 bits"):
-        pruned(folder, tmp_path / "out", progress)
+        pruned("out")
 
 
-def test_what_is_written_must_load(folder, tmp_path, progress, monkeypatch) -> None:
+def test_what_is_written_must_load(pruned, tmp_path, monkeypatch) -> None:
     """A folder that its users cannot load is no result, whatever its tensors are like."""
     monkeypatch.setattr(grids, "verify", lambda out: (out.folder / "model.safetensors").unlink())
     with pytest.raises(VerificationError, match=r"does not load: .*has no model\.safetensors"):
-        pruned(folder, tmp_path / "out", progress)
+        pruned("out")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_adapters_and_pickled_weights(folder) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickled weights are never loaded"):
-        check_folder(folder)
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
-    with pytest.raises(ModelError, match="LoRA adapter.*merge it into its base model"):
-        check_folder(folder)
-
-
 def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> None:
-    """Every file of a model in turn empty, as garbage, as a list, as a deep nest and as a folder."""
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
-        for spoilt in (b"", b"\xff\xfe\x00", b"[]", b"null", b"{}", NESTED.encode(), None):
-            path.unlink()
-            path.mkdir() if spoilt is None else path.write_bytes(spoilt)
+        for spoilt in (b"", b"\xff\xfe\x00", b"[]", b"null", b"{}", NESTED.encode()):
+            path.write_bytes(spoilt)
             try:
                 source = resolve_model(str(folder), progress)
                 load_model(source)
                 load_processor(source)
             except GblmError as error:
-                assert str(error).count("\n") == 0
-            path.rmdir() if spoilt is None else path.unlink()
-            path.write_bytes(content)
+                assert "\n" not in str(error)
+        path.write_bytes(content)
     edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil--modeling.Evil"})
     (folder / "modeling.py").write_text("raise SystemExit(99)")
     load_model(resolve_model(str(folder), progress))
@@ -235,9 +225,6 @@ def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> Non
 
 def test_a_folder_whose_name_is_no_unicode_is_refused(tiny, tmp_path) -> None:
     """safetensors and tokenizers do not read from it, and say so in other words."""
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    shutil.copytree(tiny("llama").folder, folder)
-    with pytest.raises(
-        ModelError, match=r"caf.udce9' is not a Unicode name, so no weights are read from it; rename it"
-    ):
+    folder = shutil.copytree(tiny("llama").folder, tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(ModelError, match=r"caf.udce9' is not a Unicode name, so no weights are read .*; rename it"):
         check_folder(folder)

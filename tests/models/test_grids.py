@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.exporters import export
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.files import sha256_of
 from gblm_compress.models.grids import GRIDS, read_grids
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import ExportSettings, PruneSettings
-from tests.conftest import edit_json, edit_weights, flip_a_bit, prune
+from gblm_compress.settings import PruneSettings
+from tests.conftest import edit_json, edit_weights, export, flip_a_bit, prune
 from tests.methods.test_fits import points_of
 
 LAYER = "model.layers.0.mlp.up_proj"
+WEIGHT, SCALES, LEVELS = (f"{LAYER}.{part}" for part in ("weight", "scales", "levels"))
 
 
 @pytest.fixture
@@ -55,42 +55,24 @@ def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype,
             assert weight[row, column] in points
 
 
-def test_manifest_and_card_say_it_and_other_folders_have_none(folder, pruned, tiny, tmp_path, progress) -> None:
-    content = manifest.read(folder.folder)
-    assert (content["prune"]["quantise"], content["prune"]["group"]) == ("int4", 32)
-    assert GRIDS in content["files"]
+def test_manifest_and_card_say_it_and_other_folders_have_none(folder, pruned, tiny, tmp_path) -> None:
+    assert GRIDS in manifest.read(folder.folder)["files"]
     card = (folder.folder / "README.md").read_text()
     assert ", int4\n" in card and "| grid of the survivors | int4, a scale for every 32 columns |" in card
-    plain = pruned()
-    assert read_grids(tiny("llama")) == read_grids(plain) == {} and not (plain.folder / GRIDS).exists()
-    export(folder, tmp_path / "export", ExportSettings(format="bitmask"), progress=progress)
-    assert read_grids(ModelSource("export", tmp_path / "export")) == {}
-
-
-def fill_negative(state) -> None:
-    state[f"{LAYER}.weight"].masked_fill_(state[f"{LAYER}.weight"] == 0, -0.0)
-
-
-def leave_the_grid(state) -> None:
-    state[f"{LAYER}.weight"][state[f"{LAYER}.weight"] != 0] *= 1.001
-
-
-def swap_zero_and_weight(state) -> None:
-    group = state[f"{LAYER}.weight"][0]
-    zeros, nonzeros = (group[:4] == 0).nonzero()[0], (group[4:8] != 0).nonzero()[0] + 4
-    group[zeros], group[nonzeros] = group[nonzeros].clone(), 0.0
+    assert read_grids(tiny("llama")) == read_grids(pruned()) == {} and not (pruned().folder / GRIDS).exists()
+    assert read_grids(export(folder, tmp_path / "export", format="bitmask")[1]) == {}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop(f"{LAYER}.weight"), "no tensor of that name was saved"),
-        (swap_zero_and_weight, r"breaks pattern 2:4 at row 0, columns 0 to 3: 3 nonzeros"),
-        (lambda s: s[f"{LAYER}.weight"][0, :4].zero_(), r"nonzeros were saved, the manifest says \d+"),
-        (fill_negative, "holds -0.0"),
-        (leave_the_grid, r"row 0, column \d is not on its grid; the nearest is"),
-        (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
-        (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5]}), r"has the shape \[5, 64\]"),
+        (lambda s: s.pop(WEIGHT), "no tensor of that name was saved"),
+        (lambda s: s[WEIGHT][0, :4].fill_(1.0), r"breaks pattern 2:4 at row 0, columns 0 to 3: 4 nonzeros"),
+        (lambda s: s[WEIGHT][0, :4].zero_(), r"nonzeros were saved, the manifest says \d+"),
+        (lambda s: s[WEIGHT].masked_fill_(s[WEIGHT] == 0, -0.0), "holds -0.0"),
+        (lambda s: s[WEIGHT].mul_(1.001), r"row 0, column \d is not on its grid; the nearest is"),
+        (lambda s: s[WEIGHT][0].fill_(float("nan")), "holds NaN"),
+        (lambda s: s.update({WEIGHT: s[WEIGHT][:5]}), r"has the shape \[5, 64\]"),
     ],
 )
 def test_damage_is_found_and_named(folder, change, message: str) -> None:
@@ -124,16 +106,16 @@ def restated(folder: ModelSource, change, **stated) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop(f"{LAYER}.levels"), "does not hold the grids of the layers"),
-        (lambda s: s.update({"other.scales": s[f"{LAYER}.scales"].clone()}), "does not hold the grids of the layers"),
-        (lambda s: s[f"{LAYER}.scales"].mul_(-1), "a scale below zero"),
-        (lambda s: s[f"{LAYER}.scales"].fill_(float("inf")), "NaN or infinite"),
-        (lambda s: s.update({f"{LAYER}.scales": s[f"{LAYER}.scales"].float()}), "needs float16"),
-        (lambda s: s.update({f"{LAYER}.scales": s[f"{LAYER}.scales"][:, :1]}), r"needs float16 \[128, 2\]"),
-        (lambda s: s.update({f"{LAYER}.levels": s[f"{LAYER}.levels"][:15]}), r"needs int8 \[16\]"),
-        (lambda s: s[f"{LAYER}.levels"].zero_(), "do not increase"),
+        (lambda s: s.pop(LEVELS), "does not hold the grids of the layers"),
+        (lambda s: s.update({"other.scales": s[SCALES].clone()}), "does not hold the grids of the layers"),
+        (lambda s: s[SCALES].mul_(-1), "a scale below zero"),
+        (lambda s: s[SCALES].fill_(float("inf")), "NaN or infinite"),
+        (lambda s: s.update({SCALES: s[SCALES].float()}), "needs float16"),
+        (lambda s: s.update({SCALES: s[SCALES][:, :1]}), r"needs float16 \[128, 2\]"),
+        (lambda s: s.update({LEVELS: s[LEVELS][:15]}), r"needs int8 \[16\]"),
+        (lambda s: s[LEVELS].zero_(), "do not increase"),
     ],
-)  # fmt: skip
+)
 def test_grids_from_anywhere(change, message: str, folder) -> None:
     restated(folder, lambda state: None)
     assert read_grids(folder)

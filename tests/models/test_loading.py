@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import transformers
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.models import loading
 from gblm_compress.models.files import check_tokenizer
-from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_processor
+from gblm_compress.models.loading import check_model, choose_device, choose_dtype, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.settings import PruneSettings, ResourceSettings
@@ -27,49 +28,43 @@ def source(tiny, tmp_path) -> ModelSource:
     return ModelSource("m", shutil.copytree(tiny("llama").folder, tmp_path / "model"))
 
 
-def test_a_graph_beside_weights_is_named(source) -> None:
-    (source.folder / "model.onnx").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"is an export; prune the .* or remove model\.onnx if"):
-        loading.check_model(source, "prune")
+def as_a(architecture: str, model_type: str = "bert"):
+    return lambda folder: edit_json(folder / "config.json", architectures=[architecture], model_type=model_type)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
+    ("change", "load", "message"),
     [
-        *((name, "does not know") for name in ("MartianForCausalLM", "__version__", "utils", "LlamaConfig")),
-        ("BertForMaskedLM", "is for fill-mask"),
-        *((name, "is for no task") for name in ("PreTrainedModel", "GPT2DoubleHeadsModel")),
+        (
+            lambda folder: (folder / "model.onnx").write_bytes(b""), lambda source: check_model(source, "prune"),
+            r"is an export; prune the .* or remove model\.onnx if",
+        ),
+        (
+            lambda folder: edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
+            load_model, r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight",
+        ),
+        *((as_a(name), load_model, f"does not know the architecture {name};") for name in ("Martian", "utils")),
+        (as_a("BertForMaskedLM"), load_model, "BertForMaskedLM is for fill-mask"),
+        (as_a("PreTrainedModel"), load_model, "PreTrainedModel is for no task"),
+        (as_a("ViTForImageClassification", "vit"), load_processor, "its image processor cannot be loaded"),
     ],
-)
-def test_architectures_for_no_task(architecture: str, message: str, source) -> None:
-    (source.folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [architecture]}))
-    with pytest.raises(ModelError) as found:
-        load_model(source)
-    assert all(part in str(found.value) for part in ("model 'm': ", message, architecture))
+)  # fmt: skip
+def test_a_folder_of_another_kind_or_incomplete_is_told_what_it_lacks(change, load, message: str, source) -> None:
+    change(source.folder)
+    with pytest.raises(ModelError, match=f"model 'm'.*{message}"):
+        load(source)
 
 
 def test_a_tokenizer_that_is_missing_or_without_its_vocabulary(source) -> None:
     """transformers makes an empty one of tokenizer_config.json alone."""
     (source.folder / "tokenizer.json").unlink()
-    for kind in ("BertTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer"):
+    for kind in ("BertTokenizer", "GPT2Tokenizer"):
         (source.folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
         with pytest.raises(ModelError, match="model 'm': .*tokenizer files are missing or do not fit"):
             load_processor(source)
     (source.folder / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="tokenizer cannot be loaded; copy the original model's into the folder"):
         load_processor(source)
-
-
-def test_a_vision_model_without_an_image_processor_is_told_what_it_lacks(source) -> None:
-    edit_json(source.folder / "config.json", model_type="vit", architectures=["ViTForImageClassification"])
-    with pytest.raises(ModelError, match="its image processor cannot be loaded"):
-        load_processor(source)
-
-
-def test_missing_tensors_are_an_error_not_random_weights(source) -> None:
-    edit_weights(source.folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ModelError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(source)
 
 
 BAD = "model.norm.weight"
@@ -88,18 +83,15 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(name, source, tmp_pa
         prune(source, tmp_path / "out", settings, resources=ResourceSettings(offload=True))
 
 
-def test_values_beyond_the_range_of_a_dtype_are_no_damage(source) -> None:
+def test_large_values_and_infinite_masks_are_no_damage(source, tiny, tmp_path) -> None:
     edit_weights(source.folder, lambda tensors: tensors[BAD][0].fill_(1e6))
     load_model(source)
     with pytest.raises(ModelError, match=f"{BAD} holds values beyond the range of torch.float16; give --dtype float32"):
         load_model(source, "float16")
-
-
-def test_masks_with_infinite_values_are_no_weights(tiny, tmp_path) -> None:
-    source = ModelSource("m", shutil.copytree(tiny("gpt2").folder, tmp_path / "model"))
+    masked = ModelSource("masked", shutil.copytree(tiny("gpt2").folder, tmp_path / "masked"))
     mask = {"transformer.h.0.attn.masked_bias": torch.tensor(float("-inf"))}
-    edit_weights(source.folder, lambda tensors: tensors.update(mask))
-    load_model(source)
+    edit_weights(masked.folder, lambda tensors: tensors.update(mask))
+    load_model(masked)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +135,8 @@ def test_devices_and_dtypes(monkeypatch, tiny) -> None:
     assert choose_device("auto") == choose_device("cpu:0") == "cpu"
     with pytest.raises(MissingDependencyError, match="finds no CUDA device"):
         choose_device("cuda")
-    for other in ("gpu9", "mps", "meta", "xpu:0"):
-        with pytest.raises(UsageError, match=f"'{other}' is not (known|supported); give auto, cpu, cuda or cuda:N"):
+    for other in ("gpu9", "meta"):
+        with pytest.raises(UsageError, match=f"'{other}' is not supported; give auto, cpu, cuda or cuda:N"):
             choose_device(other)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -156,29 +148,23 @@ def test_devices_and_dtypes(monkeypatch, tiny) -> None:
     assert choose_dtype("bfloat16", tiny("llama"), "cpu") == "bfloat16"
 
 
-_BY_KIND = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
-
-
 @pytest.mark.parametrize(
-    ("config", "positions"),
+    ("config", "is_limited"),
     [
-        ({"n_positions": 512}, 512),
-        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}}, 512),
-        ({"max_position_embeddings": 512, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
-        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
-        ({"text_config": {"max_position_embeddings": 512}, "vision_config": {"max_position_embeddings": 64}}, 512),
-        ({"max_position_embeddings": 512, "rope_parameters": _BY_KIND}, None),
-        ({}, None),
+        ({"n_positions": 512}, True),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}}, True),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, False),
+        ({"max_position_embeddings": 512, "rope_parameters": {"full_attention": {"rope_type": "linear"}}}, False),
+        ({"text_config": {"max_position_embeddings": 512}, "vision_config": {"max_position_embeddings": 64}}, True),
+        ({}, False),
     ],
 )
-def test_no_more_tokens_than_positions(config, positions, tmp_path) -> None:
+def test_no_more_tokens_than_positions(config, is_limited, tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "m", **config}))
     loading.check_length(ModelSource("m", tmp_path), 512)
-    if positions:
-        with pytest.raises(UsageError, match="'m' has 512 positions; sequence length is 513, give 512 or less"):
-            loading.check_length(ModelSource("m", tmp_path), 513)
-    else:
-        loading.check_length(ModelSource("m", tmp_path), 100_000)
+    refused = pytest.raises(UsageError, match="'m' has 512 positions; sequence length is 513, give 512 or less")
+    with refused if is_limited else nullcontext():
+        loading.check_length(ModelSource("m", tmp_path), 513)
 
 
 @pytest.mark.parametrize("spaced", [False, True])
@@ -202,8 +188,8 @@ def test_a_saved_tokenizer_is_the_same_and_older_clients_read_it(spaced, tmp_pat
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
 
-def replace(content: str, replaced: str = "a") -> dict:
-    return {"type": "Replace", "pattern": {"String": replaced}, "content": content}
+def replace(content: str, replaced: str = "a", kind: str = "String") -> dict:
+    return {"type": "Replace", "pattern": {kind: replaced}, "content": content}
 
 
 def template(*pieces: str, ids: int = 1) -> dict:
@@ -226,7 +212,7 @@ def steps(*of: dict, key: str = "normalizers") -> dict:
     [
         ("normalizer", steps(*[replace("a" * 1000)] * 4), True),
         ("decoder", steps(*[replace("a" * 1000)] * 4, key="decoders"), True),
-        ("normalizer", steps(*[{**replace("aaa"), "pattern": {"Regex": "."}}] * 4), True),
+        ("normalizer", steps(*[replace("aaa", ".", "Regex")] * 4), True),
         ("normalizer", steps(charsmap("b", "a" * 60), charsmap("bb")), True),
         ("normalizer", {"type": "Prepend", "prepend": "a" * 100}, True),
         ("pre_tokenizer", steps(*[{"type": "ByteLevel"}] * 7, key="pretokenizers"), True),
@@ -244,10 +230,6 @@ def steps(*of: dict, key: str = "normalizers") -> dict:
 )
 def test_a_tokenizer_that_could_blow_a_text_up_is_refused_before_it_is_loaded(source, part, step, refused) -> None:
     (source.folder / "tokenizer.json").write_text(json.dumps({part: step}))
-    if not refused:
-        check_tokenizer(source.folder)
-        return
-    with pytest.raises(
-        ModelError, match=r"'m': its tokenizer.json is refused \(its? (steps|looks) .*more than .*original"
-    ):
-        load_processor(source)
+    message = r"'m': its tokenizer.json is refused \(its? (steps|looks) .*more than .*original"
+    with pytest.raises(ModelError, match=message) if refused else nullcontext():
+        load_processor(source) if refused else check_tokenizer(source.folder)
