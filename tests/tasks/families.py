@@ -8,6 +8,7 @@ import pyarrow
 import torch
 import transformers
 from pyarrow import parquet
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
@@ -15,35 +16,23 @@ from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 
 PAD = VOCABULARY  # the token behind those of bytes
 SIZES = {
-    "vocab_size": VOCABULARY + 1,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 130,
-    "pad_token_id": PAD,
-}
-DISTIL = {"vocab_size": VOCABULARY + 1, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
-TOKENS = {"cls_token_id": 0, "sep_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
-DEBERTA = {
-    "relative_attention": True,
-    "position_buckets": 16,
-    "pos_att_type": ["p2c", "c2p"],
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "position_biased_input": False,
-}
-FAMILIES = {
-    "bert": lambda: transformers.BertConfig(**SIZES),
-    "roberta": lambda: transformers.RobertaConfig(**SIZES | {"pad_token_id": 1}, type_vocab_size=1),
-    "distilbert": lambda: transformers.DistilBertConfig(**DISTIL, max_position_embeddings=130, pad_token_id=PAD),
-    "minilm": lambda: transformers.BertConfig(**SIZES | {"num_attention_heads": 4, "num_hidden_layers": 3}),
-    "modernbert": lambda: transformers.ModernBertConfig(
-        **SIZES, **TOKENS, global_attn_every_n_layers=2, local_attention=16
-    ),
-    "albert": lambda: transformers.AlbertConfig(**SIZES | {"num_hidden_layers": 3}, embedding_size=16),  # of one block
-    "deberta-v2": lambda: transformers.DebertaV2Config(**SIZES, **DEBERTA, type_vocab_size=0),
-}
+    "vocab_size": VOCABULARY + 1, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 130, "pad_token_id": PAD,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "distilbert": {"hidden_dim": 64},
+    "modernbert": {
+        "global_attn_every_n_layers": 2, "local_attention": 16,
+        "cls_token_id": 0, "sep_token_id": 1, "bos_token_id": 0, "eos_token_id": 1,
+    },
+    "albert": {"num_hidden_layers": 3, "embedding_size": 16},  # of one block
+    "deberta-v2": {
+        "relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+    },
+}  # fmt: skip
 
 
 def table(made: pyarrow.Table | None = None, **columns: Any) -> bytes:
@@ -59,9 +48,13 @@ def tokenizer() -> Any:
     return made
 
 
+def config_of(family: str) -> Any:
+    return CONFIG_MAPPING[family](**SIZES | FAMILIES[family])
+
+
 def encoder(family: str, auto_class: str = "AutoModel", labels: int = 3) -> Any:
     """A model whose weights are large enough for its outputs to depend visibly on the input."""
-    config = FAMILIES[family]()
+    config = config_of(family)
     config.num_labels = labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,5 @@
 import random
+from unittest.mock import Mock
 
 import pytest
 import tokenizers
@@ -21,23 +22,25 @@ def letters(tmp_path) -> str:
     return str(tmp_path / "letters.txt")
 
 
-def test_windows_are_drawn_as_the_reference_draws_them(letters) -> None:
+def test_windows_are_drawn_as_the_reference_draws_them_or_do_not_overlap(letters) -> None:
     generator = random.Random(7)
     starts = [generator.randint(0, 1000 - 64 - 1) for _ in range(5)]
     ids = tokenize(TOKENIZER, VOCABULARY, "abcdefghij" * 100)
     found = drawn_windows(TOKENIZER, VOCABULARY, letters, 5, 64, 7)
     assert torch.equal(torch.cat(found), torch.stack([ids[start : start + 64] for start in starts]))
+    windows = torch.cat(consecutive_windows(TOKENIZER, VOCABULARY, letters, "evaluation", 300, None))
+    assert torch.equal(windows, ids[:900].view(3, 300))
+    short = pytest.raises(DataError, match="letters.txt' gives 1000 tokens, but one window needs 1001; give a longer")
+    with short:
+        drawn_windows(TOKENIZER, VOCABULARY, letters, 3, 1000, 0)
+    with short:
+        consecutive_windows(TOKENIZER, VOCABULARY, letters, "evaluation", 1001, 1)
 
 
 def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> None:
     """The loop of GBLM-Pruner's lib/data.py (get_c4), on documents of which some are too short."""
     documents = [{"text": f"{i:02} " * (3 + 7 * (i % 4))} for i in range(20)]
-    asked = []
-
-    def dataset(**arguments):
-        asked.append(arguments)
-        return documents
-
+    dataset = Mock(return_value=documents)
     monkeypatch.setattr("datasets.load_dataset", dataset)
     generator = random.Random(3)
     expected = []
@@ -51,23 +54,10 @@ def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> 
     windows = drawn_windows(TOKENIZER, VOCABULARY, "c4", 6, 30, 3)
     assert [window[0].tolist() for window in windows] == expected
     shard = {"part": "en/c4-train.00000-of-01024.json.gz"}
-    assert asked == [{"path": "allenai/c4", "data_files": shard, "split": "part", "streaming": False}]
+    dataset.assert_called_once_with(path="allenai/c4", data_files=shard, split="part", streaming=False)
     monkeypatch.setattr("gblm_compress.tasks.text.DRAWS", 50)
     with pytest.raises(DataError, match="none of 50 random documents has more than 500 tokens"):
         drawn_windows(TOKENIZER, VOCABULARY, "c4", 1, 500, 3)
-
-
-def test_consecutive_windows_do_not_overlap_and_drop_the_rest(letters) -> None:
-    windows = torch.cat(consecutive_windows(TOKENIZER, VOCABULARY, letters, "evaluation", 300, None))
-    assert windows.shape == (3, 300)
-    assert windows.flatten().tolist() == tokenize(TOKENIZER, VOCABULARY, "abcdefghij" * 90).tolist()
-
-
-def test_a_text_shorter_than_a_window_is_refused(letters) -> None:
-    with pytest.raises(DataError, match="letters.txt' gives 1000 tokens, but one window needs 1001; give a longer"):
-        drawn_windows(TOKENIZER, VOCABULARY, letters, 3, 1000, 0)
-    with pytest.raises(DataError, match="letters.txt' gives 1000 tokens, but one window needs 1001; give a longer"):
-        consecutive_windows(TOKENIZER, VOCABULARY, letters, "evaluation", 1001, 1)
 
 
 def test_a_text_is_tokenized_whole_and_ids_beyond_the_embeddings_are_refused(monkeypatch) -> None:
@@ -97,7 +87,5 @@ def test_a_tokenizer_that_panics_is_a_fault_of_the_model() -> None:
         lambda: encode(reading, config, [row], 64, pad=False),
         lambda: texts_of([256, len(writing) - 1], writing),
     ):
-        with pytest.raises(
-            ModelError, match=r"the tokenizer fails on a text \(Onig: .*limit.*\); use the original model"
-        ):
+        with pytest.raises(ModelError, match=r"the tokenizer fails on a text \(Onig: .*limit.*\); use the original"):
             use()

@@ -35,7 +35,7 @@ def test_a_label_is_drawn_as_often_as_the_model_expects_it() -> None:
     assert len({int(drawn_label(logits, {"draw": torch.tensor([7])})) for _ in range(3)}) == 1
 
 
-def test_labels_are_read_by_number_and_name(tmp_path, config) -> None:
+def test_labels_are_read_by_number_and_name_and_pairs_together(tmp_path, config) -> None:
     dataset = labelled(tmp_path, "a b c,2\nd e,maybe\nf g h,NO")
     samples = TASK.calibration(families.tokenizer(), config, dataset, 3, 16, 0)
     assert sorted(int(sample["labels"]) for sample in samples) == [0, 1, 2]
@@ -44,31 +44,25 @@ def test_labels_are_read_by_number_and_name(tmp_path, config) -> None:
     plain = TASK.calibration(families.tokenizer(), config, "demo", 3, 16, 0)
     assert all("labels" not in sample for sample in plain)
     assert TASK.loss(logits, plain[0]) == cross_entropy(logits, drawn_label(logits, plain[0]))
-
+    pairs = labelled(tmp_path, "a b,c d,1", "premise,hypothesis,label")
+    (sample,) = TASK.evaluation(families.tokenizer(), config, pairs, 32, None)
+    assert sample["input_ids"][0].tolist() == families.tokenizer()("a b", "c d")["input_ids"]
     config.num_labels = 1
     with pytest.raises(ModelError, match="has a single output"):
         TASK.calibration(families.tokenizer(), config, "demo", 1, 16, 0)
 
 
-def test_pairs_are_read_together(tmp_path, config) -> None:
-    pairs = labelled(tmp_path, "a b,c d,1", "premise,hypothesis,label")
-    (sample,) = TASK.evaluation(families.tokenizer(), config, pairs, 32, None)
-    assert sample["input_ids"][0].tolist() == families.tokenizer()("a b", "c d")["input_ids"]
-
-
 @pytest.mark.parametrize(
-    ("rows", "head", "message"),
+    ("rows", "message"),
     [
-        ("a b,3", "text,label", r"line 2: the label 3 is not one of the model's 3; .* 2, or a name: no, Maybe, yes"),
-        ("a b,perhaps", "text,label", "the label 'perhaps' is not one of the model's"),
-        ("a b,1\nc d,", "text,label", "line 3 has no label, but other samples have one; label all"),
-        ("a b,1", "words,label", r"line 2 has no known text column \(columns: 'words', 'label'\); name it 'text' or"),
-        ("a,b,1", "text,label", "line 2 has 3 columns, but the first line has 2"),
+        ("a b,3", r"line 2: the label 3 is not one of the model's 3; .* 2, or a name: no, Maybe, yes"),
+        ("a b,perhaps", "the label 'perhaps' is not one of the model's"),
+        ("a b,1\nc d,", "line 3 has no label, but other samples have one; label all"),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_the_model_is_refused(tmp_path, config, rows, head, message) -> None:
+)
+def test_what_does_not_fit_the_model_is_refused(tmp_path, config, rows, message) -> None:
     with pytest.raises(DataError, match=message):
-        TASK.calibration(families.tokenizer(), config, labelled(tmp_path, rows, head), len(rows.splitlines()), 16, 0)
+        TASK.calibration(families.tokenizer(), config, labelled(tmp_path, rows), len(rows.splitlines()), 16, 0)
 
 
 def test_metrics_are_those_of_a_count() -> None:
