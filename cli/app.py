@@ -22,7 +22,7 @@ from gblm_compress.errors import (
     is_interrupted,
     is_out_of_memory,
 )
-from gblm_compress.machine.memory import own_process
+from gblm_compress.machine import memory
 from gblm_compress.printing import printable_lines
 
 # Some versions of Typer carry their own click: take the base class from its exceptions.
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
-    own_process()
+    memory.is_own_process = True
     try:
         code = _run(arguments)
         sys.stdout.flush()

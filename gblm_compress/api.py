@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from gblm_compress import __version__, errors
 from gblm_compress.command import REQUIRED, Command, command
 from gblm_compress.errors import GateError, GblmError, UsageError
-from gblm_compress.machine import share_cores
-from gblm_compress.machine.memory import is_own_process
+from gblm_compress.machine import memory, share_cores
 from gblm_compress.progress import Progress
 from gblm_compress.runs.recipe import find_recipe, load_recipe, recipe_of
 from gblm_compress.runs.recipe import schema as recipe_schema
@@ -424,7 +423,7 @@ def _progress(quiet: bool) -> Progress:
     progress = Progress(quiet or os.environ.get("RANK", "0") != "0")
     if "torch" not in sys.modules:  # a sign of life before the seconds that torch and transformers take to load
         progress.say(f"gblm-compress {__version__} starts …")
-    if is_own_process():
+    if memory.is_own_process:
         share_cores()
 
     from gblm_compress.models.finding import silence_libraries

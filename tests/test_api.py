@@ -22,6 +22,7 @@ from gblm_compress.calibration import ranks
 from gblm_compress.cli import summaries
 from gblm_compress.command import text_file
 from gblm_compress.errors import DataError, OutputError, UsageError
+from gblm_compress.machine import memory
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.run_folder import RunFolder
@@ -50,7 +51,7 @@ def test_the_public_names() -> None:
 def test_only_the_command_line_changes_the_environment(own, monkeypatch) -> None:
     called = []
     monkeypatch.setattr(api, "share_cores", lambda: called.append(own))
-    monkeypatch.setattr(api, "is_own_process", lambda: own)
+    monkeypatch.setattr(memory, "is_own_process", own)
     api.validate("ci-smoke", quiet=True)
     assert called == [True] * own
 

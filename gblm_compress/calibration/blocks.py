@@ -14,7 +14,6 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import HiddenStates, StatePool, Weights
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.choices import Need, Statistics
-from gblm_compress.methods.fits import activation_norms_of
 from gblm_compress.methods.zeros import check_finite
 from gblm_compress.models.architecture import as_matrix, weight_matrix
 from gblm_compress.settings import GradientNorm
@@ -25,20 +24,19 @@ class BlockReplay:
 
     def __init__(self, calls: BlockCalls, weights: Weights, pool: StatePool, ranks: Ranks) -> None:
         self._calls, self._weights, self._ranks = calls, weights, ranks
-        self.hidden = pool.states(len(calls.samples))
+        self.hidden = HiddenStates(pool, len(calls.samples))
         with weights.outer():
             for sample in range(len(calls.samples)):
                 self.hidden[sample] = calls.embed(sample)
 
     def block(self, index: int) -> "Block":
         """Block `index` with its present inputs; needs `weights.block(index)`."""
-        calls, counted = self._calls.calls[index], self._calls.counted
-        return Block(self._weights.blocks[index], calls, self.hidden, counted, self._ranks)
+        calls = self._calls
+        return Block(self._weights.blocks[index], calls.calls[index], self.hidden, calls.counted, self._ranks)
 
     def advance(self, index: int, into: HiddenStates | None = None) -> None:
         """Replace the hidden states by the output of block `index`, or write it `into` others."""
-        block = self.block(index)
-        target = self.hidden if into is None else into
+        block, target = self.block(index), self.hidden if into is None else into
         for sample in range(len(self.hidden)):
             target[sample] = block.run(sample)
 
@@ -84,9 +82,7 @@ def _sum_over_inputs(
     sums: dict[str, Tensor] = {}
     got: Counter[str] = Counter()  # tokens
     ran: Counter[str] = Counter()  # in the sample at work
-    latest: tuple[Tensor, Tensor | None, Tensor, set[str]] | None = (
-        None  # an input, the sum before and after it, its layers
-    )
+    latest: tuple[Tensor, Tensor | None, Tensor, set[str]] | None = None  # input, sum before and after, layers
     counted: Tensor | None = None  # of the sample at work
     whole = True  # the first sample goes through the whole block: a layer may be called again
 
@@ -156,7 +152,7 @@ def layer_statistics(
     if block is not None and layers:
         if Need.GRAM in needs:
             grams, tokens = _sum_over_inputs(block, layers, _add_products)
-            activations = {name: activation_norms_of(gram, block.samples) for name, gram in grams.items()}
+            activations = {name: (gram.diagonal() / block.samples).sqrt() for name, gram in grams.items()}
         elif Need.ACTIVATIONS in needs:
             squares, tokens = _sum_over_inputs(block, layers, _add_squares)
             activations = {name: (total / block.samples).sqrt_() for name, total in squares.items()}

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,10 @@ class NoChainError(ModelError):
 
 
 class BlockCalls:
-    """A model's calls of its blocks, and its work before and after them.
+    """The arguments of every block (masks, position embeddings, …) for every sample, from a forward pass of it.
 
-    The arguments of every block (masks, position embeddings, …) are recorded for every sample in a forward pass.
-    At most the first block computes in it. The first sample is recorded twice, with other hidden states, to refuse a
-    model whose block arguments depend on them. `NoChainError` if the blocks cannot be replayed.
+    The first sample is recorded twice, with other hidden states, to refuse a model whose block arguments depend on
+    them. `NoChainError` if the blocks cannot be replayed.
     """
 
     def __init__(self, weights: Weights, task: Task, samples: Sequence[Sample]) -> None:
@@ -35,13 +34,15 @@ class BlockCalls:
         self.counted = [_counted(sample) for sample in samples]  # False for padding; None if all tokens are counted
         _check_own_weights(weights)
         with weights.outer(), weights.block(0) as first_block:
-            first = _record_calls(weights, task.arguments(samples[0]), first_block)
-            _check_same_arguments(first, _record_calls(weights, task.arguments(samples[0]), first_block, negate=True))
+            first, self._returned = _record_calls(weights, task.arguments(samples[0]), first_block)
+            again, _ = _record_calls(weights, task.arguments(samples[0]), first_block, negate=True)
+            _check_same_arguments(first, again)
             # A tensor that the first block returns beside the hidden states may be an argument of the others.
-            like = None if _holds_tensor(first[0].beside) else first
+            beside = () if isinstance(self._returned, Tensor) else self._returned[1:]
+            returned = None if _holds_tensor(beside) else self._returned
             recorded = [first]
             for sample in samples[1:]:
-                calls = _record_calls(weights, task.arguments(sample), first_block, like)
+                calls, _ = _record_calls(weights, task.arguments(sample), first_block, returned)
                 recorded.append([_shared(call, of_first) for call, of_first in zip(calls, first, strict=True)])
             # [block][sample]; samples share the first one's object if they are equal.
             self.calls = [list(of_block) for of_block in zip(*recorded, strict=True)]
@@ -78,23 +79,17 @@ class BlockCalls:
     def _without_blocks(self, sample: Sample, instead: Callable[[Tensor], Tensor]) -> Any:
         """A forward pass of the model with `instead` in place of all blocks."""
 
-        def first(*args: Any, **kwargs: Any) -> Any:
-            return self._returned(instead(self._hidden(args, kwargs)))
-
-        def other(*args: Any, **kwargs: Any) -> Any:
-            return self._returned(self._hidden(args, kwargs))
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = self._hidden(args, kwargs)
+            return _with_states(self._returned, hidden if index else instead(hidden))
 
         with ExitStack() as within:
             for index, block in enumerate(self._weights.blocks):
-                within.enter_context(forward_replaced(block, other if index else first))
+                within.enter_context(forward_replaced(block, partial(stand_in, index)))
             return run_model(self._weights.model, self.task.arguments(sample))
 
     def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return _split_call(args, kwargs)[0]
-
-    def _returned(self, hidden: Tensor) -> Any:
-        beside = self.calls[0][0].beside
-        return hidden if beside is None else (hidden, *beside)
 
 
 def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
@@ -124,7 +119,6 @@ def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
 class Call:
     arguments: dict[int | str, Any]  # by place or name
     hidden: int | str | None  # place or name of the hidden states, which `arguments` lack; None if they hold them
-    beside: tuple[Any, ...] | None = None  # returned beside the hidden states
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         return _states(self.returned(block, hidden))
@@ -153,26 +147,40 @@ def _states(output: Any) -> Tensor:
     return states
 
 
+def _with_states(output: Any, states: Tensor) -> Any:
+    """What a module returned, with other hidden states."""
+    if isinstance(output, Tensor):
+        return states
+    if isinstance(output, tuple | list):
+        return (states, *output[1:])
+    made = copy(output)
+    made[next(iter(made))] = states
+    return made
+
+
 @torch.no_grad()
 def _record_calls(
     weights: Weights,
     arguments: dict[str, Any],
     first_block: nn.Module,
-    like: list[Call] | None = None,
+    returned: Any = None,
     negate: bool = False,
-) -> list[Call]:
-    """The model's calls of its blocks; `NoChainError` if they form no chain.
+) -> tuple[list[Call], Any]:
+    """The model's calls of its blocks, and what the first returned; `NoChainError` if they form no chain.
 
-    Only the first block computes. The others return the negative of their input; the next block must take it.
+    Only the first block computes, unless `returned` is given. The others return the negative of their input; the next
+    block must take it.
     """
     model, blocks = weights.model, weights.blocks
     calls: list[Call] = []
     ran: list[nn.Module] = []
     latest: list[Tensor] = []
+    computes = returned is None
     with ExitStack() as within, suppress(ForwardEnded):
         compute = first_block.forward
 
         def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            nonlocal returned
             hidden, call = _split_call(args, kwargs)
             if block in ran:
                 raise NoChainError(f"block {ran.index(block)} runs more than once")
@@ -183,30 +191,29 @@ def _record_calls(
                     f"block {len(calls)} gets an empty mapping, through which blocks pass something on beside the "
                     "hidden states"
                 )
-            if like is not None:
-                output, call.beside = hidden, like[0].beside
+            if not computes:
+                output = hidden
             elif calls:
-                output, call.beside = -hidden, calls[0].beside
+                output = -hidden
             else:
                 returned = call.returned(compute, -hidden if negate else hidden)
                 output = _states(returned)
-                call.beside = tuple(returned[1:]) if isinstance(returned, tuple | list) else None
                 if output.shape != hidden.shape:
                     shapes = f"{list(output.shape)} of {list(hidden.shape)}"
                     raise NoChainError(f"block 0 makes hidden states {shapes}")
             latest[:] = [output]
             calls.append(call)
             ran.append(block)
-            if like is not None and block is blocks[-1]:
+            if not computes and block is blocks[-1]:
                 raise ForwardEnded
-            return output if call.beside is None else (output, *call.beside)
+            return _with_states(returned, output)
 
         for block in blocks:
             within.enter_context(forward_replaced(block, partial(record, block)))
         run_model(model, arguments)
     if len(calls) != len(blocks):
         raise NoChainError(f"a forward pass ran {len(calls)} blocks of {len(blocks)}")
-    return calls
+    return calls, returned
 
 
 def _check_own_weights(weights: Weights) -> None:
@@ -229,7 +236,7 @@ def _shared(call: Call, first: Call) -> Call:
     theirs = first.arguments
     arguments = {name: b if _same(a, b := theirs.get(name)) else a for name, a in call.arguments.items()}
     same = all(value is theirs.get(name) for name, value in arguments.items())
-    return first if same else replace(call, arguments=arguments, beside=first.beside)
+    return first if same else Call(arguments, call.hidden)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -248,7 +255,7 @@ def _holds_tensor(value: Any) -> bool:
 
 @contextmanager
 def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
-    """Within the `with`, a module computes something else; its hooks stay."""
+    """Its hooks stay."""
     own = vars(module).get("forward")
     module.forward = instead
     try:
@@ -267,12 +274,12 @@ class WholeCalls(BlockCalls):
         self.counted = [_counted(sample) for sample in samples]
         self.calls = [[self._record(sample) for sample in samples]]
         with torch.no_grad():
-            self._like = self.calls[0][0].returned(weights.blocks[0], torch.empty(0))
+            self._returned = self.calls[0][0].returned(weights.blocks[0], torch.empty(0))
         self.tokens = counted_tokens(self.counted, self.embed(0))
 
     def embed(self, sample: int) -> Tensor:
         """A placeholder for hidden states; nothing reads it."""
-        return torch.zeros_like(_states(self._like))
+        return torch.zeros_like(_states(self._returned))
 
     def _record(self, sample: Sample) -> Call:
         found: list[Call] = []
@@ -286,16 +293,7 @@ class WholeCalls(BlockCalls):
         return found[0]
 
     def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return _states(self._like)
-
-    def _returned(self, hidden: Tensor) -> Any:
-        if isinstance(self._like, Tensor):
-            return hidden
-        if isinstance(self._like, tuple):
-            return (hidden, *self._like[1:])
-        made = copy(self._like)
-        made[next(iter(made))] = hidden
-        return made
+        return _states(self._returned)
 
 
 @torch.no_grad()

@@ -1,10 +1,7 @@
 """Gradient norms of the dense model's weights, in one of two orders with the same bits. Each gradient is freed at once.
 
-Block by block: all samples go forward; then, from the last block to the first, each block is computed again, and
-backward. Memory: all hidden states, and one block's float32 sums and activations of a sample.
-
-Sample by sample: each goes through all blocks and back, in three quarters of the operations. Memory: all blocks'
-float32 sums and activations of a sample.
+Block by block keeps all hidden states, and float32 sums and activations of a sample for one block. Sample by sample
+keeps them for all blocks, and takes three quarters of the operations: no block is computed twice.
 """
 
 from collections.abc import Iterator
@@ -107,7 +104,7 @@ class GradientPass:
         replay = BlockReplay(calls, self.weights, self.pool, Ranks())
         found = [replay.hidden]
         for index in self.progress.track(range(len(self.weights.blocks)), "forward", "blocks", tokens=calls.tokens):
-            states = self.pool.states(len(calls.samples))
+            states = HiddenStates(self.pool, len(calls.samples))
             with self.weights.block(index):
                 replay.advance(index, into=states)
             replay.hidden = states

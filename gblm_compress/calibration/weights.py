@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -138,18 +139,14 @@ def _tied_parameters(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
+@dataclass
 class StatePool:
-    """Room for all hidden states of a run: `budget` bytes of host memory, and an empty folder for the rest."""
+    """Room for all hidden states of a run."""
 
-    def __init__(self, folder: Path, budget: int, device: torch.device) -> None:
-        self.left, self.device = budget, device
-        self._folder, self._names = folder, count()
-
-    def states(self, samples: int) -> "HiddenStates":
-        return HiddenStates(self, samples)
-
-    def new_file(self) -> Path:
-        return self._folder / f"{next(self._names)}.safetensors"
+    folder: Path  # empty at the start, for what `left` does not hold
+    left: int  # bytes of host memory
+    device: torch.device
+    numbers: Iterator[int] = field(default_factory=count)  # of files
 
 
 class HiddenStates(Sequence[Tensor]):
@@ -183,7 +180,7 @@ class HiddenStates(Sequence[Tensor]):
         if self._memory is not None:
             self._memory[index : index + 1].copy_(states)
             return
-        before, path = self._files.get(index), self._pool.new_file()
+        before, path = self._files.get(index), self._pool.folder / f"{next(self._pool.numbers)}.safetensors"
         save_file({"states": states.cpu().contiguous()}, path)
         self._files[index] = path
         if before is not None:  # not overwritten: a tensor mapped to it may still be read

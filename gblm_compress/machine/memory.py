@@ -10,6 +10,8 @@ from dataclasses import dataclass
 SAMPLE_EVERY_S = 0.02
 SHARE_OF_FREE_MEMORY = 0.8  # unless the user says how much
 
+is_own_process = False  # the command line sets this: malloc and the environment may be changed
+
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of `mallopt`, as in malloc.h
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
@@ -67,27 +69,13 @@ def free_memory(device: str) -> int:
     )
 
 
-_owned = False
-
-
-def own_process() -> None:
-    """Mark this process as the command line's own: its malloc and its environment may be set."""
-    global _owned
-    _owned = True
-
-
-def is_own_process() -> bool:
-    """Whether `own_process` was called; False in a program that calls the Python functions."""
-    return _owned
-
-
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep freed memory for the next tensor while the `with` runs, only with glibc and after `own_process`.
+    """Keep freed memory for the next tensor while the `with` runs, only with glibc and in a process of our own.
 
     glibc maps large tensors one by one, and the system clears every page: a third of a training's time on a CPU.
     """
-    process = ctypes.CDLL(None) if _owned and sys.platform == "linux" else None
+    process = ctypes.CDLL(None) if is_own_process and sys.platform == "linux" else None
     if process is None or not hasattr(process, "mallopt"):
         yield
         return

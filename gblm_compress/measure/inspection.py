@@ -100,7 +100,7 @@ def report(name: str, weight: Tensor) -> LayerReport:
         found[f"{side}_spread"] = float(share.std(correction=0))
         for what, which in (("empty", share == 0), ("kept", share >= KEPT), ("gone", share <= GONE)):
             found[f"{what}_{side}s"] = int(which.sum())
-    holds = [p.name for p in CANDIDATES if p.fits(in_features) and p.first_violation(weight) is None]
+    holds = [p.name for p in CANDIDATES if p.first_violation(weight) is None]
     shape = out_features, in_features
     return LayerReport(name=name, shape=shape, nonzeros=int(alive.sum()), patterns=tuple(holds), **found)
 

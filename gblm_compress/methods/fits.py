@@ -33,11 +33,6 @@ OPEN_SHARE = 0.9  # Converged rows are dropped once at most this share is open: 
 SWEEPS = 4  # of coordinate descent over all columns
 
 
-def activation_norms_of(gram: Tensor, samples: int) -> Tensor:
-    """A_j = sqrt(H_jj / N) [in_features], from the Gram matrix of N samples."""
-    return (gram.diagonal() / samples).sqrt()
-
-
 def damped(gram: Tensor) -> Tensor:
     """H + λI, λ = `DAMPING` times the mean of H's diagonal, or 1 if H = 0: positive definite for any H."""
     import torch

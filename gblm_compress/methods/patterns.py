@@ -61,9 +61,6 @@ class Pattern:
             )
         return implied
 
-    def fits(self, in_features: int) -> bool:
-        return self.n_m is None or in_features % self.n_m[1] == 0
-
     def mask(self, score: Tensor, weight: Tensor, sparsity: float, before: int = 0) -> Tensor:
         """True for the highest scores; all tensors are [out_features, in_features]. Magnitude breaks ties.
 
@@ -84,7 +81,7 @@ class Pattern:
         if self.n_m is None:
             return None
         n, m = self.n_m
-        if not self.fits(weight.shape[1]):
+        if weight.shape[1] % m:
             return f"in_features={weight.shape[1]} is not a multiple of {m}"
         counts = (weight != 0).reshape(weight.shape[0], -1, m).sum(-1)
         if not (counts > n).any():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from gblm_compress.calibration.calls import ForwardEnded
-from gblm_compress.calibration.weights import StatePool
+from gblm_compress.calibration.weights import HiddenStates, StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.progress import Progress
@@ -57,7 +57,7 @@ class Teacher:
         self._model, self._task, self._samples, self._compute = model, task, samples, compute
         self._dtype = torch.float32 if head_and_embedding(model)[0] is None else getattr(torch, compute)
         self._places = {index: place for place, index in enumerate(sorted(asked))}
-        self._kept = None if pool is None else pool.states(len(self._places))
+        self._kept = None if pool is None else HiddenStates(pool, len(self._places))
         self._known: set[int] = set()
 
     def predictions(self, indices: Sequence[int]) -> Tensor:

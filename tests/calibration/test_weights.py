@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights
+from gblm_compress.calibration.weights import HiddenStates, ResidentWeights, StatePool, StreamedWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.loading import load_model, load_skeleton
 from gblm_compress.models.source import ModelSource
@@ -94,7 +94,7 @@ def test_pruning_from_disk_gives_the_same_bytes(kind, settings, tiny, tmp_path, 
 @pytest.mark.parametrize("room", [1200, 1199])  # of three states of 400 bytes; whole or not at all
 def test_states_are_given_back_when_they_are_released(room: int, tmp_path: Path) -> None:
     pool = StatePool(tmp_path, room, torch.device("cpu"))
-    states = pool.states(3)
+    states = HiddenStates(pool, 3)
     tensors = [torch.randn(1, 10, 10) for _ in range(3)]
     for index, tensor in enumerate(tensors):
         states[index] = tensor

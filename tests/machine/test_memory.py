@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
-from gblm_compress.machine.memory import freed_memory_kept, own_process
+from gblm_compress.machine import memory
 
 def faults(kept):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,9 +22,9 @@ def faults(kept):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults(nullcontext())
-print(faults(freed_memory_kept()))
-own_process()
-print(faults(freed_memory_kept()), faults(nullcontext()))
+print(faults(memory.freed_memory_kept()))
+memory.is_own_process = True
+print(faults(memory.freed_memory_kept()), faults(nullcontext()))
 """
 
 
