@@ -13,27 +13,18 @@ from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks, device_of_rank
 from gblm_compress.errors import UsageError
 from gblm_compress.methods import fits
-from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import block_pruning
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.training.fits import How
 from gblm_compress.training.trainer import Plan
-from tests.conftest import prune
+from tests.conftest import prune, saved
 from tests.families.tiny import tiny_family
 
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate": [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ],
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0",
 }
 
 
@@ -51,13 +42,12 @@ def arguments(source, output: Path, prose: Path, *more: str) -> list[str]:
         ("accelerate", {"method": "regional", "pattern": "2:4"}),
         ("forks", {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"}),
     ],
-    ids=["gblm", "regional", "obs-sensitivity"],
 )
 def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose) -> None:
     options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
     given = arguments(tiny("llama"), tmp_path / "two", prose, *options)
     if start in LAUNCHERS:
-        command = [sys.executable, *LAUNCHERS[start], "-m", "gblm_compress", *given]
+        command = [sys.executable, "-m", *LAUNCHERS[start].split(), "-m", "gblm_compress", *given]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     else:
@@ -89,50 +79,40 @@ def test_all_ranks_read_the_text_that_they_have_written_together(pair, tiny, tmp
     assert shares == [[True, True, False, False, False], [False, False, True, True, True]]
 
 
-DIES = """
-import os
-from gblm_compress.pruning import walk
-if rank == "1":
-    walk.prune_block_ = lambda *args: os._exit(9)
-"""
-
-
-HANGS = """
+FAULTS = """
 import ctypes, os, signal
 from datetime import timedelta
 from gblm_compress.calibration import ranks
-from gblm_compress.pruning import walk
-ranks.SILENCE = timedelta(seconds=3)
-if rank == "1":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # once the other has ended
-    walk.prune_block_ = lambda *args: os.kill(os.getpid(), signal.SIGSTOP)
-"""
-
-
-FAILS = """
 from gblm_compress.errors import ModelError
 from gblm_compress.pruning import walk
-def fail(*args):
+
+def dies(*args):
+    os._exit(9)
+
+def hangs(*args):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # once the other has ended
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def fails(*args):
     raise ModelError("a fault of this rank alone")
+
+ranks.SILENCE = timedelta(seconds=3)
+if rank == "{rank}":
+    walk.prune_block_ = {fault}
 """
 LOST = "error: rank 0 of 2: another process of the run ended or does not answer"
+ALONE = "error: a fault of this rank alone"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (DIES, LOST),
-        (HANGS, LOST),
-        *(
-            (f"{FAILS}\nif rank == '{rank}':\n    walk.prune_block_ = fail", "error: a fault of this rank alone")
-            for rank in (0, 1)
-        ),
-    ],
-    ids=["dies", "hangs", "fault of the first", "fault of the second"],
+    ("fault", "rank", "message"), [("dies", 1, LOST), ("hangs", 1, LOST), ("fails", 0, ALONE), ("fails", 1, ALONE)]
 )
-def test_what_ends_one_rank_ends_the_other_with_a_clear_error(change, message, pair, tiny, tmp_path, prose) -> None:
+def test_what_ends_one_rank_ends_the_other_with_a_clear_error(
+    fault, rank, message, pair, tiny, tmp_path, prose
+) -> None:
     """Without torchrun's own watch over its workers: the survivor must find out itself."""
-    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), change=change)
+    given = arguments(tiny("llama"), tmp_path / "out", prose)
+    done = pair(*given, change=FAULTS.format(fault=fault, rank=rank))
     assert done.code == 1 and message in done.stderr and "Traceback" not in done.stderr, done
     assert ("--resume" in done.stderr) or message is not LOST
     assert not (tmp_path / "out").exists()
@@ -154,19 +134,11 @@ def test_processes_that_were_given_different_things_are_refused(what, change, pa
     assert {path.name for path in tmp_path.iterdir()} == {prose.name}
 
 
-SAVES_FOR_LONG = """
-import time
-from datetime import timedelta
-from gblm_compress.calibration import ranks
-from gblm_compress.pruning import saving
-ranks.TIMEOUT = timedelta(seconds=3)
-original = saving.save
-saving.save = lambda *args: (time.sleep(5), original(*args))[1]
-"""
-
-
 def test_the_first_rank_may_save_for_longer_than_others_wait(pair, tiny, tmp_path, prose) -> None:
-    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), change=SAVES_FOR_LONG)
+    slow = "import time; from gblm_compress.calibration import ranks; from gblm_compress.pruning import saving\n"
+    slow += "ranks.TIMEOUT = 3 * ranks.TIMEOUT / ranks.TIMEOUT.total_seconds(); save = saving.save\n"
+    slow += "saving.save = lambda *given: (time.sleep(5), save(*given))[1]"
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), change=slow)
     assert done.code == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"out", prose.name}
 
@@ -191,9 +163,7 @@ fits.FITS |= {name: replace(fits.FITS[name], apply=fits.none, on_grid=None) for 
 def test_two_ranks_fit_as_one_process_does_with_the_same_steps(
     family, settings, pair, tmp_path, prose, monkeypatch
 ) -> None:
-    source = ModelSource(family, tmp_path / family)
-    tiny_family(family).save_pretrained(source.folder)
-    byte_tokenizer().save_pretrained(source.folder)
+    source = saved(tiny_family(family), tmp_path / family)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     options += ["--method", "wanda", "--samples", "9", "--dtype", "float32"]
     done = pair(*arguments(source, tmp_path / "two", prose, *options), change=BY_ADAM_ALONE)

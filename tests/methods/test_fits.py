@@ -35,23 +35,31 @@ def with_damping(gram: Tensor) -> Tensor:
     return gram.double() + (0.01 * mean if mean else 1.0) * torch.eye(len(gram), dtype=torch.float64)
 
 
-def slow_obs(weight: Tensor, gram: Tensor, choose, step: int) -> tuple[Tensor, Tensor]:
-    """OBS one column at a time in float64: the inverse of the remaining inputs' Hessian is recomputed every time,
-    and the update w_right −= w_j / (H⁻¹)_jj · (H⁻¹)_j,right is applied at once."""
-    hessian = with_damping(gram)
-    w = weight.double().clone()
+def points_of(grid: Grid, row: int, column: int) -> list[float]:
+    """Every value that a weight may take."""
+    scale = float(grid.scales[row, 0 if grid.group is None else column // grid.group])
+    return [scale * level for level in grid.levels.tolist()]
+
+
+def slow_obs(weight: Tensor, gram: Tensor, choose, step: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+    """OBS one weight at a time in float64: the inverse of the remaining inputs' Hessian is recomputed for every column.
+
+    What pruning or rounding w_j takes away is undone at once: w_right −= (w_j − point) / (H⁻¹)_jj · (H⁻¹)_j,right.
+    """
+    hessian, w = with_damping(gram), weight.double().clone()
     mask = torch.zeros_like(weight, dtype=torch.bool)
-    columns = w.shape[1]
-    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
-    for j in range(columns):
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(w.shape[1])]
+    for j, inverse in enumerate(inverses):
         if j % step == 0:
             part = slice(j, j + step)
-            diagonal = torch.stack([inverse[0, 0] for inverse in inverses[part]])
-            mask[:, part] = choose(part, w[:, part], diagonal)
+            mask[:, part] = choose(part, w[:, part], torch.stack([one[0, 0] for one in inverses[part]]))
         for i in range(w.shape[0]):
-            if not mask[i, j]:
-                w[i, j:] -= w[i, j] / inverses[j][0, 0] * inverses[j][0]
-    return w * mask, mask
+            value, point = float(w[i, j]), 0.0
+            if mask[i, j]:
+                point = value if grid is None else min(points_of(grid, i, j), key=lambda p: abs(p - value))
+            w[i, j:] -= (value - point) / inverse[0, 0] * inverse[0]
+            w[i, j] = point
+    return w, mask
 
 
 def error(before: Tensor, after: Tensor, gram: Tensor) -> float:
@@ -139,25 +147,6 @@ def test_least_squares_is_lstsq_on_the_support(kind: str, pattern: str) -> None:
         assert (got[~support] == 0).all()
 
 
-def points_of(grid: Grid, row: int, column: int) -> list[float]:
-    """Every value that a weight may take."""
-    scale = float(grid.scales[row, 0 if grid.group is None else column // grid.group])
-    return [scale * level for level in grid.levels.tolist()]
-
-
-def slow_obs_on_grid(weight: Tensor, keep: Tensor, gram: Tensor, grid: Grid) -> Tensor:
-    """As `slow_obs`, one weight at a time: what pruning or rounding it takes away is undone by those behind."""
-    hessian, w = with_damping(gram), weight.double().clone()
-    for j in range(w.shape[1]):
-        inverse = torch.linalg.inv(hessian[j:, j:])
-        for i in range(w.shape[0]):
-            value = float(w[i, j])
-            point = min(points_of(grid, i, j), key=lambda p: abs(p - value)) if keep[i, j] else 0.0
-            w[i, j:] -= (value - point) / inverse[0, 0] * inverse[0]
-            w[i, j] = point
-    return w
-
-
 def slow_settle(weight: Tensor, start: Tensor, keep: Tensor, gram: Tensor, grid: Grid, sweeps: int) -> Tensor:
     """Every grid point is tried for every survivor, and the whole error of its row computed for each."""
     hessian, w = with_damping(gram), start.double().clone()
@@ -179,7 +168,7 @@ def test_pruning_and_rounding_go_together_column_by_column(kind: str, bits: str,
     updated = obs(weight, keep, statistics)
     grid = make_grid(updated, keep, bits, group)
     result = rounded(obs(weight, keep, statistics, grid), keep, grid)
-    expected = slow_obs_on_grid(weight, keep, gram, grid)
+    expected, _ = slow_obs(weight, gram, lambda part, current, diagonal: keep[:, part], 1, grid)
     step = grid.scale_of(weight.shape[1]).expand_as(weight) if kind == "full" and bits == "int8" else None
     if step is None:
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
