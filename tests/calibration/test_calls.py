@@ -7,13 +7,15 @@ import torch
 
 from gblm_compress.calibration.blocks import BlockReplay
 from gblm_compress.calibration.calls import BlockCalls, NoChainError, by_block, calls_of
+from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights
 from gblm_compress.models.architecture import find_blocks, prunable_layers
 from gblm_compress.models.tiny import tiny_model
+from gblm_compress.progress import Progress
 from gblm_compress.tasks import TASKS
 from tests.calibration.test_blocks import activation_norms
-from tests.conftest import CAUSAL_LM, in_memory, prune_, replay, samples
+from tests.conftest import CAUSAL_LM, in_memory, replay, samples
 from tests.families.tiny import tiny_family
 from tests.tasks import families
 
@@ -158,47 +160,35 @@ def inputs_of(model, module, sample) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("alpha", [0.0, 100.0])
-def test_masks_of_a_block_that_repeats_are_those_of_all_its_runs(alpha: float) -> None:
-    """ALBERT's one block runs three times; activations by hooks, gradients by plain autograd of the cross-entropy."""
-    dense = families.encoder("albert", "AutoModelForSequenceClassification")
-    texts = [{**sample, "attention_mask": torch.ones(1, 24, dtype=torch.long)} for sample in samples(4)]
-    labelled = [{**text, "labels": torch.tensor([label % 3])} for label, text in enumerate(texts)]
-    model = copy.deepcopy(dense)
-    found = prune_(model, labelled, method="gblm", alpha=alpha, allocation="uniform")
-    assert len(found) == 6
-
-    masks: dict[str, list[torch.Tensor]] = {"all runs": [], "the first": []}
-    for name in found:
-        layer = dense.get_submodule(name)
-        gradient = sum(torch.autograd.grad(dense(**sample).loss, layer.weight)[0].abs() for sample in labelled)
-        runs = [inputs_of(dense, layer, text) for text in texts]
-        assert {len(run) for run in runs} == {3}
-        for which, count in (("all runs", 3), ("the first", 1)):
-            norm = (sum(x.square().sum(0) for run in runs for x in run[:count]) / len(texts)).sqrt()
-            score = layer.weight.detach().abs() * (norm + alpha * gradient)
-            masks[which].append(score > score.sort(1).values[:, score.shape[1] // 2 - 1 : score.shape[1] // 2])
-    kept = torch.cat([(model.get_submodule(name).weight != 0).flatten() for name in found])
-
-    def wrong(which: str) -> float:
-        return float((kept != torch.cat([mask.flatten() for mask in masks[which]])).double().mean())
-
-    assert wrong("all runs") <= 1e-3
-    assert alpha or wrong("the first") > 1e-2
+def albert():
+    """Its one block runs three times."""
+    ids = [{**one, "attention_mask": torch.ones(1, 24, dtype=torch.long)} for one in samples(4)]
+    labelled = [{**one, "labels": torch.tensor([number % 3])} for number, one in enumerate(ids)]
+    return families.encoder("albert", "AutoModelForSequenceClassification"), TASKS["classification"], labelled
 
 
-def test_a_weight_that_blocks_share_is_measured_in_all_of_them() -> None:
-    model, ids = tiny_model("llama"), samples()
-    first, second = (block.mlp.up_proj for block in model.model.layers)
-    second.weight = first.weight
-    weights, calls = calls_of(ResidentWeights(model), CAUSAL_LM, ids)
-    assert weights.blocks == [model.model]
+def shared():
+    """Two blocks that share a weight."""
+    model = tiny_model("llama")
+    share(model)
+    return model, CAUSAL_LM, [{**one, "labels": one["input_ids"]} for one in samples()]
+
+
+@pytest.mark.parametrize("make", [albert, shared])
+def test_a_weight_that_runs_several_times_is_measured_in_all_of_its_runs(make) -> None:
+    """Activations by hooks, gradients by plain autograd of transformers' loss."""
+    model, task, ids = make()
+    weights, calls = calls_of(ResidentWeights(model), task, ids)
     (layers,) = by_block(weights, prunable_layers(model))
-    block = BlockReplay(calls, weights, in_memory(), Ranks()).block(0)
-    got = activation_norms(block, layers)
-    for name, users in (("layers.0.mlp.up_proj", (first, second)), ("layers.1.mlp.gate_proj", (second,))):
-        squares = [x.square().sum(0) for module in users for sample in ids for x in inputs_of(model, module, sample)]
-        torch.testing.assert_close(got[f"model.{name}"], (sum(squares) / len(ids)).sqrt(), rtol=1e-4, atol=1e-5)
+    activations = activation_norms(BlockReplay(calls, weights, in_memory(), Ranks()).block(0), layers)
+    measuring = GradientPass(weights, calls, in_memory(), Ranks(), Progress(quiet=True))
+    ((_, gradients),) = measuring.norms({0: layers}, "l1")
+    for name, layer in layers.items():
+        users = [module for module in model.modules() if getattr(module, "weight", None) is layer.weight]
+        squares = sum(x.square().sum(0) for user in users for one in ids for x in inputs_of(model, user, one))
+        torch.testing.assert_close(activations[name], (squares / len(ids)).sqrt(), rtol=1e-4, atol=1e-5)
+        of_samples = [torch.autograd.grad(model(**sample).loss, layer.weight)[0] for sample in ids]
+        torch.testing.assert_close(gradients[name], torch.stack(of_samples).abs().sum(0), rtol=1e-3, atol=1e-6)
 
 
 def test_what_is_around_the_blocks_is_the_innermost_module_that_runs_once() -> None:

@@ -26,11 +26,9 @@ from tests.conftest import samples
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 FIELDS = {
-    "activation_norm": Need.ACTIVATIONS,
-    "gradient_norm": Need.GRADIENTS,
-    "regional_norm": Need.REGIONAL,
+    "activation_norm": Need.ACTIVATIONS, "gradient_norm": Need.GRADIENTS, "regional_norm": Need.REGIONAL,
     "gram": Need.GRAM,
-}
+}  # fmt: skip
 RULE = Rule("layer", Pattern("2:4"), 0.5, 2.0)
 CALLS = {
     "method": lambda name, w, s: METHODS[name].select(w, s, RULE).keep,
@@ -104,28 +102,29 @@ METHODS["last"] = Method(by_score(last), help="the last inputs", needs=Need.REGI
 FITS["double"] = FitChoice(double, help="twice as much", needs=Need.GRAM, passes=5.0)
 ALLOCATIONS["first"] = Allocation(first_block_more, help="the first more", needs=Need.ACTIVATIONS)
 assert "torch" not in sys.modules
+from gblm_compress.cli.app import main
+main(sys.argv[1:])
 """
+SHORT = "--calibration prose.txt --samples 2 --sequence-length 16 --quiet"
 
 
 @pytest.fixture
-def with_toys(tmp_path):
-    """Run the program with three choices of somebody else's."""
-    (tmp_path / "toys.py").write_text(TOYS + "from gblm_compress.cli.app import main\nmain(sys.argv[1:])\n")
+def with_choices(tmp_path):
+    """Run the program after a script, which adds choices of somebody else's."""
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(tmp_path / "toys.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+    def run(script: str, command: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "script.py").write_text(script)
+        given = [sys.executable, "script.py", *command.split()]
+        return subprocess.run(given, cwd=tmp_path, capture_output=True, text=True)
 
     return run
 
 
-def test_choices_from_outside_prune_a_model(with_toys, tiny, tmp_path, prose) -> None:
+def test_choices_from_outside_prune_a_model(with_choices, tiny, tmp_path, prose) -> None:
     source = tiny("llama")
-    done = with_toys(
-        "prune", str(source.folder), "-o", str(tmp_path / "out"), "--calibration", str(prose), "--samples", "2",
-        "--sequence-length", "16", "--method", "last", "--fit", "double",
-        "--allocation", "first", "--alpha", "3", "--quiet",
-    )  # fmt: skip
+    done = with_choices(
+        TOYS, f"prune {source.folder} -o out --method last --alpha 3 --fit double --allocation first {SHORT}"
+    )
     assert done.returncode == 0, done.stderr
     dense, pruned = (load_file(folder / "model.safetensors") for folder in (source.folder, tmp_path / "out"))
     for block, share in ((0, 0.54), (1, 0.46)):
@@ -135,27 +134,25 @@ def test_choices_from_outside_prune_a_model(with_toys, tiny, tmp_path, prose) ->
         assert not pruned[name][:, :-last].any()
 
 
-def test_the_method_of_the_page_prunes(tmp_path, prose) -> None:
+def test_the_method_of_the_page_prunes(with_choices, tmp_path, prose) -> None:
     (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (tmp_path / "script.py").write_text(script)
-    command = ["prune", "tiny", "-o", "pruned", "--method", "root", "--pattern", "2:4", "--fit", "none"]
-    text = ["--calibration", str(prose), "--samples", "2", "--sequence-length", "16", "--quiet"]
-    done = subprocess.run([sys.executable, "script.py", *command, *text], cwd=tmp_path, capture_output=True, text=True)
+    done = with_choices(script, f"prune tiny -o out --method root --pattern 2:4 --fit none {SHORT}")
     assert done.returncode == 0, done.stderr
-    weight = load_file(tmp_path / "pruned" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal((weight != 0).view(len(weight), -1, 4).sum(-1), torch.full((len(weight), 16), 2))
 
 
-def test_choices_from_outside_are_told_with_the_others(with_toys) -> None:
-    help = " ".join(with_toys("prune", "--help-all").stdout.replace("│", " ").split())
-    schema = json.loads(with_toys("schema").stdout)["$defs"]["PruneSettings"]["properties"]
-    for kind, name, text in (
-        ("method", "last", "the last inputs"), ("fit", "double", "twice as much"),
-        ("allocation", "first", "the first more"),
+def test_choices_from_outside_are_told_with_the_others(with_choices) -> None:
+    help = " ".join(with_choices(TOYS, "prune --help-all").stdout.replace("│", " ").split())
+    schema = json.loads(with_choices(TOYS, "schema").stdout)["$defs"]["PruneSettings"]["properties"]
+    for kind, told in (
+        ("method", "last: the last inputs"), ("fit", "double: twice as much"), ("allocation", "first: the first more"),
     ):  # fmt: skip
-        assert f"{name}: {text}" in help
-        assert name in names_in(schema[kind]) and f"{name}: {text}" in schema[kind]["description"]
-    refused = with_toys("prune", "tiny", "-o", "x", "--method", "lats")
-    assert refused.returncode == 2 and "did you mean 'last'?" in refused.stderr
-    refused = with_toys("prune", "tiny", "-o", "x", "--method", "wanda", "--alpha", "3")
-    assert refused.returncode == 2 and "only method gblm, regional or last reads it" in refused.stderr
+        assert told in help and told in schema[kind]["description"]
+        assert told.partition(":")[0] in names_in(schema[kind])
+    for options, message in (
+        ("--method lats", "did you mean 'last'?"),
+        ("--method wanda --alpha 3", "only method gblm, regional or last reads it"),
+    ):
+        refused = with_choices(TOYS, f"prune tiny -o x {options}")
+        assert refused.returncode == 2 and message in refused.stderr
