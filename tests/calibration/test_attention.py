@@ -62,27 +62,20 @@ def test_samples_do_not_see_each_other_and_one_new_token_sees_its_cache(new, sam
         torch.testing.assert_close(got[[number]].double(), by_definition(*inputs, 0.25)[:, -new:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_is_as_exact_as_bfloat16_allows(autocast: bool, monkeypatch) -> None:
-    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
-    inputs = heads(24) if autocast else heads(300, torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        got = attention(LAYER, *inputs, None)[0]
-    tolerance = 0.03 if autocast else 0.02
-    torch.testing.assert_close(got.double(), by_definition(*inputs, 0.25), rtol=tolerance, atol=tolerance)
-    assert got.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_scores_too_large_for_bfloat16_are_left_to_torch(autocast: bool) -> None:
+def test_bfloat16_is_exact_enough_and_scores_too_large_for_it_are_left_to_torch(autocast, large, monkeypatch) -> None:
     """As keys with a bias have: rounded to 8 bits, scores of 200 would put the output off by a tenth."""
+    left, by_torch = [], module.sdpa_attention_forward
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: left.append(0) or by_torch(*a, **k))
     query, key, value = (x.detach() for x in heads(300))
-    inputs = [query + 20, key + 2, value]
+    inputs = [query + 20 * large, key + 2 * large, value]
     rounded = [x.bfloat16() for x in inputs]
-    expected = by_definition(*rounded, 0.25)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         got = attention(LAYER, *(inputs if autocast else rounded), None)[0]
+    expected = by_definition(*rounded, 0.25)
     assert (got.double() - expected).norm() < 0.01 * expected.norm()
+    assert got.dtype == torch.bfloat16 and bool(left) == large
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -87,21 +87,13 @@ def test_measured_once_and_kept(path) -> None:
     assert remembered("machine", "shape", 6, made) == 5 and made == [5]
     path.write_text(json.dumps({"machine": {"shape": 5, "other": "theirs"}, "theirs": {"shape": 3}}))
     assert remembered("machine", "third", 2) == 2  # what another process measured meanwhile is not lost
-    assert json.loads(path.read_text()) == {
-        "machine": {"shape": 5, "other": "theirs", "third": 2},
-        "theirs": {"shape": 3},
-    }
+    found = json.loads(path.read_text())
+    assert found == {"machine": {"shape": 5, "other": "theirs", "third": 2}, "theirs": {"shape": 3}}
 
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        "[1, 2]",
-        '{"machine": 3, "theirs": {"shape": 3}}',
-        '{"machine": {"shape": "five"}, "theirs": {"shape": 3}}',
-        '{"machine": {"shape": true}}',
-    ],
+    ["", "[1, 2]", '{"machine": 3, "theirs": {"shape": 3}}', '{"machine": {"shape": true}, "theirs": {"shape": 3}}'],
 )
 def test_what_is_damaged_is_measured_and_written_again(path, content) -> None:
     path.parent.mkdir()
@@ -122,15 +114,10 @@ def test_a_cache_that_cannot_be_used_is_done_without(path, put) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 from gblm_compress.machine import made_once
-
-def make(folder):
-    (folder / "half").touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-made_once(Path(sys.argv[1]), make)
+made_once(Path(sys.argv[1]), lambda folder: ((folder / "half").touch(), os.kill(os.getpid(), 9)))
 """
 
 
