@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from gblm_compress.measure.benchmarking import BenchmarkResult
     from gblm_compress.measure.evaluation import EvaluateResult
     from gblm_compress.measure.inspection import InspectResult
-    from gblm_compress.pruning.stage import PlanResult, PruneResult
+    from gblm_compress.pruning.planning import PlanResult
+    from gblm_compress.pruning.stage import PruneResult
     from gblm_compress.runs.advice import Advice
     from gblm_compress.runs.comparison import CompareResult
     from gblm_compress.runs.pushing import PushResult
@@ -110,8 +111,7 @@ def prune(
 
         from gblm_compress.pruning import stage
 
-        job = stage.PruneJob(stage.InMemory(model, processor), settings, text)
-        return stage.prune(job, None, _progress(quiet))
+        return stage.prune_in_place(model, processor, settings, text, _progress(quiet))
     path, texts = Path(output), [text.dataset] if settings.needs_text else []
     outputs.check_output(path, force)
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
@@ -138,7 +138,7 @@ def plan(
     with outlined(os.fspath(model), progress) as source:
         from gblm_compress.pruning import stage
 
-        return stage.plan(stage.PruneJob(source, settings, text, compute, resources), source, progress)
+        return stage.plan(stage.PruneJob(source, settings, text, compute, resources), progress)
 
 
 @command("gblm-compress recover pruned -o recovered --teacher demo --data train.txt")

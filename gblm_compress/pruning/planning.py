@@ -21,6 +21,7 @@ from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.storage import records
 from gblm_compress.tasks.causal_lm import LOSS_TOKENS
 from gblm_compress.tasks.task import Sample, Task
 
@@ -48,6 +49,7 @@ class Plan:
     samples: Sequence[Sample]  # of this process; empty for a method that needs no text
     budgets: dict[str, Budget]  # before an allocation
     device: torch.device  # where blocks run
+    dtype: str  # of the arithmetic
     products: str  # the dtype of products in fits by Adam, float32 or bfloat16
     placement: Placement
     ranks: Ranks
@@ -72,7 +74,9 @@ def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budg
     return result
 
 
-def choose_dtypes(requested: str, source: ModelSource, settings: PruneSettings, device: str, group: Ranks) -> list[str]:
+def choose_dtypes(
+    requested: str, source: ModelSource, settings: PruneSettings, device: str, group: Ranks
+) -> tuple[str, str]:
     """The dtype of the computation, and the dtype of products in fits.
 
     On a CPU a bfloat16 checkpoint is computed in bfloat16 if the CPUs have instructions for it.
@@ -80,11 +84,11 @@ def choose_dtypes(requested: str, source: ModelSource, settings: PruneSettings, 
     fast = ranks.faster_dtype(device, group)
     products = "float32" if requested == "float32" else fast
     if requested == "auto" and device == "cpu" and loading.stored_dtype(source) == "bfloat16":
-        return [fast, products]
+        return fast, products
     dtype = loading.choose_dtype(requested, source, device)
     if requested == "auto" and dtype == "float16" and settings.fits_blocks and products != "bfloat16":
         dtype = "float32"
-    return [dtype, products]
+    return dtype, products
 
 
 def check_float16(dtype: str, settings: PruneSettings, device: str) -> None:
@@ -202,31 +206,43 @@ def better_fit(settings: PruneSettings, offload: bool = False) -> str | None:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Time and memory of a pruning on this machine; `memory` does not count the program itself."""
-
-    passes: float  # over the text
+class PlanResult(records.Result):
+    model: str
+    weights: int
+    dtype: str  # of the arithmetic
+    device: str
+    from_disk: bool  # a block at a time
+    passes: float  # over the calibration text
     seconds: float
-    memory: int
-    less_seconds: float  # with the text of `SMALL`
-
-    @property
-    def sentence(self) -> str:
-        less = "--samples 16 --sequence-length 512"
-        return cost.sentence(self.seconds, self.memory, less, self.less_seconds)
+    memory_bytes: int
+    disk_bytes: int  # until the output is whole
 
 
 def cost_of(
-    source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings, writing: tuple[float, float] = (0, 0)
-) -> Cost:
-    """`writing`: seconds and bytes to generate the text, if the model writes it."""
-    settings, rate = plan.settings, cost.operations_per_second(plan.device, getattr(torch, dtype))
-    weights, times = loading.count_weights(source), passes(plan.settings)
+    source: ModelSource, plan: Plan, size: Size, calibration: CalibrationSettings, writing: tuple[float, float] = (0, 0)
+) -> tuple[PlanResult, str]:
+    """The time, memory and disk of a pruning on this machine, and a sentence of them.
+
+    `writing`: seconds and bytes to generate the text, if the model writes it.
+    """
+    rate, times = cost.operations_per_second(plan.device, getattr(torch, plan.dtype)), passes(plan.settings)
+    weights = loading.count_weights(source)
     handling = READS * 4 * weights / cost.bytes_per_second("cpu")
 
     def seconds(text: CalibrationSettings) -> float:
         return handling + 2 * weights * text.samples * text.sequence_length / plan.ranks.size * times / rate
 
-    held = max(int(writing[1]), Size(source, dtype, settings, calibration).peak(plan.placement))
-    small = calibration.model_copy(update=SMALL)
-    return Cost(times, seconds(calibration) + writing[0], held, seconds(small))
+    takes, memory = seconds(calibration) + writing[0], max(int(writing[1]), size.peak(plan.placement))
+    less = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
+    result = PlanResult(
+        model=source.name,
+        weights=int(weights),
+        dtype=plan.dtype,
+        device=str(plan.device),
+        from_disk=plan.placement.offload,
+        passes=times,
+        seconds=takes,
+        memory_bytes=cost.with_program(memory),
+        disk_bytes=size.on_disk(plan.settings, plan.placement, finished=0),
+    )
+    return result, cost.sentence(takes, memory, less, seconds(calibration.model_copy(update=SMALL)))

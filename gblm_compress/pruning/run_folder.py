@@ -30,17 +30,18 @@ class PruningRecord(Record):
     blocks: dict[int, dict[str, LayerResult]] = Field({})  # the finished ones
 
 
-class RunFolder(Work[PruningRecord]):
+class RunFolder(Work):
     """Finished work of a run, which only the first process writes. Work that is `damaged` is done again."""
 
+    record: PruningRecord
     needs_all = False
 
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         names = r"(gradients|block|distilled)-\d+"
         super().__init__(folder, PruningRecord(identity=identity), names, resume, ranks)
         if any(name.startswith("distilled") for name in self.damaged):
-            files = self.record.files
-            self.record.files = {name: files[name] for name in files if not name.startswith("distilled")}
+            for name in [name for name in self.record.files if name.startswith("distilled")]:
+                del self.record.files[name]
 
     def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
         self._save(f"gradients-{block}", norms)
@@ -83,18 +84,14 @@ class RunFolder(Work[PruningRecord]):
 
     @property
     def results(self) -> dict[str, LayerResult]:
-        """{layer: its result} of all finished blocks, in the order of the model."""
-        blocks = self.record.blocks
-        return {name: result for block in sorted(blocks) for name, result in blocks[block].items()}
+        """Of all finished blocks, in the order of the model."""
+        return {name: result for _, block in sorted(self.record.blocks.items()) for name, result in block.items()}
 
     def has_finished(self, block: int) -> bool:
         return self._finished(block).name in self.record.files
 
-    def finished(self, block: int) -> dict[str, Tensor]:
-        return {name: read_tensor(self._finished(block), name) for name in self.record.blocks[block]}
-
-    def finished_layer(self, block: int, name: str) -> Tensor:
-        return read_tensor(self._finished(block), name)
+    def finished(self, block: int, layer: str) -> Tensor:
+        return read_tensor(self._finished(block), layer)
 
     def grids(self, group: int | None) -> dict[str, Grid]:
         """The grids of all finished blocks, whose scales cover `group` columns (None: a row)."""

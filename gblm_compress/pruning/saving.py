@@ -41,7 +41,7 @@ def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint
 def save(
     folder: Path, source: ModelSource, checkpoint: Checkpoint, processor: Any, run: RunFolder, walked: Walked
 ) -> dict[str, LayerResult]:
-    """Write a folder from `source` and its checkpoint. Returns the results of its layers as stored."""
+    """Write the folder. Returns the results of its layers as stored."""
     layers, settings = walked.layers, walked.plan.settings
     blocks = {name: index for index, pruned in run.record.blocks.items() for name in pruned}
     on = run.grids(settings.columns_of_a_scale)
@@ -52,7 +52,7 @@ def save(
         if layer == name or layer not in layers:
             return None
         dense = checkpoint.read(name)
-        computed = run.finished_layer(blocks[layer], layer)
+        computed = run.finished(blocks[layer], layer)
         if grid := on.get(layer):
             matrix = computed.T if layers[layer].transposed else computed
             point = rounded(matrix.float(), matrix != 0, grid)  # to the last bit, whatever dtype it was computed in

@@ -3,8 +3,8 @@
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from gblm_compress import errors, tasks
 from gblm_compress.calibration import generation, ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights, verify
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
-from gblm_compress.machine import cost
 from gblm_compress.machine.memory import free_memory, peak_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import DENSE, UNSTRUCTURED, Pattern
@@ -30,7 +29,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import planning, saving
 from gblm_compress.pruning.block_pruning import FEW_TOKENS, LayerResult
-from gblm_compress.pruning.planning import Placement, Plan, Size, uniform_budgets
+from gblm_compress.pruning.planning import Placement, Plan, PlanResult, Size, uniform_budgets
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import LeftDense, Walk, Walked
 from gblm_compress.settings import (
@@ -45,16 +44,8 @@ from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 
 @dataclass(frozen=True)
-class InMemory:
-    """A transformers model that is pruned on its device and in its dtype; it is put into eval mode."""
-
-    model: Any
-    processor: Any = None  # for calibration data, if the method needs them
-
-
-@dataclass(frozen=True)
 class PruneJob:
-    source: ModelSource | InMemory
+    source: ModelSource
     settings: PruneSettings
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
@@ -62,7 +53,7 @@ class PruneJob:
 
 
 @dataclass(frozen=True)
-class PruneResult:
+class PruneResult(records.Result):
     """Repeats on one machine, with one seed and number of threads, differ only in costs."""
 
     folder: str | None  # None if a model in memory was pruned in place
@@ -70,64 +61,79 @@ class PruneResult:
     left_dense: dict[str, LeftDense]  # all other linear weights of the model
     seconds: float
     peak_memory_bytes: int
-    calibration_fingerprint: str | None = None
-    grid: str | None = None  # in words; None if the survivors were not rounded
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def nonzeros(self) -> int:
-        return sum(layer.nonzeros for layer in self.layers.values())
-
-    @property
-    def weights(self) -> int:
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
-
-    @property
-    def linear_weights(self) -> int:
-        return self.weights + sum(dense.weights for dense in self.left_dense.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        totals = {"nonzeros": self.nonzeros, "weights": self.weights, "linear_weights": self.linear_weights}
-        return {**asdict(self), **totals}
+    calibration_fingerprint: str | None
+    grid: str | None  # in words; None if the survivors were not rounded
+    warnings: tuple[str, ...]
+    nonzeros: int
+    weights: int  # of the layers
+    linear_weights: int  # and of those left dense
 
 
 _Done = tuple[Walked, int, str | None]  # bytes of memory at most, fingerprint of the samples
 
 
 def prune(
-    job: PruneJob, output: Path | None, progress: Progress, *, resume: bool | None = False, force: bool = False
+    job: PruneJob, output: Path, progress: Progress, *, resume: bool | None = False, force: bool = False
 ) -> PruneResult:
-    """Prune a model source to a verified Hugging Face folder, or a model in memory in place.
+    """Prune to a verified Hugging Face folder, which appears whole or not at all.
 
-    The output appears whole or not at all. `resume` continues an interrupted run; None continues one if it exists.
+    `resume` continues an interrupted run; None continues one if it exists.
     """
-    start, notes = time.perf_counter(), list[str]()
-    if isinstance(job.source, InMemory):
-        walked, peak, read = _in_place(job, job.source, progress)
-    else:
-        assert output is not None, "a source is pruned to a folder"
-        texts = [job.source.folder, *tasks.files_of(job.calibration.dataset)]
-        with outputs.reserved(output, force, texts, ranks.is_first_started()):
-            walked, peak, read = _to_folder(job, job.source, output, progress, resume, force)
-        notes += _pruned_before(job.source)
-    seconds = time.perf_counter() - start
+    start, texts = time.perf_counter(), [job.source.folder, *tasks.files_of(job.calibration.dataset)]
+    with outputs.reserved(output, force, texts, ranks.is_first_started()):
+        done = _to_folder(job, output, progress, resume, force)
+    return _result(done, job.calibration, start, str(output), _pruned_before(job.source))
+
+
+def prune_in_place(
+    model: Any, processor: Any, settings: PruneSettings, calibration: CalibrationSettings, progress: Progress
+) -> PruneResult:
+    """Prune a transformers model on its device and in its dtype. It is put into eval mode.
+
+    The processor is for calibration data, if the method needs them.
+    """
+    start, samples = time.perf_counter(), list[Sample]()
+    model.eval()
+    if settings.needs_text:
+        task = tasks.task_of(type(model))
+        if processor is None:
+            raise UsageError(f"method {settings.method} reads data: give the {task.processor.name} of the model")
+        task.check_processor(processor)
+        task.data_files(calibration.dataset)
+        if task.generates:
+            loading.check_positions(type(model).__name__, model.config.to_dict(), calibration.sequence_length)
+        samples = generation.calibration_in_place(model, processor, calibration, progress)
+    own = [on_device(sample, model.device) for sample in samples]
+    with peak_memory(str(model.device)) as memory, unfused(model):
+        if calibration.experts == "all":
+            run_all_(model)
+        walked = prune_(model, own, settings, progress)
+    return _result((walked, memory.peak_bytes, fingerprint(samples) if samples else None), calibration, start)
+
+
+def _result(
+    done: _Done, calibration: CalibrationSettings, start: float, folder: str | None = None, notes: Sequence[str] = ()
+) -> PruneResult:
+    (walked, peak, read), seconds = done, time.perf_counter() - start
+    weights = sum(math.prod(layer.shape) for layer in walked.layers.values())
     return PruneResult(
-        folder=None if output is None else str(output),
+        folder=folder,
         layers=walked.layers,
         left_dense=walked.left_dense,
         seconds=seconds,
         peak_memory_bytes=peak,
         calibration_fingerprint=read,
-        grid=job.settings.grid,
-        warnings=(*notes, *_notes(walked, job.calibration, seconds)),
+        grid=walked.plan.settings.grid,
+        warnings=(*notes, *_notes(walked, calibration, seconds)),
+        nonzeros=sum(layer.nonzeros for layer in walked.layers.values()),
+        weights=weights,
+        linear_weights=weights + sum(dense.weights for dense in walked.left_dense.values()),
     )
 
 
-def _to_folder(
-    job: PruneJob, source: ModelSource, output: Path, progress: Progress, resume: bool | None, force: bool
-) -> _Done:
-    settings, calibration = job.settings, job.calibration
-    budgets = _checked(job, source)
+def _to_folder(job: PruneJob, output: Path, progress: Progress, resume: bool | None, force: bool) -> _Done:
+    source, settings, calibration = job.source, job.settings, job.calibration
+    budgets = _checked(job)
     device = ranks.device_of_rank(loading.choose_device(job.compute.device))
     processor = loading.load_processor(source)
     for note in _pruned_before(source):
@@ -138,19 +144,18 @@ def _to_folder(
         "calibration": calibration.model_dump(mode="json") if settings.needs_text else {},
     }
     with peak_memory(device) as memory, ranks.joined(device, given) as group:
-        plan, dtype, bytes_of = _planned(job, source, budgets, device, group)
+        plan, size, author = _planned(job, budgets, device, group, progress)
         samples: list[Sample] = []
         if settings.needs_text:
-            author = generation.Author(source, device, plan.placement.room, group, progress)
             writing = author.cost(calibration)
             if not progress.quiet:
-                progress.say(planning.cost_of(source, plan, dtype, calibration, writing).sentence)
+                progress.say(planning.cost_of(source, plan, size, calibration, writing)[1])
             samples = author.calibration(processor, calibration)
             plan = replace(plan, samples=[on_device(sample, device) for sample in group.share(samples)])
         read = fingerprint(samples) if samples else None
         identity = given | {
             "calibration": {**given["calibration"], "fingerprint": read} if samples else None,
-            "dtype": dtype,
+            "dtype": plan.dtype,
             "products": plan.products if settings.fits_blocks else None,
             "device": plan.device.type,
         }
@@ -158,12 +163,12 @@ def _to_folder(
         for name in run.damaged:
             progress.say(f"{name} of the interrupted run is damaged; its work is done again")
         with run.kept("finished blocks", resume, progress):
-            needed = bytes_of.on_disk(settings, plan.placement, run.bytes)
+            needed = size.on_disk(settings, plan.placement, run.bytes)
             outputs.check_space(output.parent, needed, "the output, and for finished blocks until it is whole")
             place = "on disk, a block at a time in memory" if plan.placement.offload else "in memory"
             does = "resuming" if run.resumed else "pruning"
-            progress.say(f"{does} {source.name} in {dtype} on {device}, {place} …")
-            walked, checkpoint = _walk(source, plan, run, dtype, calibration.experts == "all", progress)
+            progress.say(f"{does} {source.name} in {plan.dtype} on {device}, {place} …")
+            walked, checkpoint = _walk(source, plan, run, calibration.experts == "all", progress)
             # The others are done. They do not wait for the first: it may save for longer than their timeout.
             if group.is_first:
                 progress.say("saving …")
@@ -176,69 +181,24 @@ def _to_folder(
     return walked, memory.peak_bytes, read
 
 
-@dataclass(frozen=True)
-class PlanResult(records.Result):
-    model: str
-    weights: int
-    dtype: str  # of the arithmetic
-    device: str
-    from_disk: bool  # a block at a time
-    passes: float  # over the calibration text
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int  # until the output is whole
-
-
-def plan(job: PruneJob, source: ModelSource, progress: Progress) -> PlanResult:
-    """Time, memory and disk of a pruning by one process, from the headers of the weights."""
-    settings, device, group = job.settings, loading.choose_device(job.compute.device), ranks.Ranks()
-    planned, dtype, size = _planned(job, source, _checked(job, source), device, group)
-    writing = (0.0, 0.0)
-    if settings.needs_text:
-        writing = generation.Author(source, device, planned.placement.room, group, progress).cost(job.calibration)
-    found = planning.cost_of(source, planned, dtype, job.calibration, writing)
-    return PlanResult(
-        model=source.name,
-        weights=int(loading.count_weights(source)),
-        dtype=dtype,
-        device=device,
-        from_disk=planned.placement.offload,
-        passes=found.passes,
-        seconds=found.seconds,
-        memory_bytes=cost.with_program(found.memory),
-        disk_bytes=size.on_disk(settings, planned.placement, finished=0),
-    )
+def plan(job: PruneJob, progress: Progress) -> PlanResult:
+    """Predict a pruning by one process, from the headers of the weights."""
+    device = loading.choose_device(job.compute.device)
+    planned, size, author = _planned(job, _checked(job), device, ranks.Ranks(), progress)
+    writing = author.cost(job.calibration) if job.settings.needs_text else (0.0, 0.0)
+    return planning.cost_of(job.source, planned, size, job.calibration, writing)[0]
 
 
 def _planned(
-    job: PruneJob, source: ModelSource, budgets: dict[str, Budget], device: str, group: ranks.Ranks
-) -> tuple[Plan, str, Size]:
-    """The plan without its samples, the dtype of the arithmetic, and the sizes that decide the placement."""
-    settings = job.settings
+    job: PruneJob, budgets: dict[str, Budget], device: str, group: ranks.Ranks, progress: Progress
+) -> tuple[Plan, Size, generation.Author]:
+    """The plan without its samples, the sizes that decide the placement, and the reader or writer of the samples."""
+    source, settings = job.source, job.settings
     dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
     size = Size(source, dtype, settings, job.calibration)
     placement = planning.choose_placement(size, job.resources, settings, device, group)
-    task = loading.task_of(source)
-    return Plan(settings, task, [], budgets, torch.device(device), products, placement, group), dtype, size
-
-
-def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:
-    model, processor, samples = given.model.eval(), given.processor, list[Sample]()
-    if job.settings.needs_text:
-        task = tasks.task_of(type(model))
-        if processor is None:
-            raise UsageError(f"method {job.settings.method} reads data: give the {task.processor.name} of the model")
-        task.check_processor(processor)
-        task.data_files(job.calibration.dataset)
-        if task.generates:
-            loading.check_positions(type(model).__name__, model.config.to_dict(), job.calibration.sequence_length)
-        samples = generation.calibration_in_place(model, processor, job.calibration, progress)
-    own = [on_device(sample, model.device) for sample in samples]
-    with peak_memory(str(model.device)) as memory, unfused(model):
-        if job.calibration.experts == "all":
-            run_all_(model)
-        walked = prune_(model, own, job.settings, progress)
-    return walked, memory.peak_bytes, fingerprint(samples) if samples else None
+    task, author = loading.task_of(source), generation.Author(source, device, placement.room, group, progress)
+    return Plan(settings, task, [], budgets, torch.device(device), dtype, products, placement, group), size, author
 
 
 def prune_(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress) -> Walked:
@@ -248,7 +208,8 @@ def prune_(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings,
             check_finite(name, "weights", weight_matrix(layer).detach())
     weights = ResidentWeights(model)
     device = next(model.parameters()).device
-    planning.check_float16(str(model.dtype).removeprefix("torch."), settings, str(device))
+    dtype = str(model.dtype).removeprefix("torch.")
+    planning.check_float16(dtype, settings, str(device))
     memory = free_memory("cpu")
     plan = Plan(
         settings=settings,
@@ -256,6 +217,7 @@ def prune_(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings,
         samples=samples,
         budgets=uniform_budgets(model, settings),
         device=device,
+        dtype=dtype,
         products=ranks.faster_dtype(str(device), ranks.Ranks()),
         placement=Placement(offload=False, states=memory, by_sample=False),
         ranks=ranks.Ranks(),
@@ -274,14 +236,14 @@ def prune_(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings,
 
 
 def _walk(
-    source: ModelSource, plan: Plan, run: RunFolder, dtype: str, all_experts: bool, progress: Progress
+    source: ModelSource, plan: Plan, run: RunFolder, all_experts: bool, progress: Progress
 ) -> tuple[Walked, Checkpoint]:
     """Prune every block and leave it finished in the run folder. The model is released at the end."""
     weights: Weights
     if plan.placement.offload:
-        weights = StreamedWeights(source, loading.load_skeleton(source, dtype), str(plan.device))
+        weights = StreamedWeights(source, loading.load_skeleton(source, plan.dtype), str(plan.device))
     else:
-        weights = ResidentWeights(loading.load_model(source, dtype, str(plan.device)))
+        weights = ResidentWeights(loading.load_model(source, plan.dtype, str(plan.device)))
     if plan.samples and all_experts:
         run_all_(weights.model)
     checkpoint = saving.stored(source, weights.model, plan.budgets)
@@ -289,10 +251,10 @@ def _walk(
     return Walk(plan, weights, run, pool, progress).prune_(), checkpoint
 
 
-def _checked(job: PruneJob, source: ModelSource) -> dict[str, Budget]:
+def _checked(job: PruneJob) -> dict[str, Budget]:
     """The budgets of the layers; raises all reasons together why the run is impossible."""
+    source, settings, calibration, budgets = job.source, job.settings, job.calibration, dict[str, Budget]()
     loading.check_model(source, "prune")
-    settings, calibration, budgets = job.settings, job.calibration, dict[str, Budget]()
     looks: list[Callable[[], object]] = [
         lambda: planning.check_float16(job.compute.dtype, settings, loading.choose_device(job.compute.device)),
         lambda: budgets.update(uniform_budgets(loading.load_skeleton(source), settings)),
@@ -319,22 +281,22 @@ def _pruned_before(source: ModelSource) -> list[str]:
     ]
 
 
-def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> list[str]:
-    notes, plan, settings, layers = list[str](), walked.plan, walked.plan.settings, walked.layers
+def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> Iterator[str]:
+    plan, settings, layers = walked.plan, walked.plan.settings, walked.layers
     size = (calibration.samples, calibration.sequence_length)
     if "alpha_scale" in settings.read and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
-        notes.append(
+        yield (
             f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
             f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
             "(alpha_scale: normalised, in a recipe, keeps its meaning)"
         )
     if walked.whole:
-        notes.append(
+        yield (
             "the blocks of this architecture repeat, share weights or pass on more than hidden states, so all "
             "layers were measured in the dense model at once"
         )
     if few := [name for name, layer in layers.items() if layer.by_magnitude]:
-        notes.append(
+        yield (
             f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by "
             f"magnitude, first {few[0]} (more --samples reach more experts; calibration.experts: all, in a recipe, "
             "sends every token to all of them)"
@@ -342,14 +304,14 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
     survivors = {name: layer.survivors for name, layer in layers.items()}
     if gone := made_zero(survivors, {name: layer.nonzeros for name, layer in layers.items()}):
         zeroed, worst, share = gone
-        notes.append(
+        yield (
             f"{zeroed:,} of {sum(survivors.values()):,} survivors became zero by rounding, so fewer weights "
             f"are left than the budget allows; most in {worst} ({share:.1%} of its own)"
         )
     asked = settings.uniform_budget.sparsity
     narrow = [name for name, layer in layers.items() if layer.shape[1] * (1 - asked) < 1]
     if narrow and settings.pattern == UNSTRUCTURED:
-        notes.append(
+        yield (
             f"a row keeps at least one weight, which is more than sparsity {asked:g} allows in {len(narrow)} layers, "
             f"first {narrow[0]}"
         )
@@ -358,7 +320,7 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
     uniform = weights * (1 - settings.uniform_budget.sparsity)
     extra = sum(layer.nonzeros for layer in layers.values()) + dense - uniform
     if settings.overrides and extra > 0:
-        notes.append(
+        yield (
             f"the exceptions keep {extra:,.0f} more weights than {settings.pattern} everywhere would "
             f"({100 * extra / uniform:.1f} %)"
         )
@@ -366,15 +328,14 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
     found = {pattern for name, pattern in free.items() if not settings.is_exception(name)}
     if found - {settings.pattern}:
         patterns = ", ".join(sorted(found, key=lambda name: -Pattern(name).sparsity(None)))
-        notes.append(
+        yield (
             f"allocation {settings.allocation} gave layers the patterns {patterns}; give --allocation uniform to keep "
             f"{settings.pattern} everywhere"
         )
     better = planning.better_fit(settings, plan.placement.offload)
     cost = planning.passes(settings.model_copy(update={"fit": better})) / planning.passes(settings) if better else 0.0
     if cost > 1:
-        notes.append(
+        yield (
             f"--fit {better} fits the surviving weights further and gives a better model at the same size; it takes "
             f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"
         )
-    return notes

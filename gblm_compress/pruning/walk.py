@@ -28,7 +28,7 @@ from gblm_compress.pruning.block_pruning import LayerResult, Target, prune_block
 from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.training.fits import How, distil_
-from gblm_compress.training.imitation import Imitation, predictions
+from gblm_compress.training.imitation import Imitation, prediction
 
 UNSEEN = "never ran on the calibration text"
 Layers = list[dict[str, nn.Module]]  # of each block, by full name
@@ -64,8 +64,11 @@ class Walk:
         """Prune every block and leave it finished in the run folder. A model in memory is pruned in place."""
         settings, model, blocks = self.plan.settings, self.weights.model, len(self.weights.blocks)
         layers = prunable_layers(model, settings.ignore)
-        if settings.grid is not None:  # before the minutes of calibration begin
-            self._check_scales(layers)
+        for index, block in enumerate(layers) if settings.grid else ():  # before the minutes of calibration begin
+            with self.weights.block(index):
+                for name, layer in block.items():
+                    weight = weight_matrix(layer).detach().float()
+                    check_scales(name, scales_of(weight, settings.columns_of_a_scale))
         with chunked_attention():
             if settings.needs_text:
                 weights, calls = calls_of(self.weights, self.plan.task, self.plan.samples)
@@ -84,13 +87,6 @@ class Walk:
         }
         return Walked(self.plan, results, left_dense, frozenset(dense), whole=len(self.run.record.blocks) < blocks)
 
-    def _check_scales(self, layers: Layers) -> None:
-        for index, block in enumerate(layers):
-            with self.weights.block(index):
-                for name, layer in block.items():
-                    weight = weight_matrix(layer).detach().float()
-                    check_scales(name, scales_of(weight, self.plan.settings.columns_of_a_scale))
-
     def _blocks_(self, layers: Layers) -> dict[str, LayerResult]:
         plan, run = self.plan, self.run
         if plan.settings.needs_gradients:
@@ -108,7 +104,8 @@ class Walk:
         ]
         dense = []
         if plan.settings.fits_model and not run.is_distilled:
-            dense = predictions(self.weights.model, plan.task, plan.samples, self.progress)
+            samples = self.progress.track(plan.samples, "dense predictions", unit="samples")
+            dense = [prediction(self.weights.model, plan.task, [sample]) for sample in samples]
         self._prune_blocks_(layers, budgets)
         if dense:
             pruned = [{name: layer for name, layer in block.items() if name in run.results} for block in layers]
@@ -161,8 +158,8 @@ class Walk:
                 if dense and index <= last:
                     dense.advance(index)
                 if run.has_finished(index):
-                    for name, weight in run.finished(index).items():
-                        layers[index][name].get_parameter("weight").data.copy_(weight)
+                    for name in run.record.blocks[index]:
+                        layers[index][name].get_parameter("weight").data.copy_(run.finished(index, name))
                 else:
                     block = replay.block(index) if replay else None
                     target = Target(dense.hidden, self.plan.products) if dense else None

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -41,26 +41,19 @@ class Record(BaseModel):
     files: dict[str, str] = {}  # SHA-256 of finished files
 
 
-Kind = TypeVar("Kind", bound=Record)
-
-
-class Work(Generic[Kind]):
+class Work:
     """The folder of unfinished work. The first process writes the record; a file counts once its hash is there.
 
-    Args:
-        new: the record of a new run.
-        names: a regular expression for the names of the files.
-        resume: True continues an interrupted run, False removes its work. None continues if the identity is the same.
-
-    Raises:
-        UsageError: the folder belongs to another run or cannot be read, or the processes differ in their identity.
-        OutputError: the folder cannot be written.
+    `names` is a regular expression for the files. `resume`: True continues an interrupted run, False removes its work,
+    None continues if the identity is the same. UsageError if the folder belongs to another run or cannot be read, or
+    the processes differ in their identity; OutputError if it cannot be written.
     """
 
+    record: Record
     needs_all = True  # a run with a damaged file cannot continue
     any_processes = False  # whether another number of processes can continue
 
-    def __init__(self, folder: Path, new: Kind, names: str, resume: bool | None, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, new: Record, names: str, resume: bool | None, ranks: Ranks) -> None:
         self.folder, self.ranks = folder, ranks
         new.identity |= {"processes": ranks.size, "threads": torch.get_num_threads(), "version": __version__}
         ranks.check_same({name: value for name, value in new.identity.items() if name != "threads"})
@@ -131,7 +124,7 @@ class Work(Generic[Kind]):
                 progress.say(f"{what} are kept: {again} continues from there")
             raise
 
-    def _read(self, new: Kind, names: str, resume: bool | None) -> Kind | None:
+    def _read(self, new: Record, names: str, resume: bool | None) -> Record | None:
         """The record of the run to continue; None to start over."""
         if self.folder.is_symlink():  # its target could not be removed at the end
             raise UsageError(f"{str(self.folder)!r} is reserved for unfinished work, but is a link; move it away")
@@ -171,7 +164,7 @@ class Work(Generic[Kind]):
         path, self.damaged = self.folder / self.damaged[0], []
         return self._drop(resume, f"{str(path)!r} is missing or was changed{CANNOT}")
 
-    def _drop(self, resume: bool | None, why: str, instead: str = "") -> Kind | None:
+    def _drop(self, resume: bool | None, why: str, instead: str = "") -> Record | None:
         """Start over, and remember why; an error if the run must be resumed."""
         if resume:
             raise UsageError(f"{why}; {instead}leave out --resume to start over")
@@ -190,9 +183,10 @@ class TrainingRecord(Record):
     progress: Progressed | None = None  # at the latest checkpoint
 
 
-class Checkpoints(Work[TrainingRecord], Store):
+class Checkpoints(Work, Store):
     """The checkpoints of one training. Every process writes its own tensors."""
 
+    record: TrainingRecord
     any_processes = True
 
     def __init__(self, output: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
@@ -204,13 +198,9 @@ class Checkpoints(Work[TrainingRecord], Store):
                 path.unlink()
         ranks.wait()
 
-    @property
-    def latest(self) -> Progressed | None:
-        return deepcopy(self.record.progress)
-
     def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
         """At least this process's part of the latest checkpoint."""
-        latest = self.latest
+        latest = deepcopy(self.record.progress)
         return None if latest is None else (latest, self._read_part("state", latest.step))
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ from gblm_compress.calibration.calls import ForwardEnded
 from gblm_compress.calibration.weights import HiddenStates, StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
-from gblm_compress.progress import Progress
 from gblm_compress.tasks.task import BESIDE, Sample, Task, on_device
 
 
@@ -36,10 +35,6 @@ def prediction(model: nn.Module, task: Task, samples: Sequence[Sample]) -> Tenso
     with head.register_forward_pre_hook(end), suppress(ForwardEnded):
         model(**task.arguments(sample))
     return reached[0]
-
-
-def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
-    return [prediction(model, task, [one]) for one in progress.track(samples, "dense predictions", unit="samples")]
 
 
 class Teacher:

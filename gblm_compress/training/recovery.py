@@ -29,7 +29,7 @@ from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import RecoverSettings
-from gblm_compress.storage import outputs
+from gblm_compress.storage import outputs, records
 from gblm_compress.tasks import files_of
 from gblm_compress.tasks.task import fingerprint
 from gblm_compress.training.checkpoints import Checkpoints
@@ -52,7 +52,7 @@ RATE_OF_OTHERS = 0.003  # models that do not generate
 
 
 @dataclass(frozen=True)
-class RecoverResult:
+class RecoverResult(records.Result):
     folder: str
     rate: float
     tokens: int
@@ -63,20 +63,9 @@ class RecoverResult:
     trained: int  # weights
     loss_unit: str
     seconds: float  # of all runs
-    peak_memory_bytes: int = 0
-
-    @property
-    def before(self) -> float:
-        """Validation loss at the start."""
-        return self.curve[0].held_out
-
-    @property
-    def after(self) -> float:
-        """Validation loss of the kept weights."""
-        return self.curve[self.best].held_out
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "before": self.before, "after": self.after}
+    peak_memory_bytes: int
+    before: float  # validation loss at the start
+    after: float  # validation loss of the kept weights
 
 
 def check_kind(source: ModelSource, settings: RecoverSettings) -> None:
@@ -133,10 +122,12 @@ def recover(what: "Recovery", progress: Progress, resume: bool | None = False) -
     """Train, write and verify a new folder; `resume` as for `Work`."""
     inputs = [what.source.folder, what.teacher.folder, *files_of(*what.settings.datasets)]
     with outputs.reserved(what.output, what.force, inputs, ranks.is_first_started()):
-        looks: list[Callable[[], object]] = [partial(_check_models, what)]
-        looks += [partial(check_kind, what.source, what.settings)]
-        looks += [partial(loading.task_of(what.source).data_files, name) for name in what.settings.datasets]
-        looks += [partial(loading.check_length, what.source, what.settings.sequence_length)]
+        looks: list[Callable[[], object]] = [
+            partial(_check_models, what),
+            partial(check_kind, what.source, what.settings),
+            *(partial(loading.task_of(what.source).data_files, name) for name in what.settings.datasets),
+            partial(loading.check_length, what.source, what.settings.sequence_length),
+        ]
         errors.raise_all(errors.collect(looks))
         length = loading.task_of(what.source).tokens_of(loading.config_of(what.source), what.settings.sequence_length)
         chosen = {"rate": rate_of(what.settings, what.source), "sequence_length": length}
@@ -171,7 +162,9 @@ class Recovery:
 
     def run(self, resume: bool | None, progress: Progress) -> RecoverResult:
         """The part of this process; rate and device are chosen."""
-        start, settings, group = time.monotonic(), self.settings, self.group
+        start, settings, group, rate = time.monotonic(), self.settings, self.group, self.settings.rate
+        assert rate is not None
+        tokens = settings.batch * settings.sequence_length  # of a step
         if settings.batch < group.size:
             raise UsageError(
                 f"a step of {settings.batch} windows cannot be split over {group.size} processes; give more"
@@ -187,7 +180,7 @@ class Recovery:
             "device": self.device.partition(":")[0],
         }
         store = Checkpoints(self.output, identity, resume, group)
-        before = store.latest or Progressed()
+        before = store.record.progress or Progressed()
         if not progress.quiet:
             progress.say(self._estimate(windows, getattr(torch, compute), settings.steps - before.step))
         with store.kept("checkpoints", resume, progress):
@@ -199,14 +192,23 @@ class Recovery:
             voice = Teacher(dense, task, windows.samples, windows.used, compute, pool)
             loss = Imitation(student, task, windows.samples, voice.predictions, compute, settings.text_weight)
             progress.say(
-                f"{'going on with' if store.latest else 'training'} {self.source.name} on {self.device}: "
+                f"{'going on with' if before.step else 'training'} {self.source.name} on {self.device}: "
                 f"{settings.steps:,} steps of {settings.batch} × {settings.sequence_length} tokens, rate "
-                f"{settings.rate:g}, {len(windows.held_out)} {task.sample}s held out …"
+                f"{rate:g}, {len(windows.held_out)} {task.sample}s held out …"
             )
-            plan = self._plan(windows)
+            plan = Plan(
+                windows.steps,
+                windows.held_out,
+                rate,
+                look_every=max(1, round(settings.tokens / LOOKS / tokens)),
+                patience=PATIENCE,
+                together=max(1, TOGETHER // settings.sequence_length),
+                largest_norm=LARGEST_NORM,
+                tokens=tokens,
+            )
             trainer = Trainer(student, weights, loss, plan, store)
-            left = len(plan.steps) - before.step
-            with chunked_attention(), progress.counter("training", "steps", left, left * plan.tokens) as advance:
+            left = settings.steps - before.step
+            with chunked_attention(), progress.counter("training", "steps", left, left * tokens) as advance:
                 state = trainer.run(
                     advance,
                     lambda look: progress.say(f"{look.tokens:,} tokens: loss {look.held_out:.4f} on held-out text"),
@@ -226,7 +228,7 @@ class Recovery:
             store.remove()
         return RecoverResult(
             folder=str(self.output),
-            rate=settings.rate or 0.0,
+            rate=rate,
             tokens=state.curve[-1].tokens,
             best=state.best,
             curve=tuple(state.curve),
@@ -235,6 +237,9 @@ class Recovery:
             trained=trained,
             loss_unit=task.loss_unit,
             seconds=before.seconds + time.monotonic() - start,
+            peak_memory_bytes=0,  # known at the end
+            before=state.curve[0].held_out,
+            after=state.curve[state.best].held_out,
         )
 
     def _estimate(self, windows: Windows, compute: torch.dtype, steps: int) -> str:
@@ -247,21 +252,6 @@ class Recovery:
         memory = memory_needed(self.source, self.teacher, settings, compute)
         tokens = cost.fewer(trained, seconds)
         return cost.sentence(seconds, memory, f"--tokens {tokens}", seconds * tokens / max(1, trained))
-
-    def _plan(self, windows: Windows) -> Plan:
-        settings = self.settings
-        tokens = settings.batch * settings.sequence_length
-        assert settings.rate is not None
-        return Plan(
-            windows.steps,
-            windows.held_out,
-            settings.rate,
-            look_every=max(1, round(settings.tokens / LOOKS / tokens)),
-            patience=PATIENCE,
-            together=max(1, TOGETHER // settings.sequence_length),
-            largest_norm=LARGEST_NORM,
-            tokens=tokens,
-        )
 
     def _pool(self, windows: Windows, config: Any, compute: str, store: Checkpoints) -> StatePool | None:
         """Storage for the dense model's predictions; None if no window is read twice. Checks the disk space."""

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset
 
 from gblm_compress.calibration.generation import Author
 from gblm_compress.errors import DataError
@@ -21,20 +22,6 @@ GRAM = 13  # words in a row that count as a copy, as for GPT-3 (arXiv 2005.14165
 ALLOWED_OVERLAP = 0.02
 MOST_OF_ANOTHER = 10_000_000  # tokens read from a hub dataset in `disjoint_from`
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-
-
-class Joined(Sequence[Sample]):
-    """The samples of several datasets, each read when it is asked for."""
-
-    def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
-        self._places = [(part, index) for part in parts for index in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        part, place = self._places[index]
-        return part[place]
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ def windows_of(author: Author, processor: Any, settings: RecoverSettings) -> Win
     length, needed, task = settings.sequence_length, settings.steps * settings.batch, loading.task_of(author.source)
     total = sum(source.weight for source in settings.data)
     held_out: list[int] = []
-    queues, texts, count = [], [], 0
+    queues, count, texts = [], 0, list[Any]()
     generator = torch.Generator().manual_seed(settings.seed)
     for source in settings.data:
         share = source.weight / total
@@ -84,7 +71,8 @@ def windows_of(author: Author, processor: Any, settings: RecoverSettings) -> Win
         texts.append(found)
     order = _mixed([Fraction(source.weight / total) for source in settings.data], queues, needed)
     steps = [order[first : first + settings.batch] for first in range(0, needed, settings.batch)]
-    return Windows(Joined(texts), held_out, steps, _overlap(processor, texts, settings.disjoint_from))
+    samples = cast(Sequence[Sample], ConcatDataset(texts))  # each is read when it is asked for
+    return Windows(samples, held_out, steps, _overlap(processor, texts, settings.disjoint_from))
 
 
 def _shuffled(numbers: list[int], generator: torch.Generator) -> Iterator[int]:

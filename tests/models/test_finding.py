@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import stat
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -124,8 +125,8 @@ def test_of_a_hub_model_an_outline_holds_headers_and_holes(tiny, monkeypatch, pr
         assert files.read_header(made)[0] == files.read_header(weights)[0]
         assert made.stat().st_blocks * 512 < weights.stat().st_size
         job = PruneJob(source, PruneSettings(pattern="2:4"), CalibrationSettings(samples=2, sequence_length=64))
-        planned = plan(job, source, progress)
-    whole = plan(job, tiny("llama"), progress)
+        planned = plan(job, progress)
+    whole = plan(replace(job, source=tiny("llama")), progress)
     assert (planned.dtype, planned.from_disk, planned.passes) == (whole.dtype, whole.from_disk, whole.passes)
     for figure in ("weights", "memory_bytes", "disk_bytes"):
         assert getattr(planned, figure) == pytest.approx(getattr(whole, figure), rel=0.01)

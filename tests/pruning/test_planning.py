@@ -15,6 +15,7 @@ from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning import planning
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from tests.conftest import CAUSAL_LM
 from tests.families.tiny import tiny_family
 
 SETTINGS, TEXT = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
@@ -105,8 +106,8 @@ def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, takes, 
     monkeypatch.setattr(cost, "operations_per_second", lambda device, dtype: rate)
     settings, text = PruneSettings(), CalibrationSettings()
     placement = planning.Placement(offload=False, states=0, by_sample=True)
-    plan = SimpleNamespace(settings=settings, device="cpu", ranks=Ranks(), placement=placement)
-    line = planning.cost_of(tiny("llama"), plan, "float32", text).sentence
+    plan = planning.Plan(settings, CAUSAL_LM, [], {}, torch.device("cpu"), "float32", "float32", placement, Ranks())
+    _, line = planning.cost_of(tiny("llama"), plan, planning.Size(tiny("llama"), "float32", settings, text), text)
     assert line.startswith(f"this takes {takes}") and "GB of memory on this machine" in line
     assert ("--samples 16 --sequence-length 512 take about" in line) == offers
 
@@ -119,8 +120,8 @@ def test_bfloat16_checkpoints_are_computed_in_what_the_cpus_of_all_ranks_have(si
         monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])
         for stored, dtype in (("bfloat16", fast), ("float16", "float32"), ("float32", "float32")):
             monkeypatch.setattr(loading, "stored_dtype", lambda source, stored=stored: stored)
-            assert planning.choose_dtypes("auto", tiny("llama"), settings, "cpu", group) == [dtype, fast]
-            assert planning.choose_dtypes("float32", tiny("llama"), settings, "cpu", group) == ["float32"] * 2
+            assert planning.choose_dtypes("auto", tiny("llama"), settings, "cpu", group) == (dtype, fast)
+            assert planning.choose_dtypes("float32", tiny("llama"), settings, "cpu", group) == ("float32", "float32")
         assert planning.choose_placement(size, ResourceSettings(), settings, "cpu", group).by_sample is others
 
 

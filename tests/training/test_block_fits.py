@@ -14,7 +14,7 @@ from gblm_compress.pruning.block_pruning import Target, prune_block_
 from gblm_compress.settings import PruneSettings
 from gblm_compress.tasks.metrics import mean_kl
 from gblm_compress.training.fits import How, distil_, reconstruct_, relative_error
-from gblm_compress.training.imitation import Imitation, predictions
+from gblm_compress.training.imitation import Imitation, prediction
 from gblm_compress.training.trainer import BETAS, Trainer, schedule_of
 from gblm_compress.training.weights import SCALE_RATE, Weights, write_
 from tests.conftest import CAUSAL_LM, prune_, replay, samples
@@ -219,7 +219,7 @@ def test_distillation_lowers_the_divergence_on_unseen_samples(kind, dtype, how: 
         grids[name] = make_grid(weight, weight != 0, "int4", 32, torch.ones(weight.shape[1]))
         write_(layer, weight, grids[name])
     masks, before = {name: layer.weight != 0 for name, layer in layers.items()}, divergence(dense, pruned, unseen)
-    teacher = predictions(dense, CAUSAL_LM, ids, progress)
+    teacher = [prediction(dense, CAUSAL_LM, [sample]) for sample in ids]
     loss = Imitation(pruned, CAUSAL_LM, ids, lambda some: teacher[some[0]], "float32")
     fitted = distil_(layers, loss, how, grids, Ranks(), progress)
     assert divergence(dense, pruned, unseen) < factor * before
