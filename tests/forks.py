@@ -20,6 +20,7 @@ from unittest import mock
 
 from gblm_compress.exporters import onnx_fused
 from gblm_compress.measure import benchmarking
+from tests.scripts import ROOT
 
 LONG_ENOUGH = 120.0  # seconds, in which every command on a tiny model ends also where other tests run
 MEMORY_LIMIT = 8 << 30  # bytes of address space that a command may take beyond what the server has
@@ -70,8 +71,7 @@ class Server:
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             self._context.set_forkserver_preload(IMPORTED)
-            root = str(Path(__file__).parents[1])
-            with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": os.environ.get("PYTHONPATH", root)}):
+            with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))}):
                 forkserver.ensure_running()
 
     def run(

@@ -9,8 +9,9 @@ from PIL import Image
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report
 from tests.browser import CHROMIUM, screenshot
+from tests.scripts import ROOT
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 PICTURES = {"report.webp": (1280, 1500, False), "report-dark-narrow.webp": (500, 1500, True)}
 """{file: width and height of the window, whether it is dark}."""
 

@@ -1,15 +1,11 @@
 """Commands and recipes of README.md, docs/ and the help: each is read by its program, up to where work would begin."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,17 +22,12 @@ from gblm_compress.models import finding
 from gblm_compress.runs import pipeline, run_report
 from gblm_compress.runs.recipe import SHIPPED, read_yaml
 from gblm_compress.settings import Recipe
+from tests.scripts import BLOCK, ROOT, blocks, python
 
-ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = {"RANK": "1", "NEW": "magnitude"}  # for what is no name or path
 PROGRAMS = ("accelerate", "gblm-compress", "make", "python", "pip", "torchrun", "vllm")
 GROUP: Any = typer.main.get_command(app)
-
-
-def blocks(*languages: str) -> list[str]:
-    return [block for page in PAGES for language, block in BLOCK.findall(page.read_text()) if language in languages]
 
 
 def inline() -> Iterator[str]:
@@ -55,7 +46,8 @@ def command(line: str) -> list[str] | None:
     return words[start:] if start is not None and is_set else None
 
 
-LINES = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines()]
+BLOCKS, RECIPES = ([block for page in PAGES for block in blocks(language, page=page)] for language in ("", "yaml"))
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 LINES += [code for code in inline() if code.startswith(tuple(f"{program} " for program in PROGRAMS))]
 LINES += [each.example for each in api.COMMANDS]
 COMMANDS = [words for line in LINES if (words := command(line))]
@@ -72,15 +64,13 @@ def stop_before_work(monkeypatch, tmp_path) -> None:
     def begin(*arguments: Any, **settings: Any) -> None:
         raise WorkBegins
 
-    work = (
-        (finding, "resolve_model"),
-        (finding, "outlined"),
-        (pipeline, "check"),
-        (pipeline, "run"),
-        (run_report, "read"),
-    )
-    for module, name in work:
-        monkeypatch.setattr(module, name, begin)
+    for module, names in (
+        (finding, ("resolve_model", "outlined")),
+        (pipeline, ("check", "run")),
+        (run_report, ["read"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, begin)
     for module, name in ((tasks, "data_files"), (zero_shot, "check_folder")):
         monkeypatch.setattr(module, name, lambda name: None)
     monkeypatch.chdir(tmp_path)
@@ -113,11 +103,7 @@ def read_by_python(*arguments: str) -> None:
 
 @cache
 def options_of_script(*script: str) -> set[str]:
-    environment = os.environ | {"PYTHONPATH": "."}
-    command = [sys.executable, *script, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+    return set(re.findall(r"--[a-z][a-z-]*", python(*script, "--help").stdout))
 
 
 def read_by_pip(verb: str, *arguments: str) -> None:
@@ -187,16 +173,11 @@ def test_a_wrong_command_is_noticed(line: str, stop_before_work) -> None:
 
 def test_no_block_is_left_out() -> None:
     assert {words[0] for words in COMMANDS} == set(PROGRAMS) and len(COMMANDS) > 30
-    for block in blocks(""):
+    for block in BLOCKS:
         lines = block.replace("\\\n", " ").splitlines()
         assert all(map(command, lines)) or "─" in block, block
     languages = {language for page in PAGES for language, _ in BLOCK.findall(page.read_text())}
     assert languages == {"", "bash", "python", "yaml"}  # bash: a batch job, which has no program of ours to check
-
-
-def test_the_readme_is_short() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert lines.index("## Try it") <= 40 and len(lines) <= 120
 
 
 def options_of(command: Any) -> set[str]:
@@ -209,7 +190,7 @@ def test_options_named_in_the_text_exist() -> None:
     assert len(named) > 40 and not named - known
 
 
-@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.partition("\n")[0])
+@pytest.mark.parametrize("block", RECIPES, ids=lambda block: block.partition("\n")[0])
 def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_before_work) -> None:
     part = read_yaml(block.encode(), str).plain()
     if scripts := [job["script"] for job in part.values() if isinstance(job, dict) and "script" in job]:
@@ -226,6 +207,8 @@ def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_
 
 
 def test_pages_for_users_are_short_and_so_are_their_sentences() -> None:
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert readme.index("## Try it") <= 40 and len(readme) <= 120
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     (how_to,) = [entry["How to"] for entry in navigation if "How to" in entry]
     for page in [page for entry in how_to for page in entry.values()]:

@@ -1,16 +1,15 @@
 """What ships: every package, every recipe, and documentation that is generated from the code."""
 
-import os
 import runpy
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from gblm_compress.models.finding import DEMO_INSTALL
+from tests.scripts import ROOT, python
+
 GENERATED = runpy.run_path(str(ROOT / "docs" / "reference.py"))["GENERATED"]
 TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
 
@@ -36,15 +35,12 @@ def test_a_checkout_without_links_works(tmp_path) -> None:
         link.unlink()
         link.write_text(f"../{name}")
     for arguments in (["--version"], ["validate", "quickstart"]):
-        command, environment = [sys.executable, "-m", "gblm_compress", *arguments], os.environ | {"PYTHONPATH": ""}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
+        python("-m", "gblm_compress", *arguments, folder=tmp_path, PYTHONPATH="")
 
 
 @pytest.mark.parametrize("path", GENERATED, ids=str)
 def test_generated_documentation_is_up_to_date(path: str) -> None:
-    expected = GENERATED[path]()
-    assert (ROOT / path).read_text() == expected, "run: python docs/reference.py"
+    assert (ROOT / path).read_text() == GENERATED[path](), "run: python docs/reference.py"
 
 
 @pytest.mark.parametrize("page", TABLES["PAGES"], ids=lambda page: page.name)
@@ -61,10 +57,7 @@ def test_no_table_of_measurements_is_typed() -> None:
 
 
 def test_the_readme_names_the_version_of_the_demo_package() -> None:
-    from gblm_compress.models.finding import DEMO_INSTALL
-
-    package = DEMO_INSTALL.rpartition(" ")[2]
-    assert package in (ROOT / "Makefile").read_text()
+    assert DEMO_INSTALL.rpartition(" ")[2] in (ROOT / "Makefile").read_text()
 
 
 def test_the_project_names_no_path_of_one_machine() -> None:

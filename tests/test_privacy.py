@@ -9,36 +9,27 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-def reached_into(path: Path) -> list[str]:
+def reached_into(code: str, own: str) -> list[str]:
     """The private names of other rooms that a file of tests uses, as `room.name`."""
-    tree, own = ast.parse(path.read_text()), path.parent.name
-    rooms: dict[str, str] = {}
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gblm_compress"):
-            for alias in node.names:
-                room = [*f"{node.module}.{alias.name}".split("."), ""][1]
-                rooms[alias.asname or alias.name] = room
-                if alias.name.startswith("_") and alias.name != "__version__" and room != own:
-                    found.append(f"{room}.{alias.name}")
+    tree = ast.parse(code)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    paths = {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    rooms = {name: path.split(".")[1] for name, path in paths.items() if path.startswith("gblm_compress.")}
     text = ast.unparse(tree)  # with quotes of one kind
-    for name, room in rooms.items():
-        used = re.findall(rf"\b{name}\.(_[a-z]\w*)|\.setattr\({name}, '(_[a-z]\w*)'", text) if room != own else []
-        found += [f"{room}.{''.join(private)}" for private in used]
-    return found
+    used = re.findall(r"\b(\w+)\.(_[a-z]\w*)", text) + re.findall(r"\.setattr\((\w+), '(_[a-z]\w*)'", text)
+    used += [(name, name) for name in rooms if re.match("_[a-z]", name)]
+    return [f"{rooms[name]}.{private}" for name, private in used if rooms.get(name, own) != own]
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.stem)
 def test_private_names_are_those_of_the_own_room(path: Path) -> None:
-    assert not reached_into(path)
+    assert not reached_into(path.read_text(), path.parent.name)
 
 
-def test_what_reaches_into_another_room_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "runs" / "test_x.py"
-    path.parent.mkdir()
-    path.write_text(
+def test_what_reaches_into_another_room_is_found() -> None:
+    code = (
         "from gblm_compress.pruning import stage\nfrom gblm_compress.runs import job\n"
         "from gblm_compress.layouts.packed import _hidden\n"
         "stage._save()\njob._path()\nmonkeypatch.setattr(stage, '_walk', None)\n"
     )
-    assert sorted(reached_into(path)) == ["layouts._hidden", "pruning._save", "pruning._walk"]
+    assert reached_into(code, "runs") == ["pruning._save", "pruning._walk", "layouts._hidden"]

@@ -2,17 +2,10 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.browser import CHROMIUM, evaluate
-
-ROOT = Path(__file__).parents[1]
-
-
-def build(folder: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "docs/site.py"], cwd=folder, capture_output=True, text=True)
+from tests.scripts import ROOT, python
 
 
 def assert_search_finds(page: Path, word: str) -> None:
@@ -36,8 +29,7 @@ def test_the_site_is_built_fetches_nothing_and_has_no_broken_link(tmp_path: Path
     for part in ("README.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", "tests/kernels/one_product.c"):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / part, tmp_path / part)
-    done = build(tmp_path)
-    assert done.returncode == 0, done.stderr
+    python("docs/site.py", folder=tmp_path)
     pages = list((tmp_path / "build" / "site").rglob("*.html"))
     assert len(pages) > 20
     for page in pages:
@@ -46,5 +38,5 @@ def test_the_site_is_built_fetches_nothing_and_has_no_broken_link(tmp_path: Path
         assert_search_finds(tmp_path / "build" / "site" / "docs" / "prune.html", "semi-structured")
     with (tmp_path / "docs" / "prune.md").open("a") as page:
         page.write("\n[gone](gone.md), [also gone](report.md#nowhere)\n")
-    done = build(tmp_path)
-    assert done.returncode != 0 and "'gone.md'" in done.stderr and "'#nowhere'" in done.stderr
+    done = python("docs/site.py", folder=tmp_path, code=1)
+    assert "'gone.md'" in done.stderr and "'#nowhere'" in done.stderr

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import gblm_compress
+from tests.scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 SOURCES = ("gblm_compress", "cli", "exporters", "recipes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 LIBRARY = f"gblm_compress/kernels/_bitmask{EXTENSION_SUFFIXES[-1]}"
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")

@@ -1,7 +1,6 @@
 """The comparison of calibration texts at toy size."""
 
 import json
-import sys
 
 from tests.scripts import loaded
 
@@ -9,8 +8,7 @@ from tests.scripts import loaded
 def test_it_judges_every_text_pattern_and_seed_once(tmp_path, monkeypatch) -> None:
     result = tmp_path / "result.json"
     options = ["--model", "tiny", "--calibration", "self", "--judges", "demo", "--seeds", "1", "--samples", "2"]
-    monkeypatch.setattr(sys, "argv", ["calibration.py", str(result), *options])
-    with loaded("calibration") as script:
+    with loaded("calibration", result, *options) as script:
         script.main()
         found = json.loads(result.read_text())
         keys = [(row["calibration"], row["pattern"], row["seed"], row["samples"]) for row in found["rows"]]

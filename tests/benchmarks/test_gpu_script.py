@@ -1,20 +1,14 @@
 """The GPU benchmark at toy size on the CPU: that every section runs, and that what it says is what it measured."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 
 import pytest
 
-from tests.scripts import loaded
+from tests.scripts import loaded, python
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "gpu.py"
-
+SCRIPT = "benchmarks/gpu.py"
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # As on a machine where the package is not installed: none but torch, triton, transformers and what those bring.
@@ -26,8 +20,6 @@ import tests.triton_interpreter
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
 WITHOUT = """
 import importlib.util, sys
 sys.modules["pydantic"] = sys.modules["psutil"] = None
@@ -49,10 +41,7 @@ def script():
 
 
 def test_every_section_runs(tmp_path) -> None:
-    command = [sys.executable, "-c", RUN, str(SCRIPT), "--dry-run", "--json", str(tmp_path / "result.json")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    python("-c", RUN, SCRIPT, "--dry-run", "--json", tmp_path / "result.json", TRITON_INTERPRET="1", COLUMNS="200")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["environment"]["dry_run"] is True
     kernels, one_token, levels, model, pruning, onnx = result["sections"].values()
@@ -72,9 +61,8 @@ def test_every_section_runs(tmp_path) -> None:
         cublas = min(rows[name]["ms"] for name in dense)
         assert all(row["over_cublas"] == cublas / row["ms"] for row in rows.values())
     assert "aten::mv" in one_token["profiler"]["cuBLAS, matrix times vector, float16"]
-    measured = {(row["execution"], row["phase"], row["mode"]) for row in model["rows"]}
     ways = product(("dense", "sparse24", "bitmask"), ("decode", "prefill"), ("eager", "compiled"))
-    assert measured == set(ways)
+    assert {(row["execution"], row["phase"], row["mode"]) for row in model["rows"]} == set(ways)
     assert len(model["failed"]) == 12 and all("CUDA graphs need CUDA" in why for why in model["failed"].values())
     assert all(entry["same_greedy_tokens"] == 1.0 for entry in model["agreement"].values())
     assert "gblm_compress::linear" in model["profiler"]["sparse24 decode"]
@@ -92,21 +80,20 @@ def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatc
     monkeypatch.setattr(script, "find_spec", lambda name: None)
     skipped = script.pruning(None, None, [])["skipped"]
     assert "pruning needs packages that are not installed: pydantic, psutil" in skipped
-    assert subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT).returncode == 0
+    python("-c", WITHOUT)
 
 
 def test_without_a_gpu_it_says_so() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "no CUDA device here; --dry-run" in done.stderr
+    assert "no CUDA device here; --dry-run" in python(SCRIPT, code=1, CUDA_VISIBLE_DEVICES="").stderr
 
 
 def test_break_even(script) -> None:
-    def row(tokens, execution, over_dense):
-        return {"layer": "l", "tokens": tokens, "execution": execution, "over_dense": over_dense}
-
-    rows = [row(tokens, "Triton bitmask", ratio) for tokens, ratio in ((1, 1.5), (4, 0.9), (2, 0.8), (8, 1.2))]
-    rows += [row(tokens, "Triton sparse24", ratio) for tokens, ratio in ((1, 0.5), (2, 1.1))]
-    rows += [row(tokens, "cutlass", ratio) for tokens, ratio in ((1, 1.1), (64, 0.9), (256, 1.2))]
-    rows += [row(512, "cusparselt", 1.3), row(512, "dense", 1.0)]
+    measured = {
+        "Triton bitmask": {1: 1.5, 4: 0.9, 2: 0.8, 8: 1.2}, "Triton sparse24": {1: 0.5, 2: 1.1},
+        "cutlass": {1: 1.1, 64: 0.9, 256: 1.2}, "cusparselt": {512: 1.3}, "dense": {512: 1.0},
+    }  # fmt: skip
+    rows = [
+        {"layer": "l", "tokens": tokens, "execution": execution, "over_dense": ratio}
+        for execution, ratios in measured.items() for tokens, ratio in ratios.items()
+    ]  # fmt: skip
     assert script.break_even(rows) == {"l": {"triton_wins_up_to_tokens": 2, "semi_structured_wins_from_tokens": 256}}

@@ -39,18 +39,6 @@ def test_pruning_gives_the_masks_of_the_reference(reference, kind, pattern, norm
     assert agreement >= 0.999  # all but equal scores may change places by rounding
 
 
-def test_the_reference_keeps_the_highest_scores_of_each_group(reference) -> None:
-    """Against sorted lists; with many ties, of the score alone and of score and magnitude."""
-    generator = torch.Generator().manual_seed(0)
-    score, weight = (torch.randint(0, 3, (5, 8), generator=generator).float() for _ in range(2))
-    for pattern, keep, group in (("2:4", 2, 4), ("unstructured", 4, 8)):
-        mask = reference.survivors(score, weight, pattern)
-        for row, start in ((row, start) for row in range(5) for start in range(0, 8, group)):
-            own = range(start, start + group)
-            best = sorted(own, key=lambda j, row=row: (-float(score[row, j]), -float(weight[row, j]), j))[:keep]
-            assert [j for j in own if mask[row, j]] == sorted(best)
-
-
 def test_a_random_llama_is_whole_and_computes(tmp_path) -> None:
     with loaded("random_llama") as script:
         shape = script.Shape(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocabulary=300)

@@ -46,15 +46,12 @@ def test_every_engine_and_path_is_timed_and_rows_are_added(script, tmp_path, mon
     result, best = tmp_path / "result.json", cpu.paths(torch.float16)[-1]
     common = ["--shape", "toy", "--blocks", "2", "--folder", str(tmp_path / "exports"), "--threads", "1"]
     lengths = ["--prompts", "8", "16", "--generate", "2", "--rounds", "1", "--json", str(result)]
+    monkeypatch.setattr(script, "bandwidth", lambda threads: 1e9)
     for dtype, more in (("float16", ["--paths", "portable", best]), ("int8", ["--engines", "onnxruntime", "genai"])):
         monkeypatch.setattr(sys, "argv", ["sizes.py", *common, *lengths, "--dtypes", dtype, *more])
-        monkeypatch.setattr(script, "bandwidth", lambda threads: 1e9)
         script.main()
-    rows = {
-        (row["engine"], row["weights"], row["path"]): row
-        for row in json.loads(result.read_text())["rows"]
-        if row["engine"] != "llama.cpp"
-    }
+    found = json.loads(result.read_text())["rows"]
+    rows = {(row["engine"], row["weights"], row["path"]): row for row in found if row["engine"] != "llama.cpp"}
     kinds = {("onnxruntime", f"{kind} float16", path) for kind in ("dense", "packed") for path in ("portable", best)}
     kinds |= {(engine, f"{kind} int8", "") for engine in ("onnxruntime", "genai") for kind in ("dense", "packed")}
     assert rows.keys() == kinds and {row["model"] for row in rows.values()} == {"2 blocks of toy"}

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from gblm_compress.models.finding import silence_libraries
 from tests.families.steps import BUILD, PRUNE, STEPS, take
 from tests.families.tiny import families
+from tests.scripts import ROOT
 
 RESULTS = Path(__file__).with_name("results.json")
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+PAGE = ROOT / "docs" / "families.md"
 
 _HEAD = """\
 # Model families
