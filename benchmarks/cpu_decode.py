@@ -206,11 +206,11 @@ def generations(
         for name, runtime in runtimes.items():
             time.sleep(PAUSE_S)
             start = time.perf_counter()
-            token, cache = runtime.prefill(ids)
+            token, cache = runtime.next_token(ids, None)
             first = time.perf_counter()
             tokens[name] = [token.tolist()]
             for _ in range(generate - 1):
-                token, cache = runtime.decode(token, cache)
+                token, cache = runtime.next_token(token, cache)
                 tokens[name].append(token.tolist())
             if number:
                 prefill[name].append(1000 * (first - start))

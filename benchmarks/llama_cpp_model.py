@@ -81,20 +81,14 @@ class LlamaCpp:
             str(path), n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads, verbose=False
         )
 
-    def prefill(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The token after the prompt `ids` [1, tokens]; whatever was generated before is forgotten."""
-        self._model.reset()
-        return self._step(ids), None
-
-    def decode(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        """The token after `ids` [1, 1]; the cache is llama.cpp's own."""
-        return self._step(ids), None
+    def next_token(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        """The token after `ids` [1, tokens]. llama.cpp keeps the cache; a None empties it."""
+        if cache is None:
+            self._model.reset()
+        self._model.eval(ids[0].tolist())
+        logits = np.ctypeslib.as_array(self._model._ctx.get_logits(), (self._model.n_vocab(),))
+        return torch.tensor([[int(logits.argmax())]]), self._model
 
     def close(self) -> None:
         """Free the model, which does not free itself in order when the interpreter ends."""
         self._model.close()
-
-    def _step(self, ids: torch.Tensor) -> torch.Tensor:
-        self._model.eval(ids[0].tolist())
-        logits = np.ctypeslib.as_array(self._model._ctx.get_logits(), (self._model.n_vocab(),))
-        return torch.tensor([[int(logits.argmax())]])

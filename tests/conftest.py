@@ -246,9 +246,8 @@ def samples(count: int = 3, length: int = 24, seed: int = 0) -> list[Sample]:
 
 def greedy_tokens(runtime: Runtime, ids: torch.Tensor, count: int) -> list[int]:
     """The `count` tokens that greedy decoding appends to the prompt `ids` [1, tokens]."""
-    token, cache = runtime.prefill(ids)
-    tokens = [int(token)]
-    while len(tokens) < count:
-        token, cache = runtime.decode(token, cache)
-        tokens.append(int(token))
+    tokens, cache = [], None
+    for _ in range(count):
+        ids, cache = runtime.next_token(ids, cache)
+        tokens.append(int(ids))
     return tokens

@@ -321,11 +321,11 @@ def generate(runtime: Runtime, config: Any, batch: int, prompt: int, generate: i
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary_of(config), (batch, prompt), generator=generator)
     start = time.perf_counter()
-    token, cache = runtime.prefill(ids)
+    token, cache = runtime.next_token(ids, None)
     first = time.perf_counter()
     tokens = [token]
     for _ in range(generate - 1):
-        token, cache = runtime.decode(token, cache)
+        token, cache = runtime.next_token(token, cache)
         tokens.append(token)
     times = {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
     return {**times, "tokens": torch.cat(tokens, dim=1).tolist()}

@@ -43,7 +43,7 @@ _LIBRARY = {f"{_SESSION}.custom_ops_library": None}  # the program loads its own
 
 
 class GenaiRuntime:
-    """The library's `Generator` is the cache; it keeps the tokens that it chose, so `decode` does not use its `ids`."""
+    """The library's `Generator` is the cache; it keeps the tokens that it chose, so `ids` matter only at the start."""
 
     def __init__(self, source: ModelSource, device: str, threads: int, room: int = ROOM) -> None:
         import onnxruntime_genai
@@ -71,7 +71,12 @@ class GenaiRuntime:
         self.step_ms: dict[str, float] = {}
         self.provider, self.dtype = f"onnxruntime-genai on {self._model.device_type}", source.config["dtype"]
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+    def next_token(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        generator = cache or self._reading(ids)
+        generator.generate_next_token()
+        return torch.from_numpy(generator.get_next_tokens()).long().unsqueeze(1), generator
+
+    def _reading(self, ids: Tensor) -> Any:
         batch, tokens = ids.shape
         options = self._library.GeneratorParams(self._model)
         longest = min(self._longest, tokens + self._room)
@@ -81,11 +86,7 @@ class GenaiRuntime:
             generator.append_tokens(ids.int().numpy())
         except RuntimeError as error:
             raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
-        return self.decode(ids, generator)
-
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        cache.generate_next_token()
-        return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
+        return generator
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """The operators of the exported graph; the library does not name its own."""
@@ -160,7 +161,20 @@ class VllmRuntime:
         self.step_ms: dict[str, float] = {}
         self.provider, self.dtype = f"vLLM {vllm.__version__} on {current_platform.device_type}", dtype
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+    def next_token(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """The cache is the number of tokens so far."""
+        if cache is None:
+            self._start(ids)
+        number = (cache or 0) + 1
+        while any(len(tokens) < number for tokens in self._tokens.values()):
+            if not self._engine.has_unfinished_requests():
+                raise ModelError("vLLM ended a sequence early; give a smaller --prompt or --generate")
+            for output in self._engine.step():
+                if output.request_id in self._tokens:
+                    self._tokens[output.request_id] = list(output.outputs[0].token_ids)
+        return torch.tensor([tokens[number - 1] for tokens in self._tokens.values()]).unsqueeze(1), number
+
+    def _start(self, ids: Tensor) -> None:
         self._engine.abort_request(list(self._tokens))
         self._tokens = {}
         for row in ids.tolist():
@@ -168,10 +182,6 @@ class VllmRuntime:
             self._started += 1
             self._tokens[name] = []
             self._engine.add_request(name, {"prompt_token_ids": row}, self._params)
-        return self._next(1), 1
-
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return self._next(cache + 1), cache + 1
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """The kernels of packed layers, merged as in vLLM; its own layers count as dense."""
@@ -185,13 +195,3 @@ class VllmRuntime:
 
         found: dict[str, int] = self._llm.apply_model(count)[0]
         return found
-
-    def _next(self, number: int) -> Tensor:
-        """Token `number` of every sequence, [batch, 1]."""
-        while any(len(tokens) < number for tokens in self._tokens.values()):
-            if not self._engine.has_unfinished_requests():
-                raise ModelError("vLLM ended a sequence early; give a smaller --prompt or --generate")
-            for output in self._engine.step():
-                if output.request_id in self._tokens:
-                    self._tokens[output.request_id] = list(output.outputs[0].token_ids)
-        return torch.tensor([tokens[number - 1] for tokens in self._tokens.values()]).unsqueeze(1)

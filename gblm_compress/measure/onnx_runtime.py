@@ -186,10 +186,7 @@ class OnnxRuntime(_Graph):
         logits, _ = self._run(ids.numpy(), self._empty(len(ids)))
         return torch.from_numpy(logits).float()
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self.decode(ids, None)
-
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def next_token(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
 
@@ -198,7 +195,7 @@ class OnnxRuntime(_Graph):
         return torch.from_numpy(logits).float(), cache
 
     def _calls_of(self, tokens: int) -> int:
-        self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
+        self.next_token(torch.zeros(1, tokens, dtype=torch.int64), None)
         return -(-tokens // (self._at_once or tokens))
 
     def _step(self, ids: Tensor, cache: _Cache | None) -> tuple[Any, _Cache]:

@@ -29,7 +29,7 @@ PACKAGES = {
 
 
 class Runtime(Protocol):
-    """A loaded model: it has `predict` if it is evaluated, `prefill` and `decode` if it generates.
+    """A loaded model: it has `predict` if it is evaluated, `next_token` if it generates.
 
     `last_logits` belongs to torch and ONNX Runtime alone.
     """
@@ -44,11 +44,11 @@ class Runtime(Protocol):
     def predict(self, sample: Sample) -> Tensor:
         """The prediction of the model's task in float32 on the CPU."""
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """The greedy next token of each sequence [batch, 1], and the KV cache."""
+    def next_token(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """The greedy next token [batch, 1], and the grown KV cache.
 
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """The greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
+        `ids` [batch, tokens] is a prompt if the cache is None, else the last token.
+        """
 
 
 class TorchRuntime:
@@ -63,11 +63,8 @@ class TorchRuntime:
         prediction: Tensor = getattr(output, self.task.output)
         return prediction.float().cpu()
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self.decode(ids.to(self.model.device), None)
-
     @torch.inference_mode()
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def next_token(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)
         token = logits.argmax(-1, keepdim=True)
         if token.is_cuda:
@@ -77,7 +74,7 @@ class TorchRuntime:
     @torch.inference_mode()
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache."""
-        logits, cache = self._step(ids.to(self.model.device), cache)
+        logits, cache = self._step(ids, cache)
         return logits.float().cpu(), cache
 
     def kernels(self, tokens: int) -> dict[str, int]:
@@ -92,7 +89,7 @@ class TorchRuntime:
 
     def _step(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         past = {} if cache is None else {self._cache_argument: cache}
-        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **past)
+        output = self.model(input_ids=ids.to(self.model.device), use_cache=True, logits_to_keep=1, **past)
         return output.logits[:, -1], output[self._cache_argument]
 
 

@@ -149,12 +149,12 @@ def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[
     runtime: Runtime = load_runtime(artefact, dtype, "cpu", threads)
     vocabulary = vocabulary_of(loading.config_of(artefact))
     ids = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    token, cache = runtime.prefill(ids)
+    token, cache = runtime.next_token(ids, None)
     spent = []
     for _ in range(WARM_UP + STEPS):
         between()
         start = time.perf_counter()
-        token, cache = runtime.decode(token, cache)
+        token, cache = runtime.next_token(token, cache)
         spent.append(1000 * (time.perf_counter() - start))
     return Spread.of(spent[WARM_UP:])
 

@@ -168,13 +168,13 @@ def test_genai_runs_the_folder(exported, name) -> None:
     ids = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(1))
     for row in ids.unsqueeze(1):
         assert greedy_tokens(runtime, row, 12) == greedy_tokens(reference, row, 12)
-    both, _ = runtime.prefill(ids)
-    assert both.shape == (2, 1) and torch.equal(both, reference.prefill(ids)[0])
+    both, _ = runtime.next_token(ids, None)
+    assert both.shape == (2, 1) and torch.equal(both, reference.next_token(ids, None)[0])
     assert runtime.kernels(1)["GroupQueryAttention (onnxruntime-genai)"] == 2
     runtime = load_runtime(folder, "auto", "cpu", 1, runtime="genai", generate=3)  # room for as many tokens
-    token, cache = runtime.prefill(ids[:1])
-    for _ in range(2):
-        token, cache = runtime.decode(token, cache)
+    token, cache = ids[:1], None
+    for _ in range(3):
+        token, cache = runtime.next_token(token, cache)
     assert cache.is_done()
 
 

@@ -86,7 +86,7 @@ from gblm_compress.errors import GblmError
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.models.source import ModelSource
 try:
-    GenaiRuntime(ModelSource("onnx", Path("onnx")), "cpu", 1).prefill(torch.arange(4).unsqueeze(0))
+    GenaiRuntime(ModelSource("onnx", Path("onnx")), "cpu", 1).next_token(torch.arange(4).unsqueeze(0), None)
 except GblmError as error:
     sys.exit(error.exit_code)
 """

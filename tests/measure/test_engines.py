@@ -70,15 +70,15 @@ def test_sequences_that_are_ahead_wait_for_the_others(engine, tiny) -> None:
     runtime = vllm(tiny("llama"))
     for _ in range(2):  # the second generation drops the first
         engine.steps = 0
-        token, cache = runtime.prefill(torch.tensor([[5, 10], [5, 20], [5, 30]]))
+        token, cache = runtime.next_token(torch.tensor([[5, 10], [5, 20], [5, 30]]), None)
         assert token.tolist() == [[11], [21], [31]] and engine.steps == 3
         for number in range(2, 6):
-            token, cache = runtime.decode(token, cache)
+            token, cache = runtime.next_token(token, cache)
             assert token.tolist() == [[10 + number], [20 + number], [30 + number]]
         assert engine.steps == 7 and len(engine.requests) == 3
     engine.most = 5
     with pytest.raises(ModelError, match="ended a sequence early; give a smaller --prompt or --generate"):
-        runtime.decode(token, cache)
+        runtime.next_token(token, cache)
 
 
 def test_what_vllm_does_not_do_is_told(engine, tiny, monkeypatch) -> None:
