@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
 from pathlib import Path
 from string import Formatter
@@ -213,11 +213,8 @@ def compare(c: dict[str, Any]) -> list[Any]:
         " | >recovery = {recovery:.3f} | >time = {seconds:.0f} s"
     )
     note = same_text(c["evaluation"]["dataset"], c["calibration"]["dataset"])
-    return [
-        _table(columns, c["rows"]),
-        f"dense: perplexity {c['dense_perplexity']:.2f}{note and f'; {note}'}",
-        f"plot: {c['plot']}",
-    ]
+    dense = f"dense: perplexity {c['dense_perplexity']:.2f}{note and f'; {note}'}"
+    return [_table(columns, c["rows"]), dense, f"plot: {c['plot']}"]
 
 
 def benchmark(c: dict[str, Any]) -> list[Any]:
@@ -304,13 +301,9 @@ def run(result: Any) -> list[Any]:
 def validate(c: dict[str, Any]) -> list[Any]:
     if not c["valid"]:
         return []
-    absent = [f"not checked before the run, as it is not on this machine yet: {name}" for name in c["unchecked"]]
-    return [
-        f"{c['path']}: valid",
-        *(f"• {stage}" for stage in c["stages"]),
-        *(f"note: {n}" for n in c["notes"]),
-        *absent,
-    ]
+    said = [f"• {stage}" for stage in c["stages"]] + [f"note: {note}" for note in c["notes"]]
+    said += [f"not checked before the run, as it is not on this machine yet: {name}" for name in c["unchecked"]]
+    return [f"{c['path']}: valid", *said]
 
 
 def report(result: Any) -> list[Any]:
@@ -417,9 +410,8 @@ def _push(run: str, best: str | None) -> tuple[str, ...]:
     return ("push", run, best) if best and (Path(run) / best).is_dir() else ()
 
 
-def _timed(models: Sequence[str], baseline: str) -> tuple[str, ...]:
+def _timed(model: str, baseline: str) -> tuple[str, ...]:
     """Evaluate a timed export; export a timed folder."""
-    model = models[0]
     return _evaluate(model, baseline, {}) if _manifest(model).get("kind") == "export" else _go_on(model)
 
 
@@ -432,7 +424,7 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
     "export": lambda c, given: _go_on(c["folder"]) or _evaluate(c["folder"], given["model"], {}),
     "inspect": lambda c, given: _go_on(given["model"], is_sparse=c["nonzeros"] <= MOST_NONZEROS * c["weights"]),
-    "benchmark": lambda _, given: _timed(given["models"], given["baseline"][0]),
+    "benchmark": lambda _, given: _timed(given["models"][0], given["baseline"][0]),
     "report": lambda result, given: _push(given["runs"][-1], result.runs[-1].best),
     "compare": _compared,
     "run": lambda result, _: _push(result.output, result.best),

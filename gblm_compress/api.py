@@ -412,9 +412,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "Measure": (evaluate, benchmark, compare, inspect, advise, plan),
     "Other": (generate, report, push, validate, schema, doctor),
 }
-GROUPS: dict[str, tuple[Command, ...]] = {
-    group: tuple(function.command for function in functions) for group, functions in _FUNCTIONS.items()
-}
+GROUPS: dict[str, tuple[Command, ...]] = {name: tuple(each.command for each in of) for name, of in _FUNCTIONS.items()}
 COMMANDS: tuple[Command, ...] = tuple(command for commands in GROUPS.values() for command in commands)
 
 

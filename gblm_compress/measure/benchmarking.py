@@ -195,21 +195,18 @@ def _benchmark_lane(
             prefill_kernels, *decode_kernels = facts["kernels"][number]
             measurements.append(
                 Measurement(
+                    **lane._asdict(),
+                    **facts["known"],
+                    **final,
                     model=source.name,
-                    runtime=lane.runtime,
-                    provider=facts["provider"],
-                    dtype=lane.dtype,
                     batch=batch,
                     ttft_ms=ttft,
                     tpot_ms=tpot,
                     tokens_per_second=batch * 1000 / tpot.median if tpot else None,
                     samples_per_second=None if tpot else batch * 1000 / ttft.median,
-                    peak_memory_bytes=final["peak_memory_bytes"],
-                    load_seconds=facts["load_seconds"],
                     bytes_on_disk=source.bytes_on_disk,
                     prefill_kernels=prefill_kernels,
                     decode_kernels=decode_kernels[0] if decode_kernels else None,
-                    step_ms=facts["step_ms"],
                     prefill_speedup=Speedup.of(base_ttft, ttft) if index else None,
                     decode_speedup=Speedup.of(base_tpot, tpot) if index and base_tpot and tpot else None,
                     same_tokens_as_baseline=tokens[0] == tokens[index] if index and tpot else None,
@@ -288,8 +285,8 @@ def _answers() -> Iterator[dict[str, Any]]:
             timed = partial(generate, runtime, config, prompt=setup["prompt"], generate=setup["generate"])
         else:
             timed = partial(forward, runtime, task, config, prompt=setup["prompt"])
-        facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels, "step_ms": runtime.step_ms}
-        yield {"load_seconds": loaded, **facts}
+        known = {"provider": runtime.provider, "step_ms": runtime.step_ms, "load_seconds": loaded}
+        yield {"known": known, "kernels": kernels}
         for line in sys.stdin:
             request = json.loads(line)
             if request.get("finish"):
