@@ -5,8 +5,7 @@ parameter for all. The mapping goes both ways. A file is mapped only while it is
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -242,13 +241,6 @@ def _latest(make: Callable[[_Group], dict[str, Tensor]]) -> Callable[[_Group], d
     return of
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    damaged = translated(lambda said: ModelError(f"{path}: damaged safetensors file ({said})"))
-    with damaged, safe_open(path, framework="pt") as file:
-        yield file
-
-
 def check_shape(name: str, stored: list[int], needed: Tensor) -> None:
     if stored != list(needed.shape):
         raise ModelError(
@@ -258,13 +250,14 @@ def check_shape(name: str, stored: list[int], needed: Tensor) -> None:
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
-    with _opened(path) as file:
-        return file.get_tensor(key)
+    with files.refusing_damage(path), safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with files.refusing_damage(path):
+        return load_file(path)
 
 
 def save_durably(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -304,13 +305,17 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], 
     """The header of a safetensors file: {tensor: its entry}, its metadata, and where its data begins."""
     from safetensors import safe_open
 
-    with translated(lambda said: ModelError(f"{str(path)!r}: damaged safetensors file ({said})")):
+    with refusing_damage(path):
         with safe_open(path, framework="np"):  # checks lengths (100 MB at most), types, shapes and offsets
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     return header, header.pop("__metadata__", None) or {}, 8 + length
+
+
+def refusing_damage(path: Path) -> AbstractContextManager[None]:
+    return translated(lambda said: ModelError(f"{str(path)!r}: damaged safetensors file ({said})"))
 
 
 def sha256_of(path: Path) -> str:

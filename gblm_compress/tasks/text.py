@@ -139,17 +139,18 @@ def load_text(source: str, role: Role, tokens: int | None = None) -> str:
 
 def records(source: str, role: Role, columns: Collection[str] = ()) -> Records:
     """The rows of a source, read one by one; of a .parquet file only the `columns`, if it has any of them."""
-    path = Path(os.path.expanduser(source))
-    if source == "demo":
-        return [(f"dataset {source!r}", {"text": paragraph}) for paragraph in demo_paragraphs(role)]
-    if source in NAMED or path.suffix not in FILES:
-        return _named(hub_rows(source, role), source)
-    if path.suffix == ".jsonl":
-        return _of_jsonl(path, source)
-    if path.suffix == ".parquet":
-        return _of_parquet(path, source, columns)
+    path, where = Path(os.path.expanduser(source)), f"dataset {source!r}"
     with reading(source):
-        return [(f"dataset {source!r}", {"text": path.read_text(encoding="utf-8")})]
+        if source == "demo":
+            yield from ((where, {"text": paragraph}) for paragraph in demo_paragraphs(role))
+        elif source in NAMED or path.suffix not in FILES:
+            yield from ((where, row) for row in hub_rows(source, role))
+        elif path.suffix == ".jsonl":
+            yield from _of_jsonl(path, where)
+        elif path.suffix == ".parquet":
+            yield from _of_parquet(path, where, columns)
+        else:
+            yield where, {"text": path.read_text(encoding="utf-8")}
 
 
 def hub_rows(source: str, role: Role) -> Any:
@@ -272,16 +273,10 @@ def _offline() -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-def _named(rows: Any, source: str) -> Records:
-    with reading(source):
-        for row in rows:
-            yield f"dataset {source!r}", row
-
-
-def _of_jsonl(path: Path, source: str) -> Records:
-    with reading(source), path.open("rb") as file:
+def _of_jsonl(path: Path, dataset: str) -> Records:
+    with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
-            where = f"dataset {source!r}, line {number}"
+            where = f"{dataset}, line {number}"
             if len(line) > MAX_LINE:
                 raise DataError(f"{where}: more than {MAX_LINE:,} bytes; every line is one document")
             try:
@@ -295,27 +290,25 @@ def _of_jsonl(path: Path, source: str) -> Records:
                 yield where, document
 
 
-def _of_parquet(path: Path, source: str, columns: Collection[str]) -> Records:
+def _of_parquet(path: Path, where: str, columns: Collection[str]) -> Records:
     from pyarrow import parquet, types
 
-    where, left = f"dataset {source!r}", MAX_PARQUET
-    with reading(source):
-        schema = parquet.read_schema(path)
-        names = [name for name in schema.names if name in columns]
-        check_columns(names, where)
-        # As a dictionary, a text that many rows repeat is in memory once.
-        repeated = [name for name in names if not types.is_nested(schema.field(name).type)]
-        with parquet.ParquetFile(path, read_dictionary=repeated) as file:
-            for batch in file.iter_batches(batch_size=64, columns=names or None):
-                for cells in zip(*batch.columns, strict=True):
-                    row = {name: cell.as_py() for name, cell in zip(batch.schema.names, cells, strict=True)}
-                    sizes = [len(value.encode()) for value in row.values() if isinstance(value, str)]
-                    if max(sizes, default=0) > MAX_LINE:
-                        raise DataError(f"{where}: a text of more than {MAX_LINE:,} bytes is too long")
-                    left -= sum(sizes)
-                    if left < 0:
-                        raise DataError(f"{where} holds more than {MAX_PARQUET:,} bytes of text; give a part of it")
-                    yield where, row
+    left, schema = MAX_PARQUET, parquet.read_schema(path)
+    names = [name for name in schema.names if name in columns]
+    check_columns(names, where)
+    # As a dictionary, a text that many rows repeat is in memory once.
+    repeated = [name for name in names if not types.is_nested(schema.field(name).type)]
+    with parquet.ParquetFile(path, read_dictionary=repeated) as file:
+        for batch in file.iter_batches(batch_size=64, columns=names or None):
+            for cells in zip(*batch.columns, strict=True):
+                row = {name: cell.as_py() for name, cell in zip(batch.schema.names, cells, strict=True)}
+                sizes = [len(value.encode()) for value in row.values() if isinstance(value, str)]
+                if max(sizes, default=0) > MAX_LINE:
+                    raise DataError(f"{where}: a text of more than {MAX_LINE:,} bytes is too long")
+                left -= sum(sizes)
+                if left < 0:
+                    raise DataError(f"{where} holds more than {MAX_PARQUET:,} bytes of text; give a part of it")
+                yield where, row
 
 
 def check_columns(names: Sequence[str], where: str) -> None:
