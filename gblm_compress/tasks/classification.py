@@ -72,8 +72,6 @@ class Classification(Classes, PassageTask):
 
 
 def _samples(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: bool) -> list[Sample]:
-    import torch
-
     if config.num_labels < 2:
         raise ModelError("the model has a single output; a classifier has at least two classes")
     scored = any(row.label is None and row.score is not None for row in rows)  # integer scores are not classes
@@ -82,7 +80,8 @@ def _samples(processor: Any, config: Any, rows: Sequence[Row], length: int, pad:
     found = passages.encode(processor, config, rows, length, pad)
     if not labels:
         return found
-    return [{**sample, "labels": torch.tensor([label])} for sample, label in zip(found, labels, strict=True)]
+    numbered = zip(found, labels, strict=True)
+    return [{**sample, "labels": sample["input_ids"].new_tensor([label])} for sample, label in numbered]
 
 
 def class_of(label: int | str | None, where: str, config: Any, names: Mapping[str, int] | None = None) -> int:

@@ -207,6 +207,5 @@ def _has_types(config: Any) -> bool:
 
 
 def _with_types(sample: dict[str, Any], config: Any) -> Sample:
-    import torch
-
-    return {**sample, "token_type_ids": torch.zeros_like(sample["input_ids"])} if _has_types(config) else sample
+    ids = sample["input_ids"]
+    return {**sample, "token_type_ids": ids.new_zeros(ids.shape)} if _has_types(config) else sample

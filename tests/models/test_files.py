@@ -122,11 +122,11 @@ def test_links_inside_and_those_of_the_hubs_cache_are_followed(folder, tmp_path,
 
 
 def test_data_of_a_graph_is_in_the_folder_wherever_the_graph_names_it(tmp_path) -> None:
-    inner = onnx.helper.make_tensor("inner", onnx.TensorProto.FLOAT, [1], [1.0])
-    constant = onnx.helper.make_node("Constant", [], ["k"], value=inner)
-    branches = [onnx.helper.make_graph([constant], name, [], []) for name in ("then", "else")]
-    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branches[0], else_branch=branches[1])
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+    branch = "g () => (float[1] y) { y = Constant <value = float[1] inner {1.0}> () }"
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 21]> '
+        f"g (bool c) => (float[1] z) {{ z = If (c) <then_branch = {branch}, else_branch = {branch}> }}"
+    )
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.onnx_data").write_bytes(bytes(40))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import stat
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from gblm_compress.errors import ModelError
 from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.models import files, finding
 from gblm_compress.models.finding import find_here, outlined, resolve_model
-from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
@@ -25,14 +23,6 @@ from gblm_compress.pruning.stage import PruneJob, plan
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 
 GGUF = b"GGUF"
-
-
-def test_tiny_is_made_once(progress) -> None:
-    first = resolve_model("tiny", progress)
-    changed = first.folder.stat().st_mtime_ns
-    assert resolve_model("tiny", progress).folder.stat().st_mtime_ns == changed
-    assert stat.S_IMODE(first.folder.stat().st_mode) & 0o500 == 0o500
-    assert load_model(first).config.num_hidden_layers == 2
 
 
 def test_fingerprint_follows_content_not_place(tiny, tmp_path) -> None:
@@ -107,19 +97,16 @@ def test_a_demo_that_cannot_be_fetched_leaves_nothing(fault, package, tmp_path, 
 
 
 def test_of_a_hub_model_an_outline_holds_headers_and_holes(tiny, monkeypatch, progress) -> None:
-    folder = tiny("llama").folder
-
     def fetch(name: str, local_dir: str, allow_patterns: list[str]) -> None:
         assert name == "owner/model"
-        shutil.copytree(folder, local_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        without = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(tiny("llama").folder, local_dir, dirs_exist_ok=True, ignore=without)
 
-    def headers(_: HfApi, name: str) -> SimpleNamespace:
-        tensors = {name: SimpleNamespace(**info) for name, info in files.read_header(weights)[0].items()}
-        return SimpleNamespace(files_metadata={weights.name: SimpleNamespace(tensors=tensors)})
-
-    (weights,) = files.weight_files(folder)
+    (weights,) = files.weight_files(tiny("llama").folder)
+    tensors = {name: SimpleNamespace(**info) for name, info in files.read_header(weights)[0].items()}
+    found = Mock(return_value=SimpleNamespace(files_metadata={weights.name: SimpleNamespace(tensors=tensors)}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    monkeypatch.setattr(HfApi, "get_safetensors_metadata", headers)
+    monkeypatch.setattr(HfApi, "get_safetensors_metadata", found)
     with outlined("owner/model", progress) as source:
         (made,) = files.weight_files(source.folder)
         assert files.read_header(made)[0] == files.read_header(weights)[0]
@@ -130,14 +117,9 @@ def test_of_a_hub_model_an_outline_holds_headers_and_holes(tiny, monkeypatch, pr
     assert (planned.dtype, planned.from_disk, planned.passes) == (whole.dtype, whole.from_disk, whole.passes)
     for figure in ("weights", "memory_bytes", "disk_bytes"):
         assert getattr(planned, figure) == pytest.approx(getattr(whole, figure), rel=0.01)
-    monkeypatch.setattr(HfApi, "get_safetensors_metadata", Mock(side_effect=NotASafetensorsRepoError("no weights")))
-    with pytest.raises(ModelError, match="'owner/model'.*no weights"), outlined("owner/model", progress):
-        pass
-
-
-def test_an_outline_is_written_in_its_folder_alone(monkeypatch, tmp_path, progress) -> None:
-    outside = SimpleNamespace(files_metadata={f"../{tmp_path.name}.safetensors": SimpleNamespace(tensors={})})
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: None)
-    monkeypatch.setattr(HfApi, "get_safetensors_metadata", lambda *_: outside)
+    found.return_value.files_metadata = {"../outside.safetensors": SimpleNamespace(tensors={})}
     with pytest.raises(ModelError, match="which is not in its folder"), outlined("owner/model", progress):
+        pass
+    found.side_effect = NotASafetensorsRepoError("no weights")
+    with pytest.raises(ModelError, match="'owner/model'.*no weights"), outlined("owner/model", progress):
         pass

@@ -94,18 +94,11 @@ def test_large_values_and_infinite_masks_are_no_damage(source, tiny, tmp_path) -
     load_model(masked)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"vocab_size": 10**9}, r"weight has the shape \[257, 64\] .* config.json needs \[1000000000, 64\]"),
-        ({"intermediate_size": 10**9}, r"proj.weight has the shape .* config.json needs"),
-        ({"attention_bias": True, "mlp_bias": True, "num_attention_heads": 4, "head_dim": 2**40}, "config.json needs"),
-    ],
-)
 @pytest.mark.parametrize("load", [load_model, loading.load_skeleton])
-def test_sizes_of_another_model_are_refused_before_memory_is_taken(load, config, message, source) -> None:
+@pytest.mark.parametrize("config", [{"vocab_size": 10**9}, {"attention_bias": True, "head_dim": 2**40}])
+def test_sizes_of_another_model_are_refused_before_memory_is_taken(load, config, source) -> None:
     edit_json(source.folder / "config.json", **config)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=r"weight has the shape \[\d+, 64\] .* config.json needs \[\d+, 64\]"):
         load(source)
 
 

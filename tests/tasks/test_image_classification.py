@@ -174,8 +174,13 @@ def test_labels_are_numbers_or_names_of_the_model(labels, classes, expected) -> 
         labels_of(given, config_of("vit"))
 
 
-def test_a_processor_that_does_not_fit_is_refused(model, pictures) -> None:
+def test_a_limit_draws_from_all_classes_and_a_processor_that_does_not_fit_is_refused(model, pictures) -> None:
     source = model("vit")
+    processor, config = load_processor(source), config_of("vit")
+    found = TASK.evaluation(processor, config, str(pictures), 2, 6)
+    assert len(found) == 6 and len({int(sample["labels"]) for sample in found}) > 3
+    with pytest.raises(DataError, match="has 12 images, but 13 samples are asked for; give fewer"):
+        TASK.calibration(processor, config, str(pictures), 13, 2, 0)
     process(source.folder, 24)
     with pytest.raises(ModelError, match=r"3 × 24 × 24 numbers of image '.*png', but the model takes 3 × 16 × 16"):
         drawn(source, pictures)
@@ -193,14 +198,6 @@ def test_a_user_is_told_of_images(model, tmp_path, progress) -> None:
     ):
         with pytest.raises(DataError, match="/vit': the folder holds no image; give a folder with a sub-folder of im"):
             refused()
-
-
-def test_a_limit_draws_from_all_classes(model, pictures) -> None:
-    processor, config = load_processor(model("vit")), config_of("vit")
-    found = TASK.evaluation(processor, config, str(pictures), 2, 6)
-    assert len(found) == 6 and len({int(sample["labels"]) for sample in found}) > 3
-    with pytest.raises(DataError, match="has 12 images, but 13 samples are asked for; give fewer"):
-        TASK.calibration(processor, config, str(pictures), 13, 2, 0)
 
 
 def picture(value: int) -> Image.Image:
@@ -257,7 +254,6 @@ def test_idx_files(tmp_path, suffix) -> None:
     found = read(tmp_path).found
     assert [one.label for one in found] == [7, 3]
     assert (numpy.stack([numpy.asarray(one.read("L")) for one in found]) == pixels).all()
-    assert found[0].read("RGB").size == (5, 3)
     with pytest.raises(DataError, match="no part for calibration: no file train-images-idx3-ubyte"):
         read(tmp_path, "calibration")
     alone = tmp_path / "images-idx3-ubyte"
