@@ -309,14 +309,16 @@ def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | N
     return next((module for module in around if runs[module] == 1), None)
 
 
-def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[Weights, BlockCalls]:
-    """The weights and calls of a model by block: its own blocks, or all of them as one.
+def calls_of(
+    weights: Weights, task: Task, samples: Sequence[Sample], layers: list[dict[str, nn.Module]]
+) -> tuple[Weights, BlockCalls, list[dict[str, nn.Module]]]:
+    """A model's weights, calls and prunable layers by block: its own blocks, or all of them as one.
 
     Some architectures pass on more than hidden states, change their size, repeat blocks or share weights between them.
     Then the only block is the module around them: all layers are measured in the dense model at once.
     """
     try:
-        return weights, BlockCalls(weights, task, samples)
+        return weights, BlockCalls(weights, task, samples), layers
     except NoChainError as error:
         reason = f"{type(weights.model).__name__}: {error}"
         if not isinstance(weights, ResidentWeights):
@@ -326,11 +328,5 @@ def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[W
             raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from error
         whole = ResidentWeights(weights.model)
         whole.blocks = [around]
-        return whole, WholeCalls(whole, task, samples)
-
-
-def by_block(weights: Weights, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
-    """The layers of `prunable_layers`, by the blocks of these weights."""
-    if len(weights.blocks) == len(layers):
-        return layers
-    return [{name: layer for block in layers for name, layer in block.items()}]
+        together = {name: layer for block in layers for name, layer in block.items()}
+        return whole, WholeCalls(whole, task, samples), [together]

@@ -251,11 +251,9 @@ class Author:
 
     def cost(self, text: CalibrationSettings) -> tuple[float, float]:
         """Seconds and bytes to write the missing samples, 0 if there are none; UsageError if memory is too small."""
-        if text.dataset != SELF:
-            return 0, 0
-        settings = self._settings(text)
-        is_written = _read(self._place(settings)) is not None
-        return (0, 0) if is_written else cost_of(self.source, settings, self.dtype, self.device)
+        if text.dataset == SELF and _read(self._place(settings := self._settings(text))) is None:
+            return cost_of(self.source, settings, self.dtype, self.device)
+        return 0, 0
 
     @cached_property
     def dtype(self) -> str:

@@ -63,10 +63,8 @@ def free_memory(device: str) -> int:
     import psutil
     import torch
 
-    on_cpu = device == "cpu"
-    return int(
-        SHARE_OF_FREE_MEMORY * (psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(device)[0])
-    )
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    return int(SHARE_OF_FREE_MEMORY * free)
 
 
 @contextmanager

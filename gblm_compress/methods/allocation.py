@@ -25,23 +25,19 @@ class Budget:
     sparsity: float
 
 
-def spread(budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float]) -> dict[str, Budget]:
-    """Budgets that follow `densities` and keep as many weights in all as `budgets`, which have one pattern.
+def spread(budget: Budget, sizes: dict[str, int], densities: dict[str, float]) -> dict[str, Budget]:
+    """Budgets that follow `densities` and keep as many weights in all as one `budget` for all layers.
 
-    Each density stays within `DEVIATION` of the layer's own budget; all are moved by one constant until the sum is
-    right. For N:M, N ≥ 1 is rounded down, then up again in the layers nearest to the next N, while the sum allows it.
+    Each density stays within `DEVIATION` of the budget's; all are moved by one constant until the sum is right. For
+    N:M, N ≥ 1 is rounded down, then up again in the layers nearest to the next N, while the sum allows it.
     """
-    wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
-    n_m = next(iter(budgets.values())).pattern.n_m
+    own, n_m = 1 - budget.sparsity, budget.pattern.n_m
+    wanted = sum(own * size for size in sizes.values())
     least, most = (1 / n_m[1], 1.0) if n_m is not None else (0.01, 0.99)
+    lowest, highest = max(own - DEVIATION, min(own, least)), min(own + DEVIATION, max(own, most))
 
     def limited(shift: float) -> dict[str, float]:
-        result = {}
-        for name, budget in budgets.items():
-            own = 1 - budget.sparsity
-            low, high = max(own - DEVIATION, min(own, least)), min(own + DEVIATION, max(own, most))
-            result[name] = min(max(densities[name] + shift, low), high)
-        return result
+        return {name: min(max(densities[name] + shift, lowest), highest) for name in sizes}
 
     low, high = -1.0, 1.0
     for _ in range(60):
@@ -52,7 +48,7 @@ def spread(budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[st
             high = middle
     chosen = limited(low)
     if n_m is None:
-        return {name: Budget(budgets[name].pattern, 1 - chosen[name]) for name in budgets}
+        return {name: Budget(budget.pattern, 1 - density) for name, density in chosen.items()}
     return _whole_groups(chosen, sizes, n_m[1], wanted)
 
 

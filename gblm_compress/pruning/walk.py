@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.blocks import BlockReplay, layer_statistics
-from gblm_compress.calibration.calls import BlockCalls, by_block, calls_of
+from gblm_compress.calibration.calls import BlockCalls, calls_of
 from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
@@ -71,8 +71,8 @@ class Walk:
                     check_scales(name, scales_of(weight, settings.columns_of_a_scale))
         with chunked_attention():
             if settings.needs_text:
-                weights, calls = calls_of(self.weights, self.plan.task, self.plan.samples)
-                results = replace(self, weights=weights, calls=calls)._blocks_(by_block(weights, layers))
+                weights, calls, layers = calls_of(self.weights, self.plan.task, self.plan.samples, layers)
+                results = replace(self, weights=weights, calls=calls)._blocks_(layers)
             else:
                 with self.weights.outer():  # reads and so checks it, like the blocks
                     pass
@@ -121,7 +121,7 @@ class Walk:
         if not densities:
             return uniform
         sizes = {name: weight_matrix(layer).numel() for block in free for name, layer in block.items()}
-        return uniform | spread({name: uniform[name] for name in sizes}, sizes, densities)
+        return uniform | spread(settings.uniform_budget, sizes, densities)
 
     def _dense_blocks(self, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
         """Every block of the dense model, with the statistics that the allocation needs."""

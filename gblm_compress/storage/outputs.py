@@ -340,10 +340,8 @@ def _said(folder: Path, key: str) -> object:
 
 def _is_or_holds(folder: Path, path: Path) -> bool:
     """Whether `path` is `folder` or lies in it, whatever links or spellings lead there."""
-    if not folder.exists():
-        return False
     path = path.resolve()
-    return any(candidate.exists() and folder.samefile(candidate) for candidate in (path, *path.parents))
+    return folder.exists() and any(each.exists() and folder.samefile(each) for each in (path, *path.parents))
 
 
 @contextmanager

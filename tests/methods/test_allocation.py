@@ -49,10 +49,9 @@ def test_global_ranking_of_zeros() -> None:
 )
 def test_spread_keeps_the_sum_and_the_limits(budget, layers, deviation: float) -> None:
     pattern, sparsity = Pattern(budget[0]), budget[1]
-    before = {str(i): Budget(pattern, sparsity) for i in range(len(layers))}
     sizes = {str(i): 1000 * size for i, (size, _) in enumerate(layers)}
     with patch.object(allocation, "DEVIATION", deviation):
-        after = spread(before, sizes, {str(i): density for i, (_, density) in enumerate(layers)})
+        after = spread(Budget(pattern, sparsity), sizes, {str(i): density for i, (_, density) in enumerate(layers)})
     wanted = (1 - sparsity) * sum(sizes.values())
     kept = sum((1 - after[name].sparsity) * sizes[name] for name in after)
     assert kept <= wanted * (1 + 1e-6)
@@ -76,7 +75,7 @@ def test_spread_keeps_the_sum_and_the_limits(budget, layers, deviation: float) -
 def test_whole_groups_by_hand(deviation, wanted, given, monkeypatch) -> None:
     monkeypatch.setattr(allocation, "DEVIATION", deviation)
     densities = dict(enumerate(wanted))
-    after = spread(dict.fromkeys(densities, Budget(Pattern("2:4"), 0.5)), dict.fromkeys(densities, 100), densities)
+    after = spread(Budget(Pattern("2:4"), 0.5), dict.fromkeys(densities, 100), densities)
     assert [b.pattern.name for b in after.values()] == given
 
 
