@@ -6,6 +6,8 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from gblm_compress.models import finding
 from gblm_compress.runs import pipeline, run_report
 from gblm_compress.runs.recipe import SHIPPED, read_yaml
 from gblm_compress.settings import Recipe
-from tests.scripts import BLOCK, ROOT, blocks, python
+from tests.forks import Server
+from tests.scripts import BLOCK, ROOT, blocks
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PLACEHOLDERS = {"RANK": "1", "NEW": "magnitude"}  # for what is no name or path
@@ -103,7 +106,13 @@ def read_by_python(*arguments: str) -> None:
 
 @cache
 def options_of_script(*script: str) -> set[str]:
-    return set(re.findall(r"--[a-z][a-z-]*", python(*script, "--help").stdout))
+    """Those that its help names, in a fork that has most modules imported."""
+    run = f"module({script[1]!r}" if script[0] == "-m" else f"path({script[0]!r}"
+    code = f"import runpy, sys\nsys.path.insert(0, 'benchmarks')\nrunpy.run_{run}, run_name='__main__')"
+    with TemporaryDirectory() as cache:
+        done = Server().run(["--help"], ROOT, Path(cache), code=code)
+    assert done.code == 0, done.stderr
+    return set(re.findall(r"--[a-z][a-z-]*", done.stdout))
 
 
 def read_by_pip(verb: str, *arguments: str) -> None:
