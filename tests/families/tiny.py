@@ -35,15 +35,13 @@ SIZES = {key: value for value, keys in _OF_VALUE.items() for key in keys.split()
 """{key of a config: what it becomes where the class has a number for it}."""
 
 _LINEAR_FIRST = ["linear_attention", "full_attention"]
-_KIMI = {"num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _LINEAR_FIRST,
-         "mlp_layer_types": ["dense", "sparse"]}  # fmt: skip
-_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "num_key_value_heads": 4,
-          "mamba_d_state": 16}  # fmt: skip
+_KIMI = {"num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _LINEAR_FIRST}
+_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "num_key_value_heads": 4}
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16}
 _CONV_FIRST = {"layer_types": ["conv", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"num_expert_group": 1, **_KIMI},
+    "bailing_hybrid": {"num_expert_group": 1, "num_experts_per_token": 2, "layer_types": _LINEAR_FIRST},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
@@ -53,14 +51,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 32},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
     "ernie4_5_moe": {"moe_k": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {
         "num_hidden_layers": 4, "intermediate_size": [96] * 4, "num_kv_shared_layers": 2, "laurel_rank": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
     },
-    "git": {"num_hidden_layers": 2, "vision_config": {"num_hidden_layers": 3}},
+    "git": {"vision_config": {"num_hidden_layers": 3}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "granitemoehybrid": {"layer_types": _LINEAR_FIRST},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -74,22 +71,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": _CONV_FIRST,
     "lfm2_moe": {**_CONV_FIRST, "num_dense_layers": 1},
     "lfm3": _CONV_FIRST,
-    "longcat_flash": {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
-    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "longcat_flash": {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {"dense_intermediate_size": 96, "shared_intermediate_size": 32},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4,
-        "moe_shared_expert_intermediate_size": 32, "chunk_size": 16,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "moe_shared_expert_intermediate_size": 32, "chunk_size": 16,
     },
     "phi4_multimodal": {"audio_config": {"num_blocks": 3}},
     "qwen3_5_moe_text": {"layer_types": _LINEAR_FIRST},
     "qwen3_5_text": {"layer_types": _LINEAR_FIRST},
     "qwen3_next": {"layer_types": _LINEAR_FIRST},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "zamba": {**_ZAMBA, "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_dt_rank": 4},
-    "zamba2": {**_ZAMBA, "n_mamba_heads": 8},
+    "zamba": _ZAMBA,
+    "zamba2": _ZAMBA,
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
