@@ -32,8 +32,9 @@ from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceS
 from gblm_compress.storage.records import as_json
 from gblm_compress.tasks.text import drawn_windows, load_text
 from tests.runs.reports import write_artefact, write_report
+from tests.scripts import ROOT, blocks
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 TEXT = {"samples": 3, "sequence_length": 32}
 
 
@@ -67,8 +68,7 @@ def test_the_signature_shows_every_setting() -> None:
 
 def test_the_page_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
-    for block in blocks:
+    for block in blocks("python", page=DOCS / "python.md"):
         exec(compile(block, "docs/python.md", "exec"), {})
     assert (tmp_path / "out" / "run" / "report.json").is_file()
     assert "<title>tiny: " in (tmp_path / "out" / "page.html").read_text()

@@ -1,10 +1,7 @@
 """The registry of formats, and an exporter from outside the package: that of docs/adding-an-exporter.md."""
 
 import json
-import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 from pydantic import ValidationError
@@ -15,8 +12,8 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.settings import ExportSettings
+from tests.scripts import ROOT, blocks, python
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-an-exporter.md"
 OPTIONS = ExportSettings.model_fields.keys() - {"format", "dtype"}
 OTHERS = {"graph": "plain", "group": 64, "quantise": "int8"}
 COMPANY = {("onnx", "quantise"): ("kernels",), ("onnx", "group"): ("kernels", "quantise")}
@@ -31,7 +28,7 @@ def given(format: str, option: str) -> dict[str, object]:
 def with_half(tmp_path_factory):
     """Run the program with the exporter that the page adds."""
     folder = tmp_path_factory.mktemp("half")
-    entry, module = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    entry, module = blocks("python", page=ROOT / "docs" / "adding-an-exporter.md")
     (folder / "half.py").write_text(module)
     (folder / "use.py").write_text(
         "import sys\nfrom gblm_compress.formats import FORMATS, Format\n"
@@ -39,10 +36,7 @@ def with_half(tmp_path_factory):
         + "assert 'torch' not in sys.modules\nfrom gblm_compress.cli.app import main\nmain()\n"
     )
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "use.py", *arguments], cwd=folder, capture_output=True, text=True)
-
-    return folder, run
+    return folder, partial(python, "use.py", folder=folder)
 
 
 def test_an_exporter_from_outside_writes_verifies_and_is_evaluated(with_half) -> None:
@@ -52,9 +46,7 @@ def test_an_exporter_from_outside_writes_verifies_and_is_evaluated(with_half) ->
         "prune: {method: magnitude}\nexport: [{format: half}, {format: half, dtype: bfloat16}]\n"
         "evaluate: {dataset: demo, sequence_length: 32, max_windows: 2}\n"
     )
-    done = run("run", "recipe.yaml", "-o", "run", "--quiet", "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(run("run", "recipe.yaml", "-o", "run", "--quiet", "--json").stdout)
     (result,) = (stage["result"] for stage in report["stages"] if stage["name"] == "export half")
     source, half = (load_file(folder / "run" / name / "model.safetensors") for name in ("pruned", "half"))
     assert result["format"] == "half" and result["checks"]["tensors_checked"] >= len(half)
@@ -70,8 +62,7 @@ def test_an_exporter_from_outside_writes_verifies_and_is_evaluated(with_half) ->
 def test_it_is_told_with_the_others_and_refuses_what_it_does_not_take(with_half) -> None:
     _, run = with_half
     for format, message in (("haff", "did you mean 'half'?"), ("half", "'tiny' is not pruned")):
-        refused = run("export", "tiny", "-o", "x", "--format", format)
-        assert refused.returncode == 2 and message in refused.stderr
+        assert message in run("export", "tiny", "-o", "x", "--format", format, code=2).stderr
     assert "half: a dense checkpoint in 16 bit" in " ".join(run("export", "--help").stdout.split())
 
 

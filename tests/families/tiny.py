@@ -77,7 +77,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "moe_shared_expert_intermediate_size": 32, "chunk_size": 16,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "moe_shared_expert_intermediate_size": 32, "chunk_size": 16,
     },
     "phi4_multimodal": {"audio_config": {"num_blocks": 3}},
     "qwen3_5_moe_text": {"layer_types": _LINEAR_FIRST},

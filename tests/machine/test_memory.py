@@ -1,10 +1,10 @@
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from gblm_compress.machine.memory import peak_memory
+from tests.scripts import python
 
 PROGRAM = """
 import resource
@@ -30,8 +30,7 @@ print(faults(memory.freed_memory_kept()), faults(nullcontext()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_pages_of_freed_tensors_are_used_again_in_a_process_of_our_own_and_given_back_after() -> None:
-    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    elsewhere, within, after = map(int, ran.stdout.split())
+    elsewhere, within, after = map(int, python("-c", PROGRAM).stdout.split())
     # 20 tensors of 64 MiB: each of the 16,384 pages of one comes once, or every time.
     assert within < 2 * 16_384 < 10 * 16_384 < min(elsewhere, after)
 

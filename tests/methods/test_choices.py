@@ -2,10 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +20,8 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import planning, stage
 from gblm_compress.settings import REGISTRIES, PruneSettings
 from tests.conftest import samples
+from tests.scripts import ROOT, blocks, python
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 FIELDS = {
     "activation_norm": Need.ACTIVATIONS, "gradient_norm": Need.GRADIENTS, "regional_norm": Need.REGIONAL,
     "gram": Need.GRAM,
@@ -108,24 +105,10 @@ main(sys.argv[1:])
 SHORT = "--calibration prose.txt --samples 2 --sequence-length 16 --quiet"
 
 
-@pytest.fixture
-def with_choices(tmp_path):
-    """Run the program after a script, which adds choices of somebody else's."""
-
-    def run(script: str, command: str) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "script.py").write_text(script)
-        given = [sys.executable, "script.py", *command.split()]
-        return subprocess.run(given, cwd=tmp_path, capture_output=True, text=True)
-
-    return run
-
-
-def test_choices_from_outside_prune_a_model(with_choices, tiny, tmp_path, prose) -> None:
+def test_choices_from_outside_prune_a_model(tiny, tmp_path, prose) -> None:
     source = tiny("llama")
-    done = with_choices(
-        TOYS, f"prune {source.folder} -o out --method last --alpha 3 --fit double --allocation first {SHORT}"
-    )
-    assert done.returncode == 0, done.stderr
+    command = f"prune {source.folder} -o out --method last --alpha 3 --fit double --allocation first {SHORT}"
+    python("-c", TOYS, *command.split(), folder=tmp_path)
     dense, pruned = (load_file(folder / "model.safetensors") for folder in (source.folder, tmp_path / "out"))
     for block, share in ((0, 0.54), (1, 0.46)):
         name = f"model.layers.{block}.self_attn.q_proj.weight"
@@ -134,17 +117,16 @@ def test_choices_from_outside_prune_a_model(with_choices, tiny, tmp_path, prose)
         assert not pruned[name][:, :-last].any()
 
 
-def test_the_method_of_the_page_prunes(with_choices, tmp_path, prose) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    done = with_choices(script, f"prune tiny -o out --method root --pattern 2:4 --fit none {SHORT}")
-    assert done.returncode == 0, done.stderr
+def test_the_method_of_the_page_prunes(tmp_path, prose) -> None:
+    (script,) = blocks("python", page=ROOT / "docs" / "adding-a-method.md")
+    python("-c", script, *f"prune tiny -o out --method root --pattern 2:4 --fit none {SHORT}".split(), folder=tmp_path)
     weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal((weight != 0).view(len(weight), -1, 4).sum(-1), torch.full((len(weight), 16), 2))
 
 
-def test_choices_from_outside_are_told_with_the_others(with_choices) -> None:
-    help = " ".join(with_choices(TOYS, "prune --help-all").stdout.replace("│", " ").split())
-    schema = json.loads(with_choices(TOYS, "schema").stdout)["$defs"]["PruneSettings"]["properties"]
+def test_choices_from_outside_are_told_with_the_others() -> None:
+    help = " ".join(python("-c", TOYS, "prune", "--help-all").stdout.replace("│", " ").split())
+    schema = json.loads(python("-c", TOYS, "schema").stdout)["$defs"]["PruneSettings"]["properties"]
     for kind, told in (
         ("method", "last: the last inputs"), ("fit", "double: twice as much"), ("allocation", "first: the first more"),
     ):  # fmt: skip
@@ -154,5 +136,4 @@ def test_choices_from_outside_are_told_with_the_others(with_choices) -> None:
         ("--method lats", "did you mean 'last'?"),
         ("--method wanda --alpha 3", "only method gblm, regional or last reads it"),
     ):
-        refused = with_choices(TOYS, f"prune tiny -o x {options}")
-        assert refused.returncode == 2 and message in refused.stderr
+        assert message in python("-c", TOYS, *f"prune tiny -o x {options}".split(), code=2).stderr

@@ -1,8 +1,6 @@
 """Tasks added from outside: their masks are those of a slow loop that never sees padding."""
 
-import re
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,9 +21,9 @@ from gblm_compress.tasks.task import Sample, Task, fingerprint, random_numbers
 from gblm_compress.tasks.text import load_text
 from tests.calibration.test_blocks import activation_norms
 from tests.conftest import CAUSAL_LM, prune, prune_, replay, samples
+from tests.scripts import ROOT, blocks
 from tests.tasks import families
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"
 SAMPLES, LENGTH = 5, 24
 TASK = TASKS["embedding"]
 
@@ -170,7 +168,7 @@ def test_a_task_says_what_it_has_not(encoder) -> None:
 
 def test_the_task_of_the_page_prunes(monkeypatch, prose) -> None:
     monkeypatch.setitem(TASKS, "token-classification", None)  # so that the page's line is undone at the end
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = blocks("python", page=ROOT / "docs" / "adding-a-task.md")
     exec(code, {})
     model = families.encoder("bert", "AutoModelForTokenClassification")
     task = task_of(type(model))
