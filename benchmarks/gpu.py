@@ -297,7 +297,8 @@ def packed_ways(bench: Bench, packed: Any, x: Tensor) -> tuple[list[Way], dict[s
         cuda_linear.milliseconds = lambda call: bench.wall_milliseconds(call, 1)
     times, excluded = cuda_linear.measure(packed, len(x))
     layout = packed.layout
-    size = packed.nbytes
+    read = {tensor.data_ptr(): tensor.nbytes for tensor in packed if isinstance(tensor, torch.Tensor)}
+    size = sum(read.values())  # each tensor counted once
     ways = []
     for kernel in sorted({candidate.kernel for candidate in times}):
         best: Candidate = min((c for c in times if c.kernel == kernel), key=lambda c: times[c])
@@ -488,7 +489,7 @@ def model(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in dense.parameters()),
         "block_bytes": block_bytes,
         "resident_block_bytes": {
-            layout: sum(models[layout].get_submodule(name).resident_bytes for name in names)
+            layout: sum(each.nbytes for name in names for each in models[layout].get_submodule(name).buffers())
             for layout in ("sparse24", "bitmask")
         },
         "other_bytes_read_by_a_token": head,

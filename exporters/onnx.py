@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -110,17 +110,16 @@ def export(
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned(weights)
     rounded = round_(model, source, settings, is_dense=not layers) if settings.quantise else None
-    loaded = source, settings, model, processor, layers, rounded
-    write = partial(_write, *loaded, output, force=force, progress=progress)
+    loaded = _Loaded(source, settings, model, processor, layers, rounded)
     graph = graph_of(model, settings)
     try:
-        return write(graph)
+        return _write(loaded, output, graph, force=force, progress=progress)
     except ModelError as error:
         if settings.graph or graph == "plain" or is_out_of_memory(error):
             raise
         reason = first_line(error)
     progress.say(f"a plain graph replaces the fused one: {reason}")
-    return write("plain", reason)
+    return _write(loaded, output, "plain", reason, force=force, progress=progress)
 
 
 def _packed_layers(source: ModelSource, model: nn.Module) -> list[str]:
@@ -132,21 +131,21 @@ def _packed_layers(source: ModelSource, model: nn.Module) -> list[str]:
     return [name for name, weight in weights.items() if count_nonzeros(weight) <= MOST_NONZEROS * weight.numel()]
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    source: ModelSource
+    settings: ExportSettings
+    model: Any
+    processor: Any
+    layers: list[str]  # that were pruned
+    rounded: Rounded | None
+
+
 def _write(
-    source: ModelSource,
-    settings: ExportSettings,
-    model: Any,
-    processor: Any,
-    layers: list[str],
-    rounded: Rounded | None,
-    output: Path,
-    graph: str,
-    why_not_fused: str | None = None,
-    *,
-    force: bool,
-    progress: Progress,
+    loaded: _Loaded, output: Path, graph: str, why_not_fused: str | None = None, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write the verified folder of a model whose `layers` were pruned, with a fused or plain graph; the checks."""
+    """Write the verified folder of a loaded model, with a fused or plain graph; the checks."""
+    source, settings, model, rounded = loaded.source, loaded.settings, loaded.model, loaded.rounded
     task, stored = loading.task_of(source), dtype_of(source, settings)
     half = settings.kernels and stored == "float16"  # the weights only: the arithmetic is float32
     dtype = "float32" if half else stored
@@ -158,12 +157,12 @@ def _write(
         with TemporaryDirectory(dir=temporary) as scratch:  # for the builder, until the weights are saved
             if graph == "fused":
                 progress.say(f"building the fused graph of {type(model).__name__} …")
-                program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
+                program, genai_config = onnx_fused.build(model, loaded.processor, source, dtype, Path(scratch))
             else:
                 progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
                 program, genai_config = onnx_plain.build(model, source)
             places = onnx_weights.find(program, model)
-            pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
+            pruned = list(dict.fromkeys(places[layer].initializer for layer in loaded.layers if layer in places))
             if settings.sparse:
                 encode_initializers_(program, pruned)
             elif rounded:
@@ -184,13 +183,13 @@ def _write(
         model.config.save_pretrained(temporary)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(temporary)
-        loading.save_processor(processor, temporary, source)
+        loading.save_processor(loaded.processor, temporary, source)
         if genai_config:
             (temporary / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
         progress.say("verifying in ONNX Runtime …")
         recurs = any("recurrent_state" in (value.name or "") for value in program.graph.inputs)
         limit = onnx_plain.note_limit(temporary, source.name) if recurs else None
-        sample = task.probe(processor, model.config)
+        sample = task.probe(loaded.processor, model.config)
         if recurs:
             sample = {**sample, "input_ids": sample["input_ids"].repeat(1, LENGTHEN)}
         exactness = ("levels" if settings.kernels else "blocks") if settings.quantise else dtype
@@ -202,7 +201,7 @@ def _write(
             "dtype": stored,
             **({"weights": settings.quantise, **rounded.checks} if rounded else {}),
             "arithmetic": dtype,
-            **verify(ModelSource(source.name, temporary), model, sample, exactness, layers, places),
+            **verify(ModelSource(source.name, temporary), model, sample, exactness, loaded.layers, places),
         }
         content = {"kind": "export", "format": settings.format, "dtype": stored, "checks": checks}
         loading_code = _LOADING_KERNELS if settings.kernels else _LOADING

@@ -14,7 +14,7 @@ import torch
 from onnx_ir.tape import Tape
 from torch import Tensor, nn
 
-from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.errors import ModelError
 from gblm_compress.exporters import zeros_of_rounding
 from gblm_compress.exporters.onnx_weights import Rows, constant, initializer, rows_of, use_rows_, widened
 from gblm_compress.layouts import LAYOUTS
@@ -137,12 +137,8 @@ class Blocks:
         return cls(levels, scales, parts[0].bits, parts[0].columns)
 
     def dense_weight(self) -> Tensor:
-        """[rows, columns] in float32, without -0.0; VerificationError if the arrays do not fit each other."""
-        rows, blocks, size = self.levels.shape if self.levels.ndim == 3 else (0, 0, 0)
-        group = size * 8 // self.bits
-        if self.scales.shape != (rows, blocks) or not 0 <= blocks * group - self.columns < group:
-            raise _unfit(self)
-        levels = self.levels
+        """[rows, columns] in float32, without -0.0."""
+        levels, (rows, blocks) = self.levels, self.scales.shape
         if self.bits == 4:
             levels = np.stack([levels & 15, levels >> 4], axis=-1)
         centred = levels.reshape(rows, blocks, -1).astype(np.float32) - (1 << (self.bits - 1))
@@ -201,9 +197,6 @@ class Channels:
         return cls(*(np.concatenate([getattr(part, name) for part in parts], -1) for name in ("levels", "scales")))
 
     def dense_weight(self) -> Tensor:
-        """As in `Blocks`."""
-        if self.levels.ndim != 2 or self.scales.shape != self.levels.shape[1:]:
-            raise _unfit(self)
         return torch.from_numpy((self.levels * self.scales + np.float32(0)).T)
 
     def error(self, weight: Tensor) -> float:
@@ -220,11 +213,6 @@ class Channels:
             raise ModelError(f"{name}: the weight of a layer is an embedding too; add --kernels")
 
         return Rows(multiply, read)
-
-
-def _unfit(weight: Blocks | Channels) -> VerificationError:
-    levels, scales = list(weight.levels.shape), list(weight.scales.shape)
-    return VerificationError(f"levels of shape {levels} do not fit scales of shape {scales}")
 
 
 def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks | Channels], tables: Sequence[Blocks]) -> None:

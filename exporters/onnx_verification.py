@@ -1,6 +1,5 @@
 """Verifies an ONNX folder before it is put in place: its predictions and zeros must be the model's in torch."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, STARTS, VALUES
 from gblm_compress.exporters.onnx_rounding import BLOCK_SCALES, BLOCKS, CHANNEL_SCALES, CHANNELS, Blocks, Channels
 from gblm_compress.exporters.onnx_weights import Place
-from gblm_compress.kernels.masks import WORD, row_starts
+from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
@@ -28,8 +27,6 @@ from gblm_compress.tasks.task import Sample
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1}
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
-DTYPES = ("float32", "float16")
-QUANTISED = {MASK: ("int64",), VALUES: ("int8", "uint8"), SCALES: ("float16",), LEVELS: ("int8",)}
 
 
 def verify(
@@ -41,34 +38,27 @@ def verify(
     """
     zeros = _verify_zeros(exported.folder, model, layers, places)
     reference = TorchRuntime(model)
-    where = exported, "cpu", torch.get_num_threads()
-    if not reference.task.generates:
-        forward = OnnxForward(*where)
-        difference = _check_logits(reference.predict(sample)[0], forward.predict(sample)[0], dtype, "read at once")
-        tolerance = {"logits_relative_difference": difference, "logits_tolerance": TOLERANCE[dtype]}
-        return {**tolerance, "provider": forward.provider, **zeros}
-    runtime = OnnxRuntime(*where)
-    at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
-    expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
-    one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
-    # A choice is decided if torch's two largest logits are further apart than twice the largest difference: no error
-    # of that size can turn it. An export without decided choices is of no use.
-    largest = expected.topk(2).values
-    decided = int((largest[:, 0] - largest[:, 1] > 2 * (expected - got).abs().max()).sum())
-    if not decided:
-        raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {one_by_one:.2e} of the largest logit, too much to "
-            f"decide any of {GREEDY_TOKENS} tokens; export in float32"
-        )
-    return {
-        "logits_relative_difference": max(at_once, one_by_one),
-        "logits_tolerance": TOLERANCE[dtype],
-        "greedy_tokens": GREEDY_TOKENS,
-        "decided_greedy_tokens": decided,
-        "identical_greedy_tokens": int((expected.argmax(-1) == got.argmax(-1)).sum()),
-        "provider": runtime.provider,
-        **zeros,
-    }
+    engine: Any = OnnxRuntime if reference.task.generates else OnnxForward
+    runtime = engine(exported, "cpu", torch.get_num_threads())
+    difference = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
+    tokens: dict[str, int] = {}
+    if reference.task.generates:
+        expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
+        one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
+        # A choice is decided if torch's two largest logits are further apart than twice the largest difference: no
+        # error of that size can turn it. An export without decided choices is of no use.
+        largest = expected.topk(2).values
+        decided = int((largest[:, 0] - largest[:, 1] > 2 * (expected - got).abs().max()).sum())
+        if not decided:
+            raise VerificationError(
+                f"logits of ONNX Runtime and torch differ by {one_by_one:.2e} of the largest logit, too much to "
+                f"decide any of {GREEDY_TOKENS} tokens; export in float32"
+            )
+        same = int((expected.argmax(-1) == got.argmax(-1)).sum())
+        tokens = {"greedy_tokens": GREEDY_TOKENS, "decided_greedy_tokens": decided, "identical_greedy_tokens": same}
+        difference = max(difference, one_by_one)
+    checks = {"logits_relative_difference": difference, "logits_tolerance": TOLERANCE[dtype], **tokens}
+    return {**checks, "provider": runtime.provider, **zeros}
 
 
 def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,61 +105,42 @@ def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dic
 
 def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
     """The weight of an initializer of that shape, [in_features, out_features] or the other way round, from any form."""
-
-    def stored(suffix: str, *dtypes: str) -> Any:
-        value = initializers.get(name + suffix)
-        if value is None or value.const_value is None or value.const_value.numpy().dtype not in dtypes:
-            raise VerificationError(f"{name + suffix}: the graph has no such initializer of {' or '.join(dtypes)}")
-        return value.const_value.numpy()
-
-    weight = _decoded(initializers, name, shape, stored)
-    if weight.shape != shape:
-        raise VerificationError(f"{name}.shape: {list(weight.shape)}; the weight has {list(shape)}")
+    try:
+        weight = _decoded(initializers, name, shape)
+        if weight.shape != shape:
+            raise ValueError(f"a weight of {list(weight.shape)} is stored")
+    except (ModelError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise VerificationError(f"{name}: the graph does not hold a weight of {list(shape)}: {error}") from error
     return weight
 
 
-def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) -> Any:
+def _decoded(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
+    def stored(suffix: str) -> Any:
+        return initializers[name + suffix].const_value.numpy()
+
     if name in initializers:
-        return stored("", *DTYPES)
+        return stored("")
     if name + ROWS in initializers:
-        return stored(ROWS, *DTYPES).T
+        return stored(ROWS).T
     if name + SCALES in initializers:
-        mask, values, scales, levels = (stored(part, *dtypes) for part, dtypes in QUANTISED.items())
-        arrays = {"scales": scales.view("int16"), "mask": mask, "values": values}
-        if levels.size:
-            arrays["levels"] = levels.reshape(-1, 16)
-        layout = "bitmask-int4" if levels.size else "bitmask-int8"
-        return _unpacked(name, layout, {part: torch.tensor(array) for part, array in arrays.items()})
+        arrays = {"scales": stored(SCALES).view("int16"), "mask": stored(MASK), "values": stored(VALUES)}
+        if (levels := stored(LEVELS)).size:
+            return _unpacked("bitmask-int4", **arrays, levels=levels.reshape(-1, 16))
+        return _unpacked("bitmask-int8", **arrays)
     for bits, suffix in BLOCKS.items():
         if name + suffix in initializers:
-            blocks = Blocks(stored(suffix, "uint8"), stored(BLOCK_SCALES, "float32"), bits, shape[0])
-            return blocks.dense_weight().numpy().T
+            return Blocks(stored(suffix), stored(BLOCK_SCALES), bits, shape[0]).dense_weight().numpy().T
     if name + CHANNELS in initializers:
-        return Channels(stored(CHANNELS, "int8"), stored(CHANNEL_SCALES, "float32")).dense_weight().numpy().T
-    values = stored(VALUES, *DTYPES)
+        return Channels(stored(CHANNELS), stored(CHANNEL_SCALES)).dense_weight().numpy().T
     if name + STARTS in initializers:
-        mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))
-        weight = _unpacked(name, "bitmask", {"mask": mask, "values": torch.tensor(values)})
-        if not torch.equal(starts, row_starts(mask)):
-            raise VerificationError(f"{name + STARTS}: does not match the rows of the mask")
-        return weight
-    alive = np.unpackbits(stored(MASK, "uint8").reshape(-1), bitorder="little").astype(bool)
-    if values.shape != (1 + alive.sum(),) or values[0] != 0:
-        raise VerificationError(
-            f"{name + VALUES}: shape {list(values.shape)}; the mask has {alive.sum()} bits and needs one value more"
-        )
-    dense = np.zeros(alive.shape, values.dtype)
-    dense[alive] = values[1:]
-    if dense.size != math.prod(shape):
-        raise VerificationError(f"{name + MASK}: {dense.size} bits; the weight has {list(shape)} elements")
-    return dense.reshape(shape)
+        return _unpacked("bitmask", mask=stored(MASK), values=stored(VALUES))
+    alive = np.unpackbits(stored(MASK).reshape(-1), bitorder="little").astype(np.int64)
+    return stored(VALUES)[np.cumsum(alive) * alive].reshape(shape)
 
 
-def _unpacked(name: str, layout: str, parts: dict[str, Tensor]) -> Any:
+def _unpacked(layout: str, **arrays: Any) -> Any:
+    parts = {name: torch.tensor(array) for name, array in arrays.items()}
     mask = parts["mask"]
-    try:
-        layer = PackedLinear.holding(layout, (len(mask), mask.shape[-1] * WORD), parts)
-        layer.check()
-    except ModelError as error:
-        raise VerificationError(f"{name}.{error}") from error
+    layer = PackedLinear.holding(layout, (len(mask), mask.shape[-1] * WORD), parts)
+    layer.check()
     return layer.dense_weight().numpy().T

@@ -8,7 +8,7 @@ import ctypes
 import os
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -24,13 +24,11 @@ PATHS = ("portable", "neon", "neon-dot", "avx2", "avx-vnni", "vnni", "avx512", "
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the library's numbers
-_LIBRARY = Path(__file__).parent / "_bitmask"
+_LIBRARY = Path(__file__).with_name(f"_bitmask{EXTENSION_SUFFIXES[-1]}")
 
 
 def library_file() -> Path | None:
-    # It has the last suffix; earlier builds had the first, which names a version of Python.
-    files = (_LIBRARY.with_suffix(suffix) for suffix in reversed(EXTENSION_SUFFIXES))
-    return next((file for file in files if file.exists()), None)
+    return _LIBRARY if _LIBRARY.exists() else None
 
 
 @cache
@@ -133,21 +131,15 @@ class Bitmask:
         return path(self.values.dtype)
 
     @property
-    def sample(self) -> "Bitmask":
-        """The part of the weight that is timed."""
-        return self
-
-    @property
     def has_many(self) -> bool:
         return has_many(self.values.dtype, self.path)
 
     def linear(self, x: Tensor, kernel: str | None = None, *, many: bool = False) -> Tensor:
-        """x Wᵀ, accumulated in float32: [tokens, rows] in the dtype of x [tokens, columns].
+        """x Wᵀ, accumulated in float32: [tokens, rows] for x [tokens, columns], both in the dtype of the weight.
 
         `kernel` is one of `paths`, the best by default. `many` takes the kernel for many tokens, else for 1 to 8.
-        ValueError if x does not fit, or there is no such kernel.
+        ValueError if there is no such kernel.
         """
-        _check_x(self, x)
         kernels, tokens, (rows, words) = library(), len(x), self.mask.shape
         if self.columns != words * WORD:
             x = torch.nn.functional.pad(x, (0, words * WORD - self.columns))
@@ -163,8 +155,7 @@ class Bitmask:
         return y
 
     def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
-        """Write rows from `first` on, dense, into `out` [count, columns]; ValueError if they do not fit."""
-        _check_out(self, first, out)
+        """Write rows from `first` on, dense, into `out` [count, columns]."""
         tensors = _at(self.mask, self.values, self.starts, out)
         sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel)
         if not library().gblm_bitmask_expand(*tensors, *sizes, torch.get_num_threads()):
@@ -201,13 +192,8 @@ class Quantised:
     def path(self) -> str:
         return path(torch.int8)
 
-    @property
-    def sample(self) -> "Quantised":
-        return replace(self, scales=self.scales[:1024], sums=self.sums[:1024])
-
     def linear(self, x: Tensor, kernel: str | None = None) -> Tensor:
         """As `Bitmask.linear`, for any number of tokens; x is rounded to 16 bits with a scale for each token."""
-        _check_x(self, x)
         kernels, kernel, tokens, x = library(), kernel or self.path, len(x), x.contiguous()
         y = x.new_empty(tokens, self.rows)
         if tokens == 0:
@@ -221,7 +207,6 @@ class Quantised:
 
     def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
         """As `Bitmask.expand`."""
-        _check_out(self, first, out)
         kernel = kernel or self.path
         sizes = first, len(out), self._words, self.columns, *self._layout, *_codes(out.dtype, kernel)
         if not library().gblm_quantised_restore(*self._stored, out.data_ptr(), *sizes, torch.get_num_threads()):
@@ -252,20 +237,6 @@ def _at(*tensors: Tensor | None) -> tuple[int | None, ...]:
 @cache
 def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
     return DTYPES[dtype], PATHS.index(kernel or path(dtype))
-
-
-def _check_x(weight: Weight, x: Tensor) -> None:
-    if not x.is_cpu or x.dtype != weight.dtype or x.shape[1] != weight.columns:
-        raise ValueError(
-            f"x is {x.dtype} on {x.device} with {x.shape[1]} columns; the weight is {weight.dtype} on the CPU with "
-            f"{weight.columns}"
-        )
-
-
-def _check_out(weight: Weight, first: int, out: Tensor) -> None:
-    fits = out.is_cpu and out.is_contiguous() and out.dtype == weight.dtype and out.shape[1:] == (weight.columns,)
-    if not fits or not 0 <= first <= first + len(out) <= weight.rows:
-        raise ValueError(f"rows {first} to {first + len(out)} of {weight.rows} into {out.dtype} {list(out.shape)}")
 
 
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from gblm_compress.kernels import gpu_programs
-from gblm_compress.kernels.masks import WORD, row_counts
+from gblm_compress.kernels.masks import WORD, starts_of, word_counts
 
 MAX_TOKENS = 64
 GRAIN = 256  # columns between two block starts of the bitmask layout; they add 32 bits to 256 weights
@@ -68,23 +68,16 @@ class Packed(NamedTuple):
     levels: Tensor | None = None  # the table of int4 [1 or rows, 16] in int8; None for int8
     group: int = 0  # columns that share a scale; 0: all of a row
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that kernels read, each tensor counted once."""
-        tensors = [tensor for tensor in self if isinstance(tensor, Tensor)]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
 
 def block_starts(mask: Tensor, whole_bytes: bool = False) -> Tensor:
     """Where the values of every `GRAIN` columns begin, [rows, ceil(words · 64 / GRAIN)] in int32.
 
     The mask is [rows, words] in int64. With `whole_bytes`, values are half bytes, and each word begins a new byte.
     """
-    counts = row_counts(mask.reshape(-1, 1))
+    counts = word_counts(mask.flatten())
     if whole_bytes:
         counts += counts % 2
-    before = (counts.cumsum(0) - counts).reshape(mask.shape)
-    return before[:, :: GRAIN // WORD].to(torch.int32).contiguous()
+    return starts_of(counts).reshape(mask.shape)[:, :: GRAIN // WORD].to(torch.int32).contiguous()
 
 
 def tilings(stored: str, tokens: int) -> list[Tiling]:
@@ -105,16 +98,16 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Te
     y = x.new_empty(tokens, rows)
     partial = y if splits == 1 else x.new_empty(splits, tokens, rows, dtype=torch.float32)
     given = y if bias is None else bias
-    constants = {
-        **_constants(weight),
+    tensors, sizes, constants = _arguments(weight)
+    constants |= {
         "TENSOR_CORES": tiling.tensor_cores,
         "BIAS": bias is not None and splits == 1,
         "TOKENS": max(triton.next_power_of_2(tokens), 16 if tiling.tensor_cores else 1),
         "ROWS": tiling.rows,
         "COLUMNS": tiling.columns,
     }
-    tensors, sizes = (x.contiguous(), *_pointers(weight), given, partial), (*_sizes(weight), tokens, share)
-    gpu_programs.linear[(programs, splits)](*tensors, *sizes, **constants, num_warps=tiling.warps, **OPTIONS)
+    arguments = x.contiguous(), *tensors, given, partial, *sizes, tokens, share
+    gpu_programs.linear[(programs, splits)](*arguments, **constants, num_warps=tiling.warps, **OPTIONS)
     if splits > 1:
         outputs, constants = tokens * rows, {"BIAS": bias is not None, "SPLITS": splits, "BLOCK": SUMMED_AT_ONCE}
         grid = (triton.cdiv(outputs, SUMMED_AT_ONCE),)
@@ -126,30 +119,25 @@ def expand(weight: Packed) -> Tensor:
     """The dense weight [rows, columns], bit for bit."""
     rows, columns = weight.shape
     dense = weight.values.new_empty(rows, columns, dtype=weight.dtype)
-    constants = {**_constants(weight), "ROWS": 8, "COLUMNS": GRAIN}
+    tensors, sizes, constants = _arguments(weight)
     grid = (triton.cdiv(rows, 8), triton.cdiv(columns, GRAIN))
-    gpu_programs.expand[grid](*_pointers(weight), dense, *_sizes(weight), **constants, **OPTIONS)
+    gpu_programs.expand[grid](*tensors, dense, *sizes, **constants, ROWS=8, COLUMNS=GRAIN, **OPTIONS)
     return dense
 
 
-def _pointers(weight: Packed) -> tuple[Tensor, ...]:
-    """Values (two at once for 2:4), places (a mask by words of 32 bits), starts, scales, levels; any if unread."""
+def _arguments(weight: Packed) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    """The `tensors`, `sizes` and constants of `gpu_programs`. 2:4 values are read two at once, masks by 32 bits."""
     values, places = weight.values, weight.places
     if weight.stored == "mask":
         places = places.view(torch.int32)
     elif weight.stored == "two of four":
         values = values.view({16: torch.int32, 8: torch.int16, 4: torch.uint8}[weight.width])
+    # tensors that are not read may be any
     scales = values if weight.scales is None else weight.scales.view(torch.float16)
-    return values, places, weight.starts, scales, values if weight.levels is None else weight.levels
-
-
-def _sizes(weight: Packed) -> tuple[int, ...]:
-    """Rows, columns, and the strides between rows of places, starts, scales and levels."""
+    levels = values if weight.levels is None else weight.levels
     strides = [
         0 if tensor is None or len(tensor) == 1 else tensor.shape[-1] for tensor in (weight.scales, weight.levels)
     ]
-    return *weight.shape, weight.places.shape[-1], weight.starts.shape[-1], *strides
-
-
-def _constants(weight: Packed) -> dict[str, Any]:
-    return {"STORED": weight.stored, "WIDTH": weight.width, "GROUP": weight.group}
+    sizes = *weight.shape, weight.places.shape[-1], weight.starts.shape[-1], *strides
+    constants = {"STORED": weight.stored, "WIDTH": weight.width, "GROUP": weight.group}
+    return (values, places, weight.starts, scales, levels), sizes, constants

@@ -31,16 +31,20 @@ def words(alive: Tensor) -> Tensor:
 
 def row_starts(mask: Tensor) -> Tensor:
     """Where each row's values begin [rows], int64."""
-    counts = row_counts(mask)
+    return starts_of(word_counts(mask).sum(1))
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    """Where each part begins, for the number of elements of each."""
     return torch.cumsum(counts, 0) - counts
 
 
-def row_counts(mask: Tensor) -> Tensor:
-    """How many bits each row has [rows], int64; counts of 1, 2 and 4 bits are added within each word."""
+def word_counts(mask: Tensor) -> Tensor:
+    """How many bits each word has, in its shape; counts of 1, 2 and 4 bits are added within it."""
     words = mask - ((mask >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
     words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56).sum(1)
+    return (words * 0x0101010101010101) >> 56
 
 
 def to_patterns(mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ See docs/adding-a-layout.md. Importing this registry loads no torch.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ class Layout:
     mask: str  # "module:class", as `values`
     values: str
     format: str  # its name in `export --format`
-    kernels: tuple[str, ...]  # devices with kernels; others unpack the weight for every product
+    kernels: tuple[str, ...] = ("cpu", "cuda")  # devices with kernels; others unpack the weight for every product
     pattern: str | None = None  # the N:M that a weight must have
     width: int | None = None  # bits of a stored weight; None: as many as the dtype
     exact: str | None = None  # the layout for layers that this one would round too much
@@ -35,30 +35,25 @@ class Layout:
     def needs_zeros(self) -> bool:
         return not self.mask.endswith(":Whole")
 
-    @property
+    @cached_property
     def kind(self) -> "Floats":
-        return _kind(self.mask, self.values)
+        kind: Floats = resolve_name(self.values)(resolve_name(self.mask)())
+        return kind
 
 
-@cache
-def _kind(mask: str, values: str) -> Any:
-    return resolve_name(values)(resolve_name(mask)())
-
-
-def _layout(mask: str, values: str, format: str, pattern: str | None = None, **more: Any) -> Layout:
-    kinds = f"{__name__}.masks:{mask}", f"{__name__}.values:{values}"
-    return Layout(*kinds, format, more.pop("kernels", ("cpu", "cuda")), pattern, **more)
+def _layout(mask: str, values: str, format: str, **more: Any) -> Layout:
+    return Layout(f"{__name__}.masks:{mask}", f"{__name__}.values:{values}", format, **more)
 
 
 _ROUNDS = {"exact": "bitmask", "tables": "int8"}
 # A folder's config.json has the name; commands and recipes have the format.
 LAYOUTS = {
     "bitmask": _layout("Bitmask", "Floats", "bitmask"),
-    "sparse24": _layout("Positions", "Floats", "semi-structured", "2:4", kernels=("cuda",)),
+    "sparse24": _layout("Positions", "Floats", "semi-structured", pattern="2:4", kernels=("cuda",)),
     "bitmask-int8": _layout("Bitmask", "Levels", "bitmask-int8", width=8, **_ROUNDS),
     "bitmask-int4": _layout("Bitmask", "Places", "bitmask-int4", width=4, **_ROUNDS),
-    "sparse24-int8": _layout("Patterns", "Levels", "semi-structured-int8", "2:4", width=8, **_ROUNDS),
-    "sparse24-int4": _layout("Patterns", "Places", "semi-structured-int4", "2:4", width=4, **_ROUNDS),
+    "sparse24-int8": _layout("Patterns", "Levels", "semi-structured-int8", pattern="2:4", width=8, **_ROUNDS),
+    "sparse24-int4": _layout("Patterns", "Places", "semi-structured-int4", pattern="2:4", width=4, **_ROUNDS),
     "int8": _layout("Whole", "Levels", "int8", width=8, **_ROUNDS),
 }
 

@@ -5,6 +5,7 @@ thread count and machine, and kept in the cache folder.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from timeit import repeat
 from zlib import crc32
@@ -20,7 +21,9 @@ EVERY = 1 << 40  # the crossover of a kernel that is faster for any number of to
 
 
 def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int) -> Tensor:
-    """x Wᵀ + b, [..., rows] for x [..., columns]: on the kernel for up to `crossover` tokens."""
+    """x Wᵀ + b, [..., rows] for x [..., columns], else ValueError: on the kernel for up to `crossover` tokens."""
+    if x.dtype != weight.dtype or x.shape[-1:] != (weight.columns,):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; the weight is {weight.dtype} with {weight.columns} columns")
     flat = x.reshape(-1, weight.columns)
     y = weight.linear(flat) if len(flat) <= crossover else linear_many(flat, weight)
     if bias is not None:
@@ -71,7 +74,9 @@ def _machine() -> str:
 
 
 def measure_crossover(weight: cpu.Weight) -> int:
-    part = weight.sample
+    part = weight
+    if isinstance(weight, cpu.Quantised):
+        part = replace(weight, scales=weight.scales[:1024], sums=weight.sums[:1024])
     for tokens in weight.tried:
         x = torch.ones(tokens, weight.columns, dtype=weight.dtype)
         if tokens == 1 or _best_time(part.linear, x) <= _best_time(lambda x: linear_many(x, part), x):

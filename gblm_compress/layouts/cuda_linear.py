@@ -103,7 +103,7 @@ def _candidate(word: str) -> Candidate:
     return Candidate(kernel, tuple(int(part) for part in variant.split(",")) if variant else ())
 
 
-def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: Operands | None = None) -> Tensor:
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: Operands) -> Tensor:
     """x Wᵀ + b [..., rows] as the plan says, for x [..., columns] in the dtype of the weight."""
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
@@ -112,17 +112,13 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: 
     return run(choose(plan, len(flat)), flat, weight, bias, operands).reshape(*x.shape[:-1], rows)
 
 
-def run(
-    candidate: Candidate, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands | None = None
-) -> Tensor:
+def run(candidate: Candidate, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands) -> Tensor:
     """x Wᵀ + b [tokens, rows] by a candidate, for x [tokens, columns] of at least one token."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if candidate.kernel == "triton":
-            rows, columns, warps, tensor_cores, programs = candidate.variant
-            return gpu.linear(x, weight, bias, Tiling(rows, columns, warps, bool(tensor_cores), programs))
+            return gpu.linear(x, weight, bias, Tiling._make(candidate.variant))
         if candidate.kernel == "dense":
             return torch.nn.functional.linear(x, gpu.expand(weight), bias)
-        assert operands is not None
         if not getattr(operands, candidate.kernel).numel():
             raise RuntimeError(
                 f"{candidate} is not prepared: a compiled graph has an older plan; delete the compiler's cache"
@@ -192,10 +188,8 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
     excluded: dict[str, str] = {}
     for candidate in _possible(weight, tokens):
         try:
-            needed: Operands | None = None
-            if candidate.kernel in Operands._fields:
-                needed = operands(weight, {candidate.kernel})
-            if needed is not None and candidate.kernel == "cusparselt":
+            needed = operands(weight, {candidate.kernel})
+            if candidate.kernel == "cusparselt":
                 found = torch._cslt_sparse_mm_search(needed.cusparselt, x.contiguous().T, transpose_result=True)
                 candidate = Candidate("cusparselt", (found,))
             call = partial(run, candidate, x, weight, None, needed)

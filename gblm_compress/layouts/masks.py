@@ -5,30 +5,33 @@ All but `Whole` have a buffer, and convert to words of 64 bits, see `kernels.mas
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import masks
-from gblm_compress.kernels.masks import PADDING, WORD, bits
+from gblm_compress.kernels.masks import PADDING, PATTERN_BYTES, WORD, bits
 from gblm_compress.layouts.packed import check_tensor
 from gblm_compress.methods.patterns import Pattern
 
 _INTEGER_OF = {4: torch.int32, 2: torch.int16}
+# {two increasing positions of 2 bits: the bits that they mark}
+_PAIRS = {first | second << 2: 1 << first | 1 << second for second in range(4) for first in range(second)}
 Shape = Sequence[int]  # (rows, columns) of a weight
 
 
 class Mask(ABC):
     name: str | None  # of the buffer; None if all weights are stored
     dtype = torch.uint8  # of the buffer
+    piece: tuple[int, int]  # that many columns have that many elements of the buffer
     stored: str  # a key of `gpu.TILINGS`
     fills = False  # whether groups with fewer nonzeros store zeros, so that the shape alone gives the size
 
-    @abstractmethod
-    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
-        """{name: shape} of the buffer, if there is one; ModelError if rows cannot have that length."""
+    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+        """The shape of the buffer; ModelError if rows cannot have that length."""
+        columns, elements = self.piece
+        return shape[0], -(-shape[1] // columns) * elements
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         """The shape of `count` stored values."""
@@ -62,8 +65,7 @@ class Mask(ABC):
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
         """ModelError, beginning with the buffer's name, if it does not fit a matrix of that shape."""
-        for name, needed in self.buffers(shape).items():
-            check_tensor(name, buffer, (self.dtype,), needed)
+        check_tensor(f"{self.name}", buffer, (self.dtype,), self.buffer_shape(shape))
 
     def check_values(self, values: Tensor, dtypes: Sequence[torch.dtype], shape: Shape, count: int) -> None:
         """ModelError, beginning with "values", if the values do not fit the mask."""
@@ -83,10 +85,8 @@ class Bitmask(Mask):
 
     name = "mask"
     dtype = torch.int64
+    piece = WORD, 1
     stored = "mask"
-
-    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
-        return {self.name: (shape[0], -(-shape[1] // WORD))}
 
     def choose(self, weight: Tensor) -> Tensor:
         """Everything but +0.0, so that the round trip is exact even for -0.0."""
@@ -109,6 +109,11 @@ class _TwoOfFour(Mask):
     stored = "two of four"
     fills = True
 
+    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+        if shape[1] % 4:
+            raise ModelError(f"shape: {shape[1]} columns are not a multiple of 4, which a 2:4 layout needs")
+        return super().buffer_shape(shape)
+
     def choose(self, weight: Tensor) -> Tensor:
         if violation := Pattern("2:4").first_violation(weight):
             raise UsageError(f"the matrix is not 2:4: {violation}")
@@ -117,43 +122,28 @@ class _TwoOfFour(Mask):
         chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, chosen, True).reshape(weight.shape)
 
-    def _check_groups(self, shape: Shape) -> None:
-        if shape[1] % 4:
-            raise ModelError(f"shape: {shape[1]} columns are not a multiple of 4, which a 2:4 layout needs")
 
-
-@cache
-def _bytes_of_positions() -> tuple[int, ...]:
-    """The byte of the mask for every byte of positions; 0 if a group's positions do not increase."""
-    pairs = {first | second << 2: 1 << first | 1 << second for second in range(4) for first in range(second)}
-    return tuple(pairs.get(byte & 15, 0) | pairs.get(byte >> 4, 0) << 4 for byte in range(256))
-
-
-@cache
-def _positions_of_bytes() -> tuple[int, ...]:
-    groups = {mask: position for position, mask in enumerate(_bytes_of_positions()[:16]) if mask}
-    return tuple(groups.get(byte & 15, 0) | groups.get(byte >> 4, 0) << 4 for byte in range(256))
+def _replaced(halves: Tensor, by: dict[int, int]) -> Tensor:
+    """Bytes with both of their halves replaced; 0 for others than these."""
+    table = [by.get(byte & 15, 0) | by.get(byte >> 4, 0) << 4 for byte in range(256)]
+    return torch.tensor(table, dtype=torch.uint8, device=halves.device)[halves.int()]
 
 
 class Positions(_TwoOfFour):
     """Two increasing 2-bit positions for every four columns; a byte has two groups, the first in its low half."""
 
     name = "positions"
-
-    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
-        self._check_groups(shape)
-        return {self.name: (shape[0], -(-shape[1] // 8))}
+    piece = 8, 1
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         return shape[0], shape[1] // 2
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
-        table = torch.tensor(_positions_of_bytes(), dtype=torch.uint8, device=mask.device)
-        return table[mask.view(torch.uint8)[:, : -(-columns // 8)].int()]
+        bytes_of_8 = mask.view(torch.uint8)[:, : -(-columns // 8)]
+        return _replaced(bytes_of_8, {marked: pair for pair, marked in _PAIRS.items()})
 
     def to_words(self, buffer: Tensor) -> Tensor:
-        table = torch.tensor(_bytes_of_positions(), dtype=torch.uint8, device=buffer.device)
-        bytes_of_8 = table[buffer.int()]
+        bytes_of_8 = _replaced(buffer, _PAIRS)
         return torch.nn.functional.pad(bytes_of_8, (0, -bytes_of_8.shape[1] % 8)).view(torch.int64)
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
@@ -170,10 +160,7 @@ class Patterns(_TwoOfFour):
     """The first three bits of the mask of four columns; the fourth is their parity."""
 
     name = "patterns"
-
-    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
-        self._check_groups(shape)
-        return {self.name: (shape[0], -(-shape[1] // WORD) * masks.PATTERN_BYTES)}
+    piece = WORD, PATTERN_BYTES
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
         return masks.to_patterns(mask)
@@ -194,9 +181,6 @@ class Whole(Mask):
 
     name = None
     stored = "all"
-
-    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
-        return {}
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         return tuple(shape)

@@ -292,11 +292,6 @@ class PackedLinear(nn.Module):
     def packed_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.held.values())
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the weight in memory, with the buffers that `prepare` adds for the device."""
-        return sum(buffer.nbytes for buffer in self.buffers())
-
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         prepared, self._prepared, self._weight = self._prepared, False, None
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]

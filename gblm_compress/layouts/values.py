@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import cpu
-from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts, row_starts, words
+from gblm_compress.kernels.masks import PADDING, WORD, bits, starts_of, word_counts, words
 from gblm_compress.layouts.masks import Mask, Shape
 from gblm_compress.layouts.packed import DTYPES, MOVES_MUCH, check_tensor, same_bits, share_moved
 from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
@@ -50,11 +50,12 @@ class Floats:
             raise ModelError(f"{self.counted} {count!r} is impossible for a matrix of shape {list(shape)}")
         count = shape[0] * shape[1] * (self.width or 8) // 16 if self.mask.fills else count
         values = torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)
-        buffers = {
-            name: torch.empty(size, dtype=self.mask.dtype, device=device)
-            for name, size in self.mask.buffers(shape).items()
+        if self.mask.name is None:
+            return {"values": values}
+        return {
+            self.mask.name: torch.empty(self.mask.buffer_shape(shape), dtype=self.mask.dtype, device=device),
+            "values": values,
         }
-        return {**buffers, "values": values}
 
     def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
         return {self.counted: max(0, held["values"].numel() - PADDING)} if self.counts else {}
@@ -66,6 +67,10 @@ class Floats:
 
     def unpack(self, held: Held, columns: int, dtype: torch.dtype) -> Tensor:
         """The dense weight [rows, columns], within `tolerance`."""
+        return self.spread(held, columns)
+
+    def spread(self, held: Held, columns: int) -> Tensor:
+        """The stored values [rows, columns]; zero if none is stored."""
         return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
 
     def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
@@ -86,7 +91,7 @@ class Floats:
         count = 0
         if self.mask.name:
             self.mask.check(held[self.mask.name], shape)
-            count = self._count(self.mask.to_words(held[self.mask.name]))
+            count = int(self.sizes_of_words(self.mask.to_words(held[self.mask.name])).sum())
         self.mask.check_values(held["values"], self.dtypes, shape, count)
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
@@ -99,6 +104,10 @@ class Floats:
         """The share of a weight that rounding moved: Σ |restored - weight| / Σ |weight|."""
         return share_moved(restored, weight)
 
+    def sizes_of_words(self, mask: Tensor) -> Tensor:
+        """How many values each word of a mask [rows, words] has."""
+        return word_counts(mask)
+
     def places(self, held: Held) -> Tensor:
         """The mask's buffer, or the values if there is none."""
         return held[self.mask.name or "values"]
@@ -110,18 +119,14 @@ class Floats:
         weight = self.unpack(held, shape[1], torch.float32)
         return weight[rows.start : rows.stop, columns.start : columns.stop].contiguous()
 
-    def _count(self, mask: Tensor) -> int:
-        return int(row_counts(mask).sum())
-
-    def _row_starts(self, mask: Tensor) -> Tensor:
-        return row_starts(mask)
+    def _starts(self, held: Held) -> Tensor:
+        return held["starts"] if "starts" in held else starts_of(self.sizes_of_words(held["mask"]).sum(1))
 
     def for_cpu(self, held: Held, shape: Shape, dtype: torch.dtype) -> cpu.Weight | None:
         """The weight for the CPU's kernels, None without any; `held` may have `starts` and `sums`."""
         if self.mask.stored != "mask":
             return None
-        starts = held["starts"] if "starts" in held else self._row_starts(held["mask"])
-        return cpu.Bitmask(held["mask"], held["values"], starts, shape[1])
+        return cpu.Bitmask(held["mask"], held["values"], self._starts(held), shape[1])
 
     def for_gpu(self, held: Held, layout: str, shape: Shape, dtype: torch.dtype) -> Any:
         """The weight as `gpu.Packed`; with a mask, `held` has its `starts`."""
@@ -184,12 +189,12 @@ class Levels(Floats):
     def _stored(self, levels: Tensor, table: Tensor, buffer: Tensor) -> Tensor:
         return levels
 
-    def levels_of(self, held: Held, columns: int) -> Tensor:
-        """All levels [rows, columns] in int8; zero if none is stored."""
-        return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
+    def grid(self, held: Held, columns: int) -> Grid:
+        scales = held["scales"].view(torch.float16)
+        return Grid(scales, self.table(held), group_of(columns, scales.shape[1]))
 
     def unpack(self, held: Held, columns: int, dtype: torch.dtype) -> Tensor:
-        return (self.levels_of(held, columns) * scale_of(held["scales"], columns)).to(dtype)
+        return (self.spread(held, columns) * self.grid(held, columns).scale_of(columns)).to(dtype)
 
     def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
         if len({held["scales"].shape[1] for held in parts}) > 1:
@@ -200,8 +205,8 @@ class Levels(Floats):
         return super().stack(parts, heights, columns)
 
     def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        scales = held["scales"].view(torch.float16)[rows.start : rows.stop]
-        group = group_of(shape[1], scales.shape[1])
+        whole = self.grid(held, shape[1])
+        scales, group = whole.scales[rows.start : rows.stop], whole.group
         if group is not None:
             if columns.start % group or (columns.stop % group and columns.stop != shape[1]):
                 raise UsageError(
@@ -209,7 +214,7 @@ class Levels(Floats):
                     "can be cut only at their multiples"
                 )
             scales = scales[:, columns.start // group : -(-columns.stop // group)]
-        grid = Grid(scales.clone(), self.table(held).clone(), group)  # not parts of a mapped file
+        grid = Grid(scales.clone(), whole.levels.clone(), group)  # not parts of a mapped file
         return self.pack(self._part(held, shape, rows, columns), grid=grid)
 
     def check(self, held: Held, shape: Shape, group: int | None) -> None:
@@ -221,7 +226,7 @@ class Levels(Floats):
             raise ModelError(
                 "scales: some are negative or not finite in float16; the weights are too large, or the file is damaged"
             )
-        if not scales.any() and self.levels_of(held, shape[1]).any():  # cast to int16, all are zero
+        if not scales.any() and self.spread(held, shape[1]).any():  # cast to int16, all are zero
             raise ModelError("scales: all are zero; the file is damaged, or they are not stored as int16")
 
     def _check_levels(self, held: Held, shape: Shape) -> None:
@@ -233,9 +238,8 @@ class Levels(Floats):
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
         """Whether each weight is the grid point nearest to the matrix's weight, and zeros are 0."""
-        scales = held["scales"].view(torch.float16)
-        grid = Grid(scales, self.table(held), group_of(weight.shape[1], scales.shape[1]))
-        return same_bits(restored, rounded(weight.float(), weight != 0, grid).to(weight.dtype))
+        on_grid = rounded(weight.float(), weight != 0, self.grid(held, weight.shape[1]))
+        return same_bits(restored, on_grid.to(weight.dtype))
 
     def error(self, restored: Tensor, weight: Tensor) -> float:
         """As in `Floats`; infinite if a group of four needs a zero and the table has none."""
@@ -248,10 +252,10 @@ class Levels(Floats):
             return None
         stored: dict[str, Tensor] = {name: held[name] for name in ("mask", "patterns", "levels") if name in self.names}
         if "mask" in stored:
-            stored["starts"] = held["starts"] if "starts" in held else self._row_starts(held["mask"])
+            stored["starts"] = self._starts(held)
         if not self.mask.name and columns % WORD:
             values = pad(values, (0, -columns % WORD))  # whole words
-        sums = held["sums"] if "sums" in held else row_sums(self.levels_of(held, columns), scales)
+        sums = held["sums"] if "sums" in held else row_sums(self.spread(held, columns), scales)
         group = group_of(columns, scales.shape[1]) or 0
         return cpu.Quantised(values, scales, sums, columns, dtype, group, **stored)
 
@@ -285,15 +289,16 @@ class Places(Levels):
         places = torch.searchsorted(table, levels.contiguous()).to(torch.uint8)
         return pack_places(self.mask.to_words(buffer), places)
 
-    def _count(self, mask: Tensor) -> int:
-        return _bytes_before(mask)[2]
+    def sizes_of_words(self, mask: Tensor) -> Tensor:
+        return _bytes(word_counts(mask))
 
-    def _row_starts(self, mask: Tensor) -> Tensor:
-        return _bytes_before(mask)[1].reshape(mask.shape)[:, 0].contiguous()
-
-    def levels_of(self, held: Held, columns: int) -> Tensor:
+    def spread(self, held: Held, columns: int) -> Tensor:
         mask, table = self.mask.to_words(self.places(held)), held["levels"]
-        rows = torch.arange(len(mask), device=mask.device).repeat_interleave(row_counts(mask)) if len(table) > 1 else 0
+        rows = (
+            torch.arange(len(mask), device=mask.device).repeat_interleave(word_counts(mask).sum(1))
+            if len(table) > 1
+            else 0
+        )
         alive, levels = bits(mask, columns), table[rows, unpack_places(mask, held["values"]).int()]
         return table.new_zeros(alive.shape).masked_scatter_(alive, levels)
 
@@ -327,12 +332,6 @@ def group_of(columns: int, groups: int) -> int | None:
     return found[0]
 
 
-def scale_of(scales: Tensor, columns: int) -> Tensor:
-    """The scale of every weight in float32, [rows, columns], or [rows, 1] if a row has one."""
-    halves = scales.view(torch.float16)
-    return Grid(halves, halves, group_of(columns, scales.shape[1])).scale_of(columns)
-
-
 def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
     """The correction in kernels, [rows] in float32: Σ scale · level of a row, or Σ level if the row has one scale."""
     rows, columns = levels.shape
@@ -343,30 +342,25 @@ def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
     return (sums * scales.view(torch.float16).double()).sum(1).float()
 
 
-def _bytes_before(mask: Tensor) -> tuple[Tensor, Tensor, int]:
-    """For each word of the mask its bits and the byte where its places begin; then the bytes of all words."""
-    counts = row_counts(mask.reshape(-1, 1))
-    sizes = (counts + 1) // 2
-    ends = torch.cumsum(sizes, 0)
-    return counts, ends - sizes, int(ends[-1])
+def _bytes(places: Tensor) -> Tensor:
+    return (places + 1) // 2
 
 
-def _addresses(counts: Tensor, starts: Tensor) -> Tensor:
-    """The half byte that holds the place of each bit of the mask [nonzeros]."""
-    first = 2 * starts - (torch.cumsum(counts, 0) - counts)
+def _addresses(counts: Tensor) -> Tensor:
+    """The half byte that holds the place of each bit of the mask [nonzeros], for the bits of each word [words]."""
+    first = 2 * starts_of(_bytes(counts)) - starts_of(counts)
     return first.repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device)
 
 
 def pack_places(mask: Tensor, places: Tensor) -> Tensor:
     """Places [nonzeros] in uint8, 0 … 15, two to a byte, for a mask [rows, words]."""
-    counts, starts, size = _bytes_before(mask)
-    halves = places.new_zeros(2 * size)
-    halves[_addresses(counts, starts)] = places
+    counts = word_counts(mask.flatten())
+    halves = places.new_zeros(2 * int(_bytes(counts).sum()))
+    halves[_addresses(counts)] = places
     return halves[0::2] | (halves[1::2] << 4)
 
 
 def unpack_places(mask: Tensor, values: Tensor) -> Tensor:
     """The inverse of `pack_places`."""
-    counts, starts, _ = _bytes_before(mask)
-    at = _addresses(counts, starts)
+    at = _addresses(word_counts(mask.flatten()))
     return (values[at // 2] >> (at % 2 * 4).to(torch.uint8)) & 15

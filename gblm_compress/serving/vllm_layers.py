@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -100,7 +101,6 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
-        output_size: int,
         params_dtype: torch.dtype,
         *,
         weight_loader: Callable[..., None],
@@ -179,12 +179,11 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
     """Rows of a part without gaps: (first row in vLLM's layer, rows of the part)."""
-    pairs = [(row, int(places[row])) for row in (places >= 0).nonzero().flatten().tolist()]
-    while pairs:
-        row, source = pairs[0]
-        length = next((i for i, pair in enumerate(pairs) if pair != (row + i, source + i)), len(pairs))
-        yield row, range(source, source + length)
-        pairs = pairs[length:]
+    shifts = groupby(enumerate(places.tolist()), lambda pair: pair[0] - pair[1] if pair[1] >= 0 else None)
+    for shift, pairs in shifts:
+        if shift is not None:
+            row, *others = (row for row, _ in pairs)
+            yield row, range(row - shift, row - shift + 1 + len(others))
 
 
 def _places(load: Callable[..., None], dimension: str, size: int, of: int, shard: Hashable) -> Tensor:

@@ -13,12 +13,13 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from onnx import numpy_helper
+from onnx.parser import parse_model
 from torch.nn.utils import prune
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import onnx_fused
 from gblm_compress.exporters.onnx_fused import calculate_rotations_
-from gblm_compress.exporters.onnx_weights import initializer
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import load_runtime
@@ -28,6 +29,7 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from tests.conftest import export, greedy_tokens, saved
 from tests.exporters.test_onnx import assert_computes, needs_operator
+from tests.exporters.test_onnx_slim import optimised
 from tests.families.tiny import tiny_family
 
 SIZES = {
@@ -206,19 +208,16 @@ def test_a_model_that_another_tool_pruned_runs_packed(tiny, tmp_path) -> None:
     names = operators(exported)
     assert (names.count("BitmaskLinear"), names.count("DenseLinear")) == (4, 6)
     assert result.checks["layers_checked"] == 7
-    sizes = {
-        tensor.name: tensor.dims[0] for tensor in graph_of(exported).initializer if tensor.name.endswith(".nonzeros")
-    }
+    stored = [each.dims[0] for each in graph_of(exported).initializer if each.name.endswith(".nonzeros")]
     nonzeros = sum(int(layer.weight.count_nonzero()) for layer in model.model.layers[0].modules() if is_linear(layer))
-    assert sum(sizes.values()) == nonzeros + 64 * len(sizes)
+    assert sum(stored) == nonzeros + 64 * len(stored)
     assert_computes(exported, load_model(sparse))
 
 
 def test_models_without_a_fused_graph(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(onnx_fused, "build", None)
-    with pytest.raises(
-        ModelError, match=r"it has no fused graph, .* plain; GPT2LMHeadModel: .*graphs exist for Ernie.*Llama"
-    ):
+    said = r"it has no fused graph, .* plain; GPT2LMHeadModel: .*graphs exist for Ernie.*Llama"
+    with pytest.raises(ModelError, match=said):
         export(tiny("gpt2"), tmp_path / "out", format="onnx", graph="fused")
 
 
@@ -267,12 +266,10 @@ def test_operators_of_a_cpu_are_not_run_on_another_device(exported, runtime) -> 
 
 
 @needs_operator
-def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monkeypatch) -> None:
-    """The library lies in the folder for who loads it without this program, which itself takes its own."""
+def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path) -> None:
+    """The library lies in the folder for who loads it without this program."""
     folder = exported[1]["kernels"][1]
-    monkeypatch.chdir(tmp_path)
     expected = greedy_tokens(OnnxRuntime(folder, "cpu", 1), torch.arange(9).unsqueeze(0), 5)
-    assert greedy_tokens(GenaiRuntime(folder, "cpu", 1), torch.arange(9).unsqueeze(0), 5) == expected
     code = (
         "import numpy, onnxruntime_genai as genai\n"
         f"model = genai.Model({str(folder.folder)!r})\n"
@@ -290,14 +287,14 @@ NO_TEXT, SESSION = ".*, but exports have no text", "model.decoder.session_option
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({f"{SESSION}.custom_ops_library": "evil.so"}, rf"{SESSION}\.custom_ops_library{NO_TEXT}"),
-        ({"model.decoder.pipeline": [{"a": {"filename": "a.onnx"}}]}, rf"model\.decoder\.pipeline{NO_TEXT}"),
-        ({"model.decoder.filename": "../other.onnx"}, r"filename '\.\./other\.onnx', but exports have 'model\.onnx'"),
+        ((f"{SESSION}.custom_ops_library", "evil.so"), rf"{SESSION}\.custom_ops_library{NO_TEXT}"),
+        (("model.decoder.pipeline", [{"a": {"filename": "a.onnx"}}]), rf"model\.decoder\.pipeline{NO_TEXT}"),
+        (("model.decoder.filename", "../other.onnx"), r"filename '\.\./other\.onnx', but exports have 'model\.onnx'"),
         # the library would pass it to printf
-        ({"model.decoder.inputs.past_key_names": "%s%n"}, "past_key_names '%s%n', but exports have 'past_key"),
-        ({"model.decoder.outputs.present_value_names": ["%s"]}, r"outputs\.present_value_names .*, but exports have"),
-        ({"model.context_length": float("inf")}, r"no genai_config\.json .*'float' object"),
-        ({"search.top_k": True}, "onnxruntime-genai cannot load it"),
+        (("model.decoder.inputs.past_key_names", "%s%n"), "past_key_names '%s%n', but exports have 'past_key"),
+        (("model.decoder.outputs.present_value_names", ["%s"]), r"outputs\.present_value_names .*, but exports have"),
+        (("model.context_length", float("inf")), r"no genai_config\.json .*'float' object"),
+        (("search.top_k", True), "onnxruntime-genai cannot load it"),
         (lambda config: config.replace('"search": {', '"search": {}, "search": {'), "has a key twice"),
         (lambda _: "{}", r"no genai_config\.json"),
     ],
@@ -306,14 +303,15 @@ def test_of_a_folder_genai_loads_the_graph_alone(exported, tmp_path, change, sai
     for path in exported[1]["dense"][1].folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "genai_config.json"
-    if isinstance(change, dict):
-        config = json.loads(path.read_text())
-        for key, value in change.items():
-            *parts, last = key.split(".")
-            reduce(lambda part, name: part.setdefault(name, {}), parts, config)[last] = value
+    text = path.read_text()
+    if isinstance(change, tuple):
+        key, value = change
+        *parts, last = key.split(".")
+        config = json.loads(text)
+        reduce(lambda part, name: part[name], parts, config)[last] = value
         path.write_text(json.dumps(config))
     else:
-        path.write_text(change(path.read_text()))
+        path.write_text(change(text))
     with pytest.raises(ModelError, match=said) as refused:
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
     assert len(str(refused.value).splitlines()) == 1
@@ -325,45 +323,29 @@ ANGLES = np.outer(np.arange(POSITIONS, dtype=np.float32), TURNS)
 """In float32, as in transformers: beyond 4,096 radians each is rounded by up to 4.9e-4."""
 
 
-def program(**named) -> ir.Model:
+def with_tables(**tables: np.ndarray) -> ir.Model:
     """A graph that gives rows of its tables."""
-    rows = ir.Value(name="rows", shape=ir.Shape([None]), type=ir.TensorType(ir.DataType.INT64))
-    graph = ir.Graph([rows], [], nodes=[], opset_imports={"": 21}, name="tables")
-    for name, table in named.items():
-        node = ir.node("Gather", [initializer(graph, name, table), rows])
-        node.outputs[0].name = f"{name}.rows"
-        node.outputs[0].dtype = ir.tensor(table).dtype
-        node.outputs[0].shape = ir.Shape([None, PAIRS])
-        graph.append(node)
-        graph.outputs.append(node.outputs[0])
-    return ir.Model(graph, ir_version=10)
-
-
-def session(made: ir.Model, folder, **options):
-    ir.save(made, folder / "model.onnx")
-    settings = onnxruntime.SessionOptions()
-    for name, value in options.items():
-        setattr(settings, name, str(value))
-    return onnxruntime.InferenceSession(folder / "model.onnx", settings)
+    gathers = " ".join(f"{name}_rows = Gather ({name}, rows)" for name in tables)
+    outputs = ", ".join(f"{'float16' if a.itemsize == 2 else 'float'}[?, {PAIRS}] {n}_rows" for n, a in tables.items())
+    opset = '<ir_version: 10, opset_import: ["" : 21]>'
+    made = parse_model(f"{opset} tables (int64[rows_] rows) => ({outputs}) {{ {gathers} }}")
+    made.graph.initializer.extend(numpy_helper.from_array(table, name) for name, table in tables.items())
+    return ir.from_proto(made)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 6e-4), (np.float16, 1.1e-3)])
-def test_the_graph_makes_the_tables(dtype, tolerance, tmp_path) -> None:
-    made = program(cos_cache=np.cos(ANGLES).astype(dtype), sin_cache=np.sin(ANGLES).astype(dtype))
+def test_the_graph_makes_the_tables_and_a_session_holds_them(dtype, tolerance, tmp_path) -> None:
+    cos, sin = np.cos(ANGLES).astype(dtype), np.sin(ANGLES).astype(dtype)
+    made = with_tables(cos_cache=cos, sin_cache=sin, cos_cache_local=cos)
     calculate_rotations_(made, [TURNS[:7], TURNS])
     assert max(one.const_value.size for one in made.graph.initializers.values()) == PAIRS
-    found = session(made, tmp_path).run(None, {"rows": np.arange(POSITIONS)})
-    exact = np.outer(np.arange(POSITIONS), TURNS.astype(np.float64))
-    for one, expected in zip(found, (np.cos(exact), np.sin(exact)), strict=True):
-        assert one.dtype == dtype and np.abs(one - expected).max() < tolerance
-
-
-def test_a_session_holds_the_tables(tmp_path) -> None:
-    made = program(cos_cache=np.cos(ANGLES), sin_cache=np.sin(ANGLES), cos_cache_local=np.cos(ANGLES))
-    calculate_rotations_(made, [TURNS])
     assert sum(node.op_type == "Range" for node in made.graph) == 1
-    session(made, tmp_path, optimized_model_filepath=tmp_path / "folded.onnx")
-    assert {node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node} == {"Gather"}
+    content = ir.to_proto(made).SerializeToString()
+    assert set(optimised(content, tmp_path)) == {"Gather"}
+    exact = np.outer(np.arange(POSITIONS), TURNS.astype(np.float64))
+    found = onnxruntime.InferenceSession(content).run(None, {"rows": np.arange(POSITIONS)})
+    for one, expected in zip(found, (np.cos(exact), np.sin(exact), np.cos(exact)), strict=True):
+        assert one.dtype == dtype and np.abs(one - expected).max() < tolerance
 
 
 @pytest.mark.parametrize("change", ["scaled", "other frequencies", "one number", "another name"])
@@ -371,6 +353,6 @@ def test_other_tables_stay(change) -> None:
     table, name = np.cos(ANGLES), "table" if change == "another name" else "cos_cache"
     table *= np.float32(1.2 if change == "scaled" else 1)
     table[4711, 0] += 0.01 * (change == "one number")
-    made = program(**{name: table})
+    made = with_tables(**{name: table})
     calculate_rotations_(made, [TURNS * np.float32(1.001)] if change == "other frequencies" else [TURNS])
     assert list(made.graph.initializers) == [name] and len(made.graph) == 1

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,7 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import check
 from gblm_compress.exporters.onnx_rounding import Blocks, Channels, round_, use_nbits_
 from gblm_compress.layouts import LAYOUTS
@@ -188,21 +187,6 @@ def test_rounding_leaves_the_log_of_the_callers_program_as_it_is() -> None:
     assert done.stdout == "[] 30\n"
 
 
-def by_hand(levels: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The weight of a MatMulNBits, number by number, as ONNX Runtime's documentation of the operator has it."""
-    rows, _, size = levels.shape
-    group, weight = size * 8 // bits, np.zeros((rows, columns), np.float32)
-    for row in range(rows):
-        for column in range(columns):
-            block, place = divmod(column, group)
-            if bits == 8:
-                level = int(levels[row, block, place])
-            else:
-                level = int(levels[row, block, place // 2]) >> (4 * (place % 2)) & 15
-            weight[row, column] = (level - 2 ** (bits - 1)) * scales[row, block]
-    return weight
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("columns", [64, 80])
 def test_blocks_hold_the_nearest_points_and_zeros_as_zeros(bits, columns):
@@ -210,15 +194,14 @@ def test_blocks_hold_the_nearest_points_and_zeros_as_zeros(bits, columns):
     weight[:, ::3] = 0
     packed = Blocks.from_dense(weight, bits, group=32)
     dense = packed.dense_weight()
-    assert np.array_equal(dense.numpy(), by_hand(packed.levels, packed.scales, bits, columns))
+    program = parsed("y = MatMul (x, w)", {"w": weight.T.numpy()}, {"x": [columns, columns]})
+    use_nbits_(program, {"w": packed}, [])
+    np.testing.assert_allclose(run(program, x=np.eye(columns, dtype=np.float32)), dense.numpy().T, rtol=1e-5, atol=1e-6)
     assert not dense[weight == 0].any() and not torch.signbit(dense[dense == 0]).any()
     step = torch.from_numpy(np.abs(packed.scales)).repeat_interleave(32, 1)[:, :columns]
     assert ((dense - weight).abs() <= step * 1.001).all()
     assert packed.error(weight) < {8: 0.01, 4: 0.15}[bits]
     assert torch.equal(Blocks.stack([packed, packed]).dense_weight(), torch.cat([dense, dense]))
-    for damaged in (replace(packed, scales=packed.scales[:, :1]), replace(packed, columns=columns + 17)):
-        with pytest.raises(VerificationError, match="do not fit"):
-            damaged.dense_weight()
 
 
 def quantised_by_hand(x: np.ndarray) -> np.ndarray:
@@ -238,8 +221,6 @@ def test_channels_multiply_inputs_in_8_bits_by_the_nearest_points():
     assert ((dense - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
     assert not dense[weight == 0].any() and not torch.signbit(dense[dense == 0]).any()
     assert torch.equal(Channels.stack([packed, packed]).dense_weight(), torch.cat([dense, dense]))
-    with pytest.raises(VerificationError, match="do not fit"):
-        replace(packed, scales=packed.scales[:1]).dense_weight()
     program = parsed("y = MatMul (x, w)", {"w": weight.T.numpy()}, {"x": [7, 64]})
     use_nbits_(program, {"w": packed}, [])
     x = torch.randn(7, 64, generator=draws).numpy() + 0.5

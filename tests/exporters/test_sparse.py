@@ -27,14 +27,13 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.packed_checkpoint import save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY
-from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.settings import PruneSettings
 from tests.conftest import ARCHITECTURES, edit_weights, export, prune, saved
 from tests.families.tiny import tiny_family
 
 IDS = torch.arange(20).unsqueeze(0)
 NAMES = {layout.format: name for name, layout in LAYOUTS.items()}
 QUANTISED = {layout.format: layout for layout in LAYOUTS.values() if layout.exact}
-EXACT = pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
 ROUNDING = pytest.mark.parametrize("format", QUANTISED)
 # What a layer replaced by another must not disturb, with arguments of the family's config.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -107,26 +106,12 @@ def test_from_pretrained_gives_the_sparse_model(format, kind, exported) -> None:
     assert checks["packed_bytes"] < 0.6 * checks["same_layers_dense_bytes"]
 
 
-def test_weights_that_a_model_divides_when_it_runs_are_pruned_as_they_are_stored(tmp_path, prose, progress) -> None:
-    """RWKV divides those of its later blocks; what is written is for a model that will do so again."""
-    source = saved(tiny_family("rwkv", **FAMILIES["rwkv"]), tmp_path / "rwkv")
-    text = CalibrationSettings(dataset=str(prose), samples=4, sequence_length=64)
-    prune(source, tmp_path / "pruned", PruneSettings(method="wanda", fit="fast"), text, progress=progress)
-    dense, pruned = (load_model(each).state_dict() for each in (source, ModelSource("p", tmp_path / "pruned")))
-    for part in ("attention.output", "attention.key", "feed_forward.value"):
-        name = f"rwkv.blocks.3.{part}.weight"
-        assert 0.7 < float(pruned[name].float().norm() / dense[name].float().norm()) < 1.1, name
-
-
 def test_in_a_new_process_whatever_is_imported_first(exported) -> None:
     load = (
         f"m = transformers.AutoModelForCausalLM.from_pretrained({str(exported('bitmask')[1].folder)!r}); "
         "assert type(m.model.layers[0].mlp.up_proj).__name__ == 'PackedLinear'"
     )
-    for imports in (
-        "import gblm_compress, transformers",
-        "import transformers, transformers.quantizers, gblm_compress",
-    ):
+    for imports in ("import gblm_compress, transformers", "import transformers.quantizers, gblm_compress"):
         done = subprocess.run([sys.executable, "-c", f"{imports}; {load}"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
@@ -136,11 +121,7 @@ def test_in_a_new_process_whatever_is_imported_first(exported) -> None:
     [
         (None, "bitmask", "the model is dense; prune it first"),
         (None, "semi-structured", "prune with `--pattern 2:4` first"),
-        (
-            "unstructured",
-            "semi-structured",
-            r"model\.layers\.0.*: the matrix is not 2:4: .*nonzeros.*; prune with `--pattern 2:4` first",
-        ),
+        ("unstructured", "semi-structured", r"model\.layers\.0.*: the matrix is not 2:4: .*nonzeros.*; prune with `--"),
     ],
 )
 def test_a_model_without_the_zeros_is_refused(pattern, format, message, tiny, pruned, tmp_path) -> None:
@@ -301,8 +282,8 @@ RESTORED, PREDICTED = "does not restore its weight", "predictions of the reloade
 @pytest.mark.parametrize(
     ("format", "method", "message"),
     [
-        *((format, "dense_weight", RESTORED) for format in NAMES),
-        *((format, "forward", PREDICTED) for format in ("bitmask", "semi-structured")),
+        *((format, "dense_weight", RESTORED) for format in ("bitmask", "semi-structured", "bitmask-int8", "int8")),
+        ("bitmask", "forward", PREDICTED),
     ],
 )
 def test_verification_runs_the_reloaded_folder(format, method, message, exported, tmp_path, monkeypatch) -> None:
@@ -324,35 +305,26 @@ def test_verification_notices_a_wrong_product(tokens, exported, tmp_path, monkey
         export(exported("bitmask-int8")[0], tmp_path / "x", format="bitmask-int8")
 
 
-def another_norm(model) -> None:
-    model.model.norm.weight.data *= 1.001
-
-
-def another_mask(model) -> None:
-    model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
-
-
 @pytest.mark.parametrize(
-    ("kind", "change", "message"),
+    ("kind", "name", "message"),
     [
-        ("llama", another_norm, r"model\.norm\.weight.*bit for bit"),
-        ("gpt_neo", another_mask, r"h\.1\.attn\.attention\.bias: .* compute different buffers"),
+        ("llama", "model.norm.weight", "bit for bit"),
+        ("gpt_neo", "transformer.h.1.attn.attention.bias", "compute different buffers"),
     ],
 )
-def test_verification_notices_a_tensor_that_is_not_packed(
-    kind, change, message, exported, tmp_path, monkeypatch
-) -> None:
+def test_verification_notices_a_tensor_that_is_not_packed(kind, name, message, exported, tmp_path, monkeypatch) -> None:
     load = exporters_sparse.loading.load_model
 
     def changed(source, *arguments):
         model = load(source, *arguments)
         if source.is_packed:
-            change(model)
+            tensor = (dict(model.named_buffers()) | dict(model.named_parameters()))[name]
+            tensor.data[..., 3] = 0
         return model
 
     source = exported("bitmask", kind)[0]
     monkeypatch.setattr(exporters_sparse.loading, "load_model", changed)
-    with pytest.raises(VerificationError, match=message):
+    with pytest.raises(VerificationError, match=f"{name}: .*{message}"):
         export(source, tmp_path / "x", format="bitmask")
 
 
@@ -381,37 +353,30 @@ def described(change):
     return damage
 
 
-def of_layer(**entries):
-    return described(lambda config: config["layers"][UP].update(entries))
-
-
 EMBEDDINGS = "does not say which layer holds the rows"
 # One for each check on the way of a folder; tests/layouts has more damages of tensors and sizes.
 DAMAGES = {
     "bitmask": [
-        (described(lambda c: c.update(layout="csr")), "layout 'csr' is not known; this version reads"),
-        (described(lambda c: c.update(layout=["bitmask"])), r"layout \['bitmask'\] is not known"),
+        (described(lambda c: c.update(layout=["bitmask"])), r"layout \['bitmask'\] is not known; this version reads"),
         (described(lambda c: c.update(layers=[UP])), "names no packed layers"),
         (described(lambda c: c["layers"].pop(UP)), rf"{UP}\.weight: no such tensor"),
         (described(lambda c: c["layers"].update({UP: None})), rf"layer '{UP}': it is described as None"),
         (described(lambda c: c["layers"].update(bogus={})), "layer 'bogus': .* has no layer 'bogus'"),
         (described(lambda c: c["layers"].update({"model.norm": {}})), "'model.norm' is a LlamaRMSNorm; only Linear"),
         (described(lambda c: c["layers"].update(lm_head={})), "'lm_head' is a Linear; only .* weights of their own"),
-        (of_layer(shape=[64, 128]), rf"layer '{UP}': it is described as .*; the model's has shape \[128, 64\]"),
-        (of_layer(bias=True), "the model's has shape .* bias False"),
-        (of_layer(colour="red"), "unexpected keyword argument 'colour'"),
-        (of_layer(nonzeros=-64), rf"layer '{UP}': nonzeros -64 is impossible"),
+        (
+            described(lambda c: c["layers"][UP].update(bias=True)),
+            rf"'{UP}': it is described .* model's has .* bias False",
+        ),
         (replaced(f"{UP}.mask", lambda mask: None), rf"'{{folder}}': {UP}\.mask: no such tensor is in the folder"),
         (replaced("model.norm.weight", lambda weight: None), r"model\.norm\.weight: no such tensor"),
         (replaced(f"{UP}.mask", lambda mask: torch.full_like(mask, -1)), rf"{UP}\.values: .* mask takes \[8256\]"),
-        (replaced(f"{UP}.mask", lambda mask: mask.double()), rf"{UP}\.(values|mask): "),
     ],
-    "semi-structured": [(replaced(f"{UP}.positions", lambda p: p * 0), rf"{UP}\.positions: 1024 bytes lack two")],
     "bitmask-int8": [
-        (replaced(f"{UP}.scales", lambda t: t.view(torch.float16)), rf"{UP}\.scales: all are zero"),
-        (of_layer(group=32), rf"{UP}\.scales: int16 \[128, 1\]; needs int16 \[128, 2\]"),
-        (of_layer(layout="bitmask"), rf"layer '{UP}': .* unexpected keyword argument 'group'"),
-        (described(lambda c: c["layers"]["lm_head"].pop("layout")), "layer 'lm_head': .*missing"),
+        (
+            described(lambda c: c["layers"][UP].update(group=32)),
+            rf"{UP}\.scales: int16 \[128, 1\]; needs int16 \[128, 2",
+        ),
         (described(lambda c: c.update(embeddings=[UP])), EMBEDDINGS),
         (described(lambda c: c.update(embeddings={"model.embed_tokens": 5})), EMBEDDINGS),
         (described(lambda c: c.update(embeddings={"model.embed_tokens": "x"})), "'x' is not among the packed layers"),
@@ -446,7 +411,7 @@ def test_a_file_that_changes_under_a_loaded_model_moves_no_kernel(exported, tmp_
     model(input_ids=torch.arange(20).unsqueeze(0))
 
 
-@EXACT
+@pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
 def test_zeros_of_either_sign_may_be_stored(format, exported, tmp_path) -> None:
     """A cast to a narrower dtype makes some: they are weights like others."""
     shutil.copytree(exported(format)[1].folder, tmp_path / "copy")

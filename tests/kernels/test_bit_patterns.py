@@ -11,7 +11,7 @@ from gblm_compress.methods.patterns import Pattern
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12))
 def test_bits_are_counted(words: list[int]) -> None:
     counts = [(word & (2**64 - 1)).bit_count() for word in words]
-    assert masks.row_counts(torch.tensor(words).unsqueeze(1)).tolist() == counts
+    assert masks.word_counts(torch.tensor(words)).tolist() == counts
     assert masks.row_starts(torch.tensor(words).unsqueeze(1)).tolist() == [sum(counts[:i]) for i in range(len(words))]
 
 

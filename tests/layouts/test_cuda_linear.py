@@ -32,11 +32,6 @@ def two_four(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Te
     return sparse("sparse24", rows, columns, dtype=dtype)
 
 
-def restored(layout: str, weight: Tensor) -> Tensor:
-    """The weight itself, or the points that it is rounded to, which are then held bit for bit."""
-    return packed(layout, weight).dense_weight()
-
-
 def as_kernels_read_it(rows: int, columns: int, layout: str = "sparse24") -> "Packed":
     return packed(layout, two_four(rows, columns)).for_gpu()
 
@@ -189,8 +184,7 @@ def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path) -
 def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypatch) -> None:
     timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
     weight = as_kernels_read_it(16, 64)  # too few rows for CUTLASS
-    wrong = lambda *_, **__: torch.ones(64, 16).to(torch.bfloat16)  # noqa: E731
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *_, **__: torch.ones(64, 16).to(torch.bfloat16))
     with pytest.warns(UserWarning, match="cusparselt:7 computes another product on this GPU"):
         times, excluded = cuda_linear.measure(weight, 64)
     assert {candidate.kernel for candidate in times} == {"dense", "triton"}
@@ -211,13 +205,13 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
     timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2, "cutlass": 0.4})
     monkeypatch.setattr(PackedLinear, "cuda_kernels", lambda layer: cuda_linear)
     monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
-    weight = restored(layout, two_four(64, 64))
+    weight = packed(layout, two_four(64, 64)).dense_weight()  # the points that it is rounded to are held bit for bit
     given = torch.randn(64).to(torch.bfloat16) if bias else None
     layer = PackedLinear.from_dense(layout, weight, given)
     many = "cuSPARSELt" if layout == "sparse24" else UNPACKED
     assert [layer.kernel(tokens) for tokens in (1, 64, 65)] == [f"{layout} Triton", f"{layout} Triton", many]
     needs_more = layer.kind.mask.name == "mask" or layout == "sparse24"
-    assert (layer.resident_bytes > layer.packed_bytes) == needs_more
+    assert (sum(buffer.nbytes for buffer in layer.buffers()) > layer.packed_bytes) == needs_more
     if layout == "sparse24":
         assert layer.cusparselt.numel() and not layer.cutlass.numel()  # what no candidate of the plan needs is not held
     for shape, kernel in [((64,), "triton"), ((2, 8, 64), "triton"), ((70, 64), "cusparselt"), ((0, 64), None)]:
@@ -241,7 +235,7 @@ def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, 
 
 @WITH_KERNELS
 def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
-    weight = restored(layout, two_four(8, 64, torch.float32))
+    weight = packed(layout, two_four(8, 64, torch.float32)).dense_weight()
     layer = PackedLinear.from_dense(layout, weight)
     x = torch.randn(3, 64)
     torch.testing.assert_close(product_on_cuda(layer, x), x @ weight.T)

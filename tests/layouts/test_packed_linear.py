@@ -51,7 +51,8 @@ def test_the_product_is_that_of_the_dense_layer(kernels: str, layout: str, dtype
 def test_only_packed_weights_are_held(layout: str) -> None:
     dense, packed = pair(layout, 512, 640)
     assert not [name for name, _ in packed.named_parameters() if "weight" in name]
-    assert packed.packed_bytes < 0.55 * dense.weight.nbytes and packed.resident_bytes < 0.6 * dense.weight.nbytes
+    assert packed.packed_bytes < 0.55 * dense.weight.nbytes
+    assert sum(buffer.nbytes for buffer in packed.buffers()) < 0.6 * dense.weight.nbytes
     empty = PackedLinear(layout, **packed.description(), dtype=torch.float32)
     assert [tensor.shape for tensor in packed.held.values()] == [tensor.shape for tensor in empty.held.values()]
     assert packed.state_dict().keys() == {"bias", *packed.kind.names}
@@ -163,6 +164,7 @@ def test_inputs_of_another_dtype_or_width_are_refused(kernels: str, layout: str)
     dtypes = (torch.bfloat16, torch.int64, torch.float64)
     unfit = [torch.ones(tokens, 100, dtype=dtype) for tokens in (1, 50) for dtype in dtypes]
     unfit += [torch.ones(shape) for shape in ((4, 50), (2, 200), (100, 1), (3,), ())]
+    on_kernels = kernels == "kernels" and "cpu" in LAYOUTS[layout].kernels
     for x in unfit:
-        with pytest.raises((RuntimeError, ValueError)):
+        with pytest.raises((RuntimeError, ValueError), match="the weight is torch.float32 with" if on_kernels else ""):
             packed(x)
