@@ -52,10 +52,8 @@ class Floats:
         values = torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)
         if self.mask.name is None:
             return {"values": values}
-        return {
-            self.mask.name: torch.empty(self.mask.buffer_shape(shape), dtype=self.mask.dtype, device=device),
-            "values": values,
-        }
+        mask = torch.empty(self.mask.buffer_shape(shape), dtype=self.mask.dtype, device=device)
+        return {self.mask.name: mask, "values": values}
 
     def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
         return {self.counted: max(0, held["values"].numel() - PADDING)} if self.counts else {}

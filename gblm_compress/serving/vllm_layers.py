@@ -182,8 +182,8 @@ def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
     shifts = groupby(enumerate(places.tolist()), lambda pair: pair[0] - pair[1] if pair[1] >= 0 else None)
     for shift, pairs in shifts:
         if shift is not None:
-            row, *others = (row for row, _ in pairs)
-            yield row, range(row - shift, row - shift + 1 + len(others))
+            rows = [row for row, _ in pairs]
+            yield rows[0], range(rows[0] - shift, rows[-1] + 1 - shift)
 
 
 def _places(load: Callable[..., None], dimension: str, size: int, of: int, shard: Hashable) -> Tensor:

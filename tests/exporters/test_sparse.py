@@ -200,8 +200,11 @@ def test_head_and_embedding_are_one_tensor_where_they_are_tied(format, exported)
 
 
 def test_head_and_embedding_of_their_own(exported, tmp_path) -> None:
-    source, folder, checks = exported("bitmask-int8", "qwen3")
+    source, folder, checks = exported("bitmask-int8", "qwen3", group=32)
     assert checks["packed_layers"] == 16
+    layers = json.loads((folder.folder / "config.json").read_text())["quantization_config"]["layers"]
+    head = {"shape": [VOCABULARY, 64], "bias": False, "group": None, "layout": "int8"}
+    assert layers[UP]["group"] == 32 and layers["lm_head"] == head
     model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
     embedding, table = model.get_input_embeddings(), dense.model.embed_tokens
     assert embedding.rows is not model.lm_head and embedding.rows.restores(table.weight)
@@ -254,13 +257,6 @@ def test_weights_that_float16_makes_zero_are_refused(format, tiny, tmp_path) -> 
     with pytest.raises(ModelError, match=f"^{K}: 10.. of its 1024 nonzeros would be zero: float16 does not"):
         export(ModelSource("pruned", tmp_path / "pruned"), tmp_path / "out", format=format, dtype="float16")
     assert not (tmp_path / "out").exists()
-
-
-def test_groups_stand_in_the_folder(exported) -> None:
-    folder = exported("bitmask-int8", group=32)[1]
-    layers = json.loads((folder.folder / "config.json").read_text())["quantization_config"]["layers"]
-    head = {"shape": [VOCABULARY, 64], "bias": False, "group": None, "layout": "int8"}
-    assert layers[UP]["group"] == 32 and layers["lm_head"] == head
 
 
 @ROUNDING

@@ -59,22 +59,6 @@ def test_same_bits_tells_minus_zero() -> None:
         assert not same_bits(torch.tensor([0.0]), other)
 
 
-@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 150), st.data())
-@settings(max_examples=100, deadline=None)
-def test_another_bit_or_length_or_shape_is_refused(seed: int, rows: int, columns: int, data: st.DataObject) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    mask, values = BITMASK.pack(torch.randn(rows, columns, generator=generator).relu()).values()
-    flipped = mask.clone()
-    flipped.view(-1)[data.draw(st.integers(0, mask.numel() - 1))] ^= 1 << data.draw(st.integers(0, 62))
-    other = torch.cat([values, values[-1:]]) if data.draw(st.booleans()) else values[:-1]
-    for damaged, what in ((flipped, values), (mask, other), (mask, values[None]), (mask[:, :0], values)):
-        with pytest.raises(ModelError, match="^(mask|values): "):
-            check("bitmask", (rows, columns), mask=damaged, values=what)
-    for shape in ((rows + 1, columns), (rows, columns + 64)):
-        with pytest.raises(ModelError, match="^mask: "):
-            check("bitmask", shape, mask=mask, values=values)
-
-
 @pytest.mark.parametrize("word", [0b111111 << 6, 0b11111 | -(2**63)])
 def test_bits_beyond_the_last_column_are_refused(word: int) -> None:
     """Their number is right, so that only their place tells; they would be written past the row."""

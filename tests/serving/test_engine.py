@@ -162,9 +162,8 @@ def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str, fo
     requests = [script.Request(request.prompt[:60], request.tokens) for request in script.requests(8)]
     with script.Server(made["dense"], tmp_path / "dense.log", (*EXACT, "--enforce-eager")) as server:
         expected = asked(script, server, requests)
-    with script.Server(
-        made["sparse"], tmp_path / "sparse.log", (*EXACT, "--enforce-eager", *two_ranks(monkeypatch))
-    ) as server:
+    options = (*EXACT, "--enforce-eager", *two_ranks(monkeypatch))
+    with script.Server(made["sparse"], tmp_path / "sparse.log", options) as server:
         assert_same(expected, asked(script, server, requests))
 
 
@@ -177,17 +176,9 @@ def test_the_python_of_the_first_page_generates_text(folders, tmp_path) -> None:
 
 def test_benchmark_times_dense_and_packed_in_vllm(folders: dict[str, Path]) -> None:
     """Of three sequences at once too; tokens as in torch, but where two are as good as each other."""
+    settings = {"batch": [1, 3], "prompt": 24, "generate": 8, "repeats": 5, "warmup": 1, "dtype": "float32"}
     made = gblm_compress.benchmark(
-        folders["sparse"],
-        baseline=folders["dense"],
-        runtimes=["vllm"],
-        batch=[1, 3],
-        prompt=24,
-        generate=8,
-        repeats=5,
-        warmup=1,
-        dtype="float32",
-        quiet=True,
+        folders["sparse"], baseline=folders["dense"], runtimes=["vllm"], quiet=True, **settings
     )
     assert [(m.runtime, m.batch) for m in made.measurements] == [("vllm", 1), ("vllm", 1), ("vllm", 3), ("vllm", 3)]
     dense, packed = made.measurements[:2]
