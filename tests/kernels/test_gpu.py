@@ -129,7 +129,7 @@ def test_every_kernel_compiles_for_an_h100(compiled, layout: str, dtype: torch.d
     x, bias = torch.empty(tokens, 4096, dtype=dtype), torch.empty(128, dtype=dtype)
     for tiling in gpu.tilings(weight.stored, tokens)[:: 4 if width else 1]:  # one of each kind
         del compiled[1:]
-        gpu.linear(x, weight, bias, tiling)
+        gpu.linear(x, weight, bias, gpu.Tiling._make(map(int, tiling)))  # as a plan has it
         assert all(binary.asm["cubin"] for binary in compiled)
         assert len(compiled) == (2 if tiling.programs == 1 else 3)  # with the one that adds up
         assert compiled[1].metadata.shared <= 227 << 10
