@@ -32,10 +32,7 @@ def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int) -
 
 
 def linear_many(x: Tensor, weight: cpu.Weight) -> Tensor:
-    """x Wᵀ by the kernel for many tokens if there is one, else by tiles."""
-    if weight.has_many:
-        return weight.linear(x, many=True)
-    return linear_by_tiles(x, weight)
+    return weight.linear(x, many=True) if weight.has_many else linear_by_tiles(x, weight)
 
 
 def linear_by_tiles(x: Tensor, weight: cpu.Weight) -> Tensor:

@@ -217,7 +217,6 @@ class PackedLinear(nn.Module):
         return self.kind.unpack(self.held, self.in_features, self.dtype)
 
     def restores(self, weight: Tensor) -> bool:
-        """Whether W is that matrix, as the kind's `restores` says."""
         return (weight.shape, weight.dtype) == (self.shape, self.dtype) and self.kind.restores(
             self.held, self.dense_weight(), weight
         )

@@ -99,7 +99,6 @@ class Floats:
         return bool((restored - weight).abs().max() <= self.tolerance * weight.abs().max())
 
     def error(self, restored: Tensor, weight: Tensor) -> float:
-        """The share of a weight that rounding moved: Σ |restored - weight| / Σ |weight|."""
         return share_moved(restored, weight)
 
     def sizes_of_words(self, mask: Tensor) -> Tensor:

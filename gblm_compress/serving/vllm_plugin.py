@@ -4,5 +4,4 @@ from importlib import import_module
 
 
 def register() -> None:
-    """Teach vLLM the quantisation method that packed folders name in their config.json."""
     import_module("gblm_compress.serving.vllm_layers")  # registers it
