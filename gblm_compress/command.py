@@ -49,8 +49,6 @@ class Part:
         if not (isinstance(kind, type) and issubclass(kind, Settings)):
             return None
         renamed: dict[str, str | None] = metadata[0] if metadata else {}
-        if unknown := [name for name in renamed if name not in kind.model_fields]:
-            raise TypeError(f"{unknown[0]!r} is not a field of {kind.__name__}: {', '.join(kind.model_fields)}")
         names = {field: renamed.get(field, field) for field in kind.model_fields}
         return cls(kind, {field: name for field, name in names.items() if name is not None})
 
