@@ -36,9 +36,7 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
 
 
 TWICE_WRONG = "--set prune.pattern=unstructured --set calibration.dataset=./gone.txt"
-TWO_FAULTS = (
-    "2 faults dataset './gone.txt': no such file model.layers.0.self_attn.q_proj: pattern unstructured is not 2:4"
-)
+TWO_FAULTS = "2 faults dataset './gone.txt': no such file model.layers.0.self_attn.q_proj: pattern unstructured is not"
 
 
 @pytest.mark.parametrize(
@@ -164,13 +162,8 @@ def of_memory() -> errors.ModelError:
         (AssertionError(), 1, "(AssertionError: AssertionError)"),
         (MemoryError(), 4, "memory ran out (MemoryError)"),
         (of_memory(), 4, "memory ran out ('x': ONNX Runtime cannot load it)"),
-        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 4, "memory ran out (libtorch"),
         (OSError(28, "No space left on device", "/x"), 2, "the disk is full ([Errno 28] No space left on device: '/x'"),
-        (
-            PermissionError(13, "Permission denied", "/x"),
-            1,
-            "the system reports an error ([Errno 13] Permission denied: '/x')",
-        ),
+        (PermissionError(13, "not permitted", "/x"), 1, "the system reports an error ([Errno 13] not permitted: '/x')"),
         (RecursionError("maximum"), 1, "nested too deeply (maximum)"),
         (ValueError("a\x1b[2J\nb"), 1, r"ValueError: a\x1b[2J)"),
     ],
@@ -212,16 +205,10 @@ def test_closed_streams_are_no_fault(command: str) -> None:
 def test_control_characters_and_markup_reach_no_terminal(program) -> None:
     """In arguments, file names and models, in errors of this program and of the parser."""
     name = "./a\x1b[31m[red]\udcff\u202e\nb"
-    lines = (
-        "prune NAME -o x",
-        "prune tiny -o x --calibration NAME",
-        "validate NAME",
-        "NAME",
-        "compare tiny --methods NAME",
-    )
-    options = (f"prune tiny -o x --{option} NAME" for option in ("method", "samples", "pattern"))
-    for line in (*lines, *options):
-        done = program(*(name if word == "NAME" else word for word in line.split()))
+    commands = ("prune -o x", "prune tiny -o x --calibration", "validate", "", "compare tiny --methods")
+    options = (f"prune tiny -o x --{option}" for option in ("method", "samples", "pattern"))
+    for command in (*commands, *options):
+        done = program(*command.split(), name)
         assert done.code in (2, 3), done.stderr
         assert all(letter.isprintable() or letter == "\n" for letter in done.stderr), done.stderr
 
