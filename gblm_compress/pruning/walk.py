@@ -30,7 +30,7 @@ from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.training.fits import How, distil_
 from gblm_compress.training.imitation import Imitation, prediction
 
-UNSEEN = "never ran on the calibration text"
+UNSEEN, EXCEPTED = "never ran on the calibration text", "left dense by an exception or the allocation"
 Layers = list[dict[str, nn.Module]]  # of each block, by full name
 
 
@@ -79,9 +79,8 @@ class Walk:
                 results = self._blocks_(layers)
         budgets = self.run.record.budgets or {}
         dense = {name for name, budget in budgets.items() if budget.pattern.name == DENSE}
-        reasons = dict.fromkeys(dense, "left dense by an exception or the allocation")
         left_dense = {
-            name: LeftDense(count, reason or reasons.get(name, UNSEEN))
+            name: LeftDense(count, reason or (EXCEPTED if name in dense else UNSEEN))
             for name, count, reason in linear_weights(model, settings.ignore)
             if name not in results
         }

@@ -69,7 +69,7 @@ def reconstruct_(
     targets: Sequence[Tensor],  # the dense block's outputs, each [1, length, hidden size]
     how: How,
     grids: Mapping[str, Grid],
-    choose: Callable[[str, Tensor], Tensor] | None = None,  # (name, values in the stored layout) -> mask
+    choose: Callable[[str, Tensor], Tensor],  # (name, values in the stored layout) -> mask
 ) -> dict[str, Grid]:
     """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
 
@@ -100,7 +100,6 @@ def reconstruct_(
                 best = {name: (keep_only(one, masks[name]), factors) for name, (one, factors) in values.items()}
             if left == 0 or progress.best == 0:  # without improvement, later rounds would repeat this one
                 break
-            assert choose is not None, "several rounds need a choice of masks"
             start = {name: (keep_only(one, choose(name, one)), factors) for name, (one, factors) in values.items()}
         return Weights(layers, grids, start=best, ranks=ranks).finish()
 

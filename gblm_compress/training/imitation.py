@@ -130,13 +130,10 @@ class Imitation:
     def _ends_with(self, head: nn.Module) -> bool:
         """Whether no scale or cap follows the head."""
         found: list[Tensor] = []
-        sample = {name: tensor[:, :1] for name, tensor in self.samples[0].items()}
-        with (
-            autocast(next(iter(sample.values())).device, self._compute),
-            head.register_forward_pre_hook(lambda head, args: found.append(args[0])),
-        ):
-            logits = self._run(sample)
-            return torch.equal(logits, head.forward(found[-1]))
+        device = head.get_parameter("weight").device
+        sample = {name: tensor[:, :1].to(device) for name, tensor in self.samples[0].items()}
+        with autocast(device, self._compute), head.register_forward_hook(lambda head, args, own: found.append(own)):
+            return self._run(sample) is found[-1]
 
 
 def padded(samples: Sequence[Sample], indices: Sequence[int], device: torch.device) -> list[Sample]:

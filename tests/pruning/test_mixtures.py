@@ -6,13 +6,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.pruning.block_pruning import FEW_TOKENS
 from gblm_compress.pruning.stage import PruneResult
 from gblm_compress.pruning.walk import UNSEEN
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from tests.conftest import prune, prune_, samples
+from tests.conftest import prune, prune_, samples, saved
 from tests.families.tiny import tiny_family
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -83,12 +81,11 @@ def test_an_expert_with_few_tokens_goes_by_magnitude() -> None:
 
 def on_disk(family: str, folder: Path) -> Callable[..., PruneResult]:
     """A tiny model of a family in a folder, and a function that prunes it."""
-    tiny_family(family).save_pretrained(folder / "dense")
-    byte_tokenizer().save_pretrained(folder / "dense")
+    source = saved(tiny_family(family), folder / "dense")
     (folder / "text.txt").write_text("some text of letters " * 40)
 
     def run(name: str, count: int, length: int, offload=None, experts="routed", **settings) -> PruneResult:
-        dataset, source = str(folder / "text.txt"), ModelSource("m", folder / "dense")
+        dataset = str(folder / "text.txt")
         text = CalibrationSettings(dataset=dataset, samples=count, sequence_length=length, experts=experts)
         chosen = PruneSettings(**{"method": "wanda", "fit": "none"} | settings)
         return prune(source, folder / name, chosen, text, resources=ResourceSettings(offload=offload))

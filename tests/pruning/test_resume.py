@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import shutil
-import signal
 from itertools import count
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import records
+from gblm_compress.storage.outputs import beside
 from gblm_compress.training import checkpoints
 from tests.conftest import Killed, flip_a_bit, prune
 
@@ -31,18 +31,18 @@ GBLM = {"pattern": "2:4"}
 FITTED = {"method": "wanda", "fit": "best", "quantise": "int8"}
 
 
-def run(source, output: Path, prose: Path, *, resume=False, offload=False, samples=3, progress=None, **settings):
-    return prune(
-        source, output, PruneSettings(**({"fit": "none"} | settings)),
-        CalibrationSettings(dataset=str(prose), samples=samples, sequence_length=32),
-        resources=ResourceSettings(offload=offload), resume=resume, progress=progress or Progress(quiet=True),
-    )  # fmt: skip
-
-
 @pytest.fixture
 def go(tiny, tmp_path, prose):
     """go("out", **settings): the tiny Llama, pruned to that folder of the test's own."""
-    return lambda name="out", **given: run(tiny("llama"), tmp_path / name, prose, **given)
+
+    def run(name: str = "out", *, resume=False, offload=False, samples=3, progress=None, **settings):
+        text = CalibrationSettings(dataset=str(prose), samples=samples, sequence_length=32)
+        chosen, resources = PruneSettings(**{"fit": "none"} | settings), ResourceSettings(offload=offload)
+        return prune(
+            tiny("llama"), tmp_path / name, chosen, text, resources=resources, resume=resume, progress=progress
+        )
+
+    return run
 
 
 @pytest.fixture
@@ -105,47 +105,15 @@ def test_ended_anywhere_it_resumes_to_the_same_bytes(where, name, settings, go, 
     pytest.fail("the run never came to its end")
 
 
-def test_what_is_finished_is_not_done_again(go, fails, monkeypatch) -> None:
+def test_what_is_finished_is_not_done_again(go, fails, tmp_path, monkeypatch) -> None:
     """After an end during the saving no gradient is measured and no block pruned a second time."""
     fails(grids, "verify", killed, **GBLM)
+    (tmp_path / ".out.pruning" / beside(tmp_path / "out", "partial-0")).mkdir()  # as SIGKILL leaves it
     calls, original = count(), Call.run
     monkeypatch.setattr(Call, "run", lambda *args: (next(calls), original(*args))[1])
     monkeypatch.setattr("gblm_compress.pruning.walk.prune_block_", None)
     go(resume=True, **GBLM)
-    assert next(calls) == 0
-
-
-CHAIN = """
-import os, signal
-from gblm_compress.storage import records
-from gblm_compress.cli import app
-original, left = records.rename_durably, [3]
-def kills(source, target):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(source, target)
-records.rename_durably = kills
-app.main()
-"""
-
-
-def test_a_process_killed_again_and_again_comes_to_its_end(server, tiny, tmp_path, tmp_path_factory, prose) -> None:
-    """Each process is killed with SIGKILL when the third file of its own is about to become durable."""
-    run(tiny("gpt2"), tmp_path / "whole", prose, **GBLM)
-    arguments = [
-        "prune", str(tiny("gpt2").folder), "-o", str(tmp_path / "out"), "--calibration", str(prose), "--resume",
-        "--pattern", "2:4", "--fit", "none", "--samples", "3", "--sequence-length", "32", "--json", "--quiet",
-    ]  # fmt: skip
-    cache = tmp_path_factory.mktemp("cache")
-    for kills in range(12):  # noqa: B007
-        done = server.run(arguments, tmp_path, cache, code=CHAIN)
-        if done.code == 0:
-            break
-        assert done.code == -signal.SIGKILL, done.stderr
-    assert kills >= 3 and done.code == 0
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", prose.name}
+    assert next(calls) == 0 and not (tmp_path / ".out.pruning").exists()
 
 
 def test_a_run_of_another_kind_version_or_threads_is_not_resumed(go, fails, tmp_path, monkeypatch, capsys) -> None:

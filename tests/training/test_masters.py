@@ -26,20 +26,6 @@ def test_survivors_are_those_of_the_mask(shape, in_each_row: int | None) -> None
     assert torch.equal(trained.grad, trained)
 
 
-def test_gradients_are_summed_and_packed_and_none_stays_behind() -> None:
-    layer = torch.nn.Linear(6, 4)
-    layer.weight.data *= layer.weight > 0
-    weights, x = Weights({"w": layer}, {}, {"b": layer.bias}), torch.randn(3, 6)
-    with weights.trained_in(layer):
-        for _ in range(2):
-            layer(x).sum().backward()
-    assert layer.weight.grad is layer.bias.grad is None
-    weights.pull()
-    dense = (2 * x.sum(0)).expand(4, 6)[layer.weight != 0]
-    torch.testing.assert_close(weights.masters["w"].trained.grad, dense)
-    torch.testing.assert_close(weights.masters["b"].trained.grad, torch.full((4,), 6.0))
-
-
 def test_each_tensor_is_on_one_process_and_all_have_about_as_much() -> None:
     sizes = {"a": 10, "b": 7, "c": 6, "d": 3, "e": 2}
     owner = owners(sizes, 2)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from torch.nn.functional import cosine_similarity, kl_div
+from torch.nn.functional import cosine_similarity, kl_div, nll_loss
 
 from gblm_compress.api import export
 from gblm_compress.calibration.generation import Author
@@ -80,6 +80,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def losses_of(student, dense, ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a window: the divergence of the student from the dense model, and the loss on the text."""
+    with torch.no_grad():
+        target = dense(ids).logits[0, :-1].log_softmax(-1)
+    own = student(ids).logits[0, :-1].log_softmax(-1)
+    return kl_div(own, target, reduction="batchmean", log_target=True), nll_loss(own, ids[0, 1:])
+
+
 def by_hand(source, teacher, windows, settings) -> dict[str, torch.Tensor]:
     """The weights after all steps, by a loop that knows nothing of the program's: every window through both models."""
     student, dense = load_model(source, "float32"), load_model(teacher, "float32")
@@ -89,11 +97,8 @@ def by_hand(source, teacher, windows, settings) -> dict[str, torch.Tensor]:
 
     def gradients(step: int) -> None:
         for index in windows.steps[step]:
-            ids = windows.samples[index]["input_ids"]
-            with torch.no_grad():
-                target = dense(ids).logits[0, :-1].log_softmax(-1)
-            own = student(ids).logits[0, :-1].log_softmax(-1)
-            (kl_div(own, target, reduction="batchmean", log_target=True) / settings.batch).backward()
+            divergence, _ = losses_of(student, dense, windows.samples[index]["input_ids"])
+            (divergence / settings.batch).backward()
         for name, mask in masks.items():
             trained[name].grad *= mask
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
@@ -235,9 +240,10 @@ def test_the_disk_must_hold_what_finds_no_room_in_memory(train, sparse, tmp_path
 
 def test_another_number_of_processes_goes_on(pair, train, pruned, tiny, tmp_path, prose, monkeypatch) -> None:
     source, threads = pruned(quantise="int8"), "import torch; torch.set_num_threads(2)"
-    change = "from gblm_compress.training import recovery; recovery.faster_dtype = lambda device, group: 'float32'"
+    change = "from gblm_compress.training import checkpoints, recovery, trainer\n"
+    change += "recovery.faster_dtype = lambda device, group: 'float32'"
     dies = (
-        "import os; from gblm_compress.training import checkpoints, trainer; trainer.CHECKPOINT_SECONDS = 0.0\n"
+        "import os; trainer.CHECKPOINT_SECONDS = 0.0\n"
         "save, done = checkpoints.Checkpoints.save, []\n"
         "def dying(self, *args):\n"
         "    save(self, *args), done.append(1)\n"
@@ -281,10 +287,8 @@ def test_looks_measure_what_is_minimised(weight, train, sparse, tiny, prose) -> 
     losses = []
     with torch.no_grad():
         for index in windows.held_out:
-            ids = windows.samples[index]["input_ids"]
-            own, target = (model(ids).logits[0, :-1].log_softmax(-1) for model in (student, dense))
-            divergence = kl_div(own, target, reduction="batchmean", log_target=True)
-            losses.append((1 - weight) * divergence - weight * own[torch.arange(len(own)), ids[0, 1:]].mean())
+            divergence, text = losses_of(student, dense, windows.samples[index]["input_ids"])
+            losses.append((1 - weight) * divergence + weight * text)
     assert result.before == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
     assert result.best == min(range(len(result.curve)), key=lambda look: result.curve[look].held_out) > 0
 
