@@ -1,6 +1,7 @@
 """A report made by hand, with everything in it that a report can hold."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,24 @@ TASK = {"task": "piqa", "metric": "acc", "accuracy": 0.6, "error": 0.05, "questi
         "recovery": RATIO}  # fmt: skip
 
 
-def spread(median: float) -> dict[str, float]:
-    return {"median": median, "p10": 0.9 * median, "p90": 1.1 * median}
-
-
-def speedup(dense: float, own: float) -> dict[str, Any]:
-    return vars(Speedup.of(Spread(**spread(dense)), Spread(**spread(own))))
+def spread(median: float) -> Spread:
+    return Spread(median, 0.9 * median, 1.1 * median)
 
 
 def model(name: str, tpot: float | None, bytes_: int, perplexity: float | None, dense: bool = False, batch: int = 1):
     """An artefact as plain values, timed beside one of 20 ms per token."""
     timing = tpot and {
-        "runtime": "torch", "dtype": "float32", "batch": batch, "ttft_ms": spread(5 * tpot), "tpot_ms": spread(tpot),
+        "runtime": "torch", "dtype": "float32", "batch": batch,
+        "ttft_ms": vars(spread(5 * tpot)), "tpot_ms": vars(spread(tpot)),
         "peak_memory_bytes": 3 * bytes_, "prefill_kernels": {"Linear": 7}, "decode_kernels": {"Bitmask": 7},
-        "prefill_speedup": None if dense else speedup(100, 5 * tpot),
-        "decode_speedup": None if dense else speedup(20, tpot),
+        "prefill_speedup": None if dense else vars(Speedup.of(spread(100), spread(5 * tpot))),
+        "decode_speedup": None if dense else vars(Speedup.of(spread(20), spread(tpot))),
         "step_ms": {"packed products": tpot / 2, "rest": tpot / 4},
     }  # fmt: skip
     evaluated = perplexity is not None and not dense
-    error, of_dense = (None, None) if dense else (0.5, 20.0)
-    metrics = {"perplexity": (perplexity, error, of_dense)}
+    metrics = (perplexity, None, None) if dense else (perplexity, 0.5, 20.0)
     return {
-        "model": name, "dense": dense, "metrics": metrics if perplexity is not None else {},
+        "model": name, "dense": dense, "metrics": {} if perplexity is None else {"perplexity": metrics},
         "fidelity": {"mean_kl": 0.2, "top1_agreement": 0.81} if evaluated else {},
         "tasks": {"tasks": [TASK], "mean_accuracy": 0.6, "recovery": RATIO} if evaluated else None,
         "nonzero_fraction": 1.0 if dense else 0.5, "bytes_on_disk": bytes_, "timing": timing,
@@ -81,23 +78,23 @@ def results(name: str) -> list[Row]:
 
 def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, **changes) -> RunReport:
     """A run of a model of 1 MB, whose export `name` takes 0.6 MB."""
-    values = {
-        "recipe": {"model": name},
-        "output": f"runs/{name}",
-        "environment": {"gblm_compress": "0.2.0"},
-        "stages": [Outcome("prune", False, 3.25, {}), Outcome(f"export {name}", True, 1.0, {})],
-        "rows": [*measured(*models(name, tpot, perplexity)), *results(name)],
-        "gates": [
+    made = RunReport(
+        recipe={"model": name},
+        output=f"runs/{name}",
+        environment={"gblm_compress": "0.2.0"},
+        stages=[Outcome("prune", False, 3.25, {}), Outcome(f"export {name}", True, 1.0, {})],
+        rows=[*measured(*models(name, tpot, perplexity)), *results(name)],
+        gates=[
             GateOutcome("min_decode_speedup", f"{name} in torch, batch 1", 1.3, 2.0, True, 1.6, name),
             GateOutcome("max_bytes", name, 500_000, 600_000, False, None, name),
         ],
-        "model": name,
-        "method": "50 % zeros by gblm",
-        "finished": "2026-01-02T03:04:05+00:00",
-        "conditions": {"machine": "a CPU, 2 threads, cpu", "timing": name, "evaluation": name},
-        "commands": [f"gblm-compress run {name}"],
-    }
-    return RunReport(**values | changes)
+        model=name,
+        method="50 % zeros by gblm",
+        finished="2026-01-02T03:04:05+00:00",
+        conditions={"machine": "a CPU, 2 threads, cpu", "timing": name, "evaluation": name},
+        commands=[f"gblm-compress run {name}"],
+    )
+    return replace(made, **changes)
 
 
 def write_report(run: Path, **changes) -> None:

@@ -18,11 +18,12 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
-from gblm_compress.runs import pipeline, report, run_report, stages, tables
+from gblm_compress.runs import pipeline, report, run_report, stages
 from gblm_compress.runs.job import Job, read_record
 from gblm_compress.runs.recipe import find_recipe, load_recipe
 from gblm_compress.runs.stages import stages_of
 from gblm_compress.storage.outputs import working_in
+from tests.conftest import edit_json
 
 QUIET = Progress(quiet=True)
 
@@ -51,25 +52,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pipeline.R
 def test_artefacts_and_report(finished) -> None:
     output, result = finished
     content = json.loads((output / "report.json").read_text())
-    assert content == json.loads(json.dumps(result.as_dict()))
+    assert content == json.loads(json.dumps(result.as_dict())) and content["passed"] is True
     assert run_report.read(output) == run_report.read(output / "report.json")
     assert run_report.read(output).rows == result.rows
-    assert [stage["name"] for stage in content["stages"]] == [
+    assert [stage.name for stage in result.stages] == [
         "prune", "export bitmask", "export onnx", "export semi-structured", "export dense-onnx",
         "evaluate pruned", "evaluate bitmask", "evaluate onnx", "benchmark",
     ]  # fmt: skip
-    assert content["passed"] is True
     (command,) = result.commands
     assert command == f"gblm-compress run {output / 'recipe.json'} -o {output}"
     assert load_recipe(output / "recipe.json").model_dump() == smoke().model_dump()
     assert "(same data as calibration: on other" in result.conditions["evaluation"]
-    html = (output / report.PAGE).read_text()
-    assert html.count("same data as calibration") == 2  # below the table, and among the conditions
-    assert "dense-onnx" in html and "data:image/png" in html
-    drawn = {path.stem for path in (output / report.PICTURES).iterdir()}
-    assert drawn == {
-        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "step", "output-error",
-    }  # fmt: skip
+    assert (output / report.PAGE).read_text().count("same data as calibration") == 2  # a note, and a condition
+    assert len([*(output / report.PICTURES).iterdir()]) == 6  # as no zeros differ between layers, and none recovered
 
 
 def test_rows_set_dense_against_pruned_per_runtime(finished) -> None:
@@ -87,9 +82,7 @@ def test_rows_set_dense_against_pruned_per_runtime(finished) -> None:
     assert quality["dense"].value == quality["pruned"].baseline != quality["pruned"].value
     assert {row.artefact for row in result.find("decode_speedup")} == {"pruned", "bitmask", "onnx"}
     assert result.find("bytes_ratio", "bitmask")[0].value < 0.7
-    assert [table.title for table in tables.of(result)] == [
-        "Gates", "Quality and size", "Speed and memory", "Kernels that ran", "Pruned layers", "Stages"
-    ]  # fmt: skip
+    assert {row.figure for row in result.rows if row.part} >= {"decode_kernels", "step_ms", "weights", "output_error"}
 
 
 def test_a_run_whose_model_lies_where_it_would_write_is_refused_by_its_check(finished) -> None:
@@ -114,9 +107,9 @@ def test_an_export_in_few_bits_is_held_against_the_dense_model_in_as_many(tmp_pa
     assert shares["dense"] == 1.0 and shares["pruned"] == 0.5
     for name, before in ((of_dense, 1.0), (int4, 0.5), ("bitmask-int4", 0.5)):
         assert before - 0.2 < shares[name] < before
-    model, layers = load_model(ModelSource("", tmp_path / "bitmask-int4")), result.stages[0].result["layers"]
-    left = [count_nonzeros(model.get_submodule(name).dense_weight()) for name in layers]
-    assert shares["bitmask-int4"] == sum(left) / result.stages[0].result["weights"]
+    model, pruned = load_model(ModelSource("", tmp_path / "bitmask-int4")), result.stages[0].result
+    left = [count_nonzeros(model.get_submodule(name).dense_weight()) for name in pruned["layers"]]
+    assert shares["bitmask-int4"] == sum(left) / pruned["weights"]
 
 
 def test_without_pruning_exports_are_held_against_the_dense_model(tmp_path) -> None:
@@ -136,7 +129,6 @@ def test_without_pruning_exports_are_held_against_the_dense_model(tmp_path) -> N
 
 
 def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(tmp_path, monkeypatch) -> None:
-    """A run ends in the second block's pruning; the next one of the same recipe does only that block."""
     original = walk.prune_block_
 
     def pruned(*overrides: str, blocks: int) -> list[str]:
@@ -209,14 +201,11 @@ def test_the_dense_model_reads_every_window_once_for_all_evaluations(finished, m
         assert outcome.result | {"model": ""} == json.loads(json.dumps(alone))
 
 
-@pytest.mark.parametrize("damage", ["[]", "change"])
-def test_damaged_records_and_artefacts_are_made_again(damage, finished, capsys) -> None:
+def test_damaged_records_and_artefacts_are_made_again(finished, capsys) -> None:
     output, first = finished
     (output / "semi-structured" / "gblm_sparse.safetensors").write_bytes(b"junk")
     path = output / ".stages" / "evaluate-pruned.json"
-    whole = path.read_text()
-    perplexity = json.loads(whole)["result"]["perplexity"]
-    path.write_text(whole.replace(str(perplexity), "1.0") if damage == "change" else damage)
+    edit_json(path, seconds=0.0)
     again = pipeline.run(smoke(), output, Progress())
     assert f"{path} is damaged and ignored" in capsys.readouterr().err.replace("\n", "")
     assert redone(again) == {"evaluate pruned", "export semi-structured"}
@@ -273,7 +262,7 @@ def test_own_text_is_trained_on_and_the_recovered_model_exported(tmp_path) -> No
     assert manifest["calibration"]["dataset"] == "self"
     assert [source["dataset"] for source in manifest["recovery"]["settings"]["data"]] == ["demo", "self"]
     manifest = json.loads((output / "bitmask" / "gblm_manifest.json").read_text())
-    assert manifest["source_sha256"] == ModelSource("recovered", output / "recovered").fingerprint
+    assert manifest["source_sha256"] == ModelSource("", output / "recovered").fingerprint
     curve, looks = result.stages[1].result["curve"], result.find("held_out_loss")
     assert [(look.tokens, look.value) for look in looks] == [(s["tokens"], s["held_out"]) for s in curve]
     assert min(looks, key=lambda look: look.value).part == "kept"

@@ -1,7 +1,7 @@
 """The report as tables and files: names from outside bend none of it, and it says what was measured."""
 
 import json
-import re
+import math
 from itertools import product
 from unittest.mock import MagicMock
 from xml.etree import ElementTree
@@ -18,7 +18,7 @@ from gblm_compress.runs.rows import Row
 from gblm_compress.runs.run_report import headline, verdict
 from gblm_compress.storage.outputs import JUNIT, PAGE, SUMMARY
 from gblm_compress.storage.records import as_json
-from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report, write_report
+from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report
 
 
 def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) -> None:
@@ -36,12 +36,11 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
         documents.write(hostile, tmp_path)
     (tmp_path / documents.PICTURES).unlink()
     documents.write(hostile, tmp_path)
-    assert json.loads((tmp_path / run_report.REPORT).read_text())["model"] == HOSTILE
     assert run_report.read(tmp_path) == hostile
     page = (tmp_path / documents.PAGE).read_text(encoding="utf-8")
     assert r"[/]$\frac{$\x1b[2J\udcff&lt;script&gt;" in page and "\x1b" not in page and "<script>alert" not in page
     assert page.count("<script") == 1 and 'src="http' not in page and 'href="http' not in page
-    assert "@media print {" in page and len(re.findall('<img[^>]* alt="[^"]+"', page)) == 7
+    assert "@media print {" in page
     assert len(list((tmp_path / documents.PICTURES).iterdir())) == page.count("data:image/png") == 7
     markdown = documents.markdown(hostile)
     for kind, content in ((PAGE, page), (SUMMARY, markdown), (JUNIT, documents.junit(hostile))):
@@ -79,10 +78,8 @@ def test_a_sentence_of_the_headline_has_one_baseline() -> None:
     assert same.endswith("onnx-int8 compared with dense-onnx-int8, on a CPU, 2 threads, cpu, onnxruntime, batch 1.")
     assert other.startswith("perplexity +20 % (20.00 → 24.00 ±0.50), 82 % smaller (1.0 MB → 180.0 kB), the same answer")
     own, of_dense = in_8_bits()
-    alike = of_dense | {"metrics": {"perplexity": (20.5, 0.4, 20.0)}}
-    assert "perplexity +17 % (20.50 → 24.00 ±0.50): onnx-int8 compared" in headline(
-        report(rows=measured(models()[0], own, alike))
-    )
+    alike = report(rows=measured(models()[0], own, of_dense | {"metrics": {"perplexity": (20.5, 0.4, 20.0)}}))
+    assert "perplexity +17 % (20.50 → 24.00 ±0.50): onnx-int8 compared" in headline(alike)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +87,7 @@ def test_a_sentence_of_the_headline_has_one_baseline() -> None:
     [
         (model("same", 10.0, 1_002_000, None), "same size", ("2.00× as fast", "good"), ("quality not measured", "")),
         (model("large", None, 1_100_000, 20.005), "10 % larger", ("speed not measured", ""), ("same perplexity", "")),
-        (
-            model("nan", 20.0, 500_000, float("nan")),
-            "50 % smaller",
-            (NO_SPEED_UP, ""),
-            ("perplexity not finite", "bad"),
-        ),
+        (model("nan", 20.0, 500_000, math.nan), "50 % smaller", (NO_SPEED_UP, ""), ("perplexity not finite", "bad")),
         (model("worse", 40.0, 500_000, 20.5), "50 % smaller", ("0.50× as fast", "bad"), ("perplexity +2.5 %", "bad")),
         (model("better", 20.0, 500_000, 10.0), "50 % smaller", (NO_SPEED_UP, ""), ("perplexity −50 %", "good")),
     ],
@@ -192,22 +184,17 @@ def test_worse_is_what_the_intervals_leave_no_doubt_about(figure, was, now, verd
 
 
 def test_what_got_worse_comes_first_and_only_two_runs_are_compared(tmp_path) -> None:
-    page, before, now = (tmp_path / name for name in ("page.html", "before", "now"))
-    write_report(before)
-    write_report(now, tpot=14.0, perplexity=25.0)
-    found = documents.report([before, now], page)
-    verdicts = [line[-1].text for line in found.changes.rows]
+    changes = tables.changes(report(), report(tpot=14.0, perplexity=25.0))
+    verdicts = [line[-1].text for line in changes.rows]
     assert verdicts == sorted(verdicts, key=("worse", "better", "same").index)
-    assert "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in found.regressions
-    assert "pruned: perplexity 24.00 → 25.00" in found.regressions
-    assert not [line for line in found.regressions if line.startswith("dense")]
-    assert "This run compared with the previous one" in page.read_text()
-    assert found.as_dict()["regressions"] == found.regressions
-    assert documents.report([before, before], page).regressions == []
-    assert documents.report([before], page).regressions == [] and "before" not in page.read_text()
-    for folders in ([], [before] * 3):
+    regressions = documents.ReportResult("", [], changes).regressions
+    assert "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in regressions
+    assert "pruned: perplexity 24.00 → 25.00" in regressions
+    assert not [line for line in regressions if line.startswith("dense")]
+    assert documents.ReportResult("", [], tables.changes(report(), report())).regressions == []
+    for folders in ([], [tmp_path] * 3):
         with pytest.raises(UsageError, match="give one folder"):
-            documents.report(folders, page)
+            documents.report(folders, tmp_path / "page.html")
 
 
 def test_a_change_from_zero_has_no_share() -> None:

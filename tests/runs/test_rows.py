@@ -90,7 +90,7 @@ def test_a_ratio_that_is_not_significant_passes_no_gate() -> None:
     assert not outcome.passed and outcome.bound == pytest.approx(0.6) and NO_SPEED_UP in outcome.subject
 
 
-def test_what_was_not_measured_or_is_not_finite_passes_no_gate() -> None:
+def test_what_was_not_measured_passes_no_gate() -> None:
     for artefact, limits in (("semi-structured", {"min_decode_speedup": 1.1}), (None, {"max_mean_kl": 1.0})):
         (gate,) = check_gates([GateSettings(artefact=artefact, **limits)], measured(DENSE, UNTIMED))
         subject = f"{artefact or 'all artefacts'}: not measured"
@@ -108,15 +108,10 @@ def test_a_quality_that_is_not_finite_fails_beside_others_that_pass() -> None:
 @pytest.mark.parametrize(
     ("figure", "value", "error", "said"),
     [
-        ("perplexity", 21.454, 0.5, "21.45 ±0.50"),
         ("mean_kl", 0.3691, None, "0.369"),
         ("mean_kl", -1e-9, None, "0.000"),
-        ("perplexity", float("nan"), None, "not finite"),
-        ("perplexity", None, None, "not finite"),
-        ("top1_agreement", 0.8123, None, "81.2 %"),
-        ("perplexity_increase", 0.15, None, "15.0 %"),
-        ("bytes", 600_000, None, "600.0 kB"),
-        ("decode_speedup", 1.3, None, "1.30×"),
+        ("perplexity", math.nan, None, "not finite"),
+        ("perplexity_increase", 0.15, 0.01, "15.0 ±1.0 %"),
         ("tpot_ms", 1234.5, None, "1,234 ms"),
         ("prefill_kernels", 7, None, "7"),
     ],

@@ -8,6 +8,7 @@ import pytest
 from gblm_compress.kernels import cpu
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
 from gblm_compress.runs.job import Job, data_hash
 from gblm_compress.runs.pipeline import check, outlook
 from gblm_compress.runs.stages import stages_of
@@ -24,14 +25,15 @@ def recipe(**keys) -> Recipe:
     return Recipe.model_validate({"model": "tiny", **PARTS, **keys})
 
 
-def faults(progress, **keys) -> list[str]:
-    return [str(fault) for fault in check(recipe(**keys), progress)]
+def faults(**keys) -> list[str]:
+    return [str(fault) for fault in check(recipe(**keys), Progress(quiet=True))]
 
 
-SEMI, ONNX = [{"format": "semi-structured"}], [{"format": "onnx"}]
+SEMI, ONNX, OF_SEMI = [{"format": "semi-structured"}], [{"format": "onnx"}], {"artefact": "semi-structured"}
 ON_CPU = {"model": {"source": "tiny", "device": "cpu"}, "prune": {"pattern": "2:4"}, "export": SEMI}
 SHORT = {"prompt": 8, "generate": 8}
-IN_TORCH = {"export": ONNX, "benchmark": {**SHORT, "runtimes": ["torch"]}}
+IN_TORCH = {"benchmark": {**SHORT, "runtimes": ["torch"]}}
+DENSE_INT8 = {"prune": None, "export": [{"format": "onnx", "quantise": "int8"}], "benchmark": SHORT}
 MIXED = {"pattern": "2:4", "overrides": [{"layers": "*.0.mlp.*", "pattern": "3:4"}]}
 INT4 = {"prune": {"quantise": "int4"}}
 
@@ -55,65 +57,54 @@ INT4 = {"prune": {"quantise": "int4"}}
         ({"prune": MIXED, "export": SEMI}, "model.layers.0.mlp.gate_proj: pattern 3:4 is not 2:4"),
         ({"prune": {"pattern": "3:5"}}, "in_features=64 is not a multiple of 5"),
         ({"prune": {"overrides": [{"layers": "*.ffn", "pattern": "2:4"}]}}, "override '*.ffn' matches no"),
-        (IN_TORCH | {"gates": {"max_tpot_ms": 9, "artefact": "onnx"}}, "not timed in onnxruntime or genai"),
-        (
-            ON_CPU | {"benchmark": SHORT, "gates": {"min_decode_speedup": 2, "artefact": SEMI[0]["format"]}},
-            "not timed on cpu",
-        ),
-        (ON_CPU | {"gates": {"max_mean_kl": 1, "artefact": SEMI[0]["format"]}}, "is not evaluated on cpu"),
+        (IN_TORCH | {"export": ONNX, "gates": {"max_tpot_ms": 9, "artefact": "onnx"}}, "not timed in onnxruntime or"),
+        (ON_CPU | {"benchmark": SHORT, "gates": {"min_decode_speedup": 2, **OF_SEMI}}, "not timed on cpu"),
+        (ON_CPU | {"gates": {"max_mean_kl": 1, **OF_SEMI}}, "is not evaluated on cpu"),
+        (DENSE_INT8 | IN_TORCH, "no export runs in torch on cpu, so nothing would be timed"),
     ],
 )
-def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:
-    (fault,) = faults(progress, **keys)
+def test_a_fault_that_shows_before_the_work(keys, message) -> None:
+    (fault,) = faults(**keys)
     assert message in fault
 
 
-def test_what_recovery_has_for_language_models_alone_is_told_before_the_pruning(progress, tmp_path) -> None:
+def test_what_recovery_has_for_language_models_alone_is_told_before_the_pruning(tmp_path) -> None:
     source = families.written(tmp_path / "bert", "bert")
-    recover = {"sequence_length": 32, "data": ["demo"], "text_weight": 0.5}
-    found = faults(progress, model=str(source.folder), recover=recover)
+    found = faults(model=str(source.folder), recover={"sequence_length": 32, "data": ["demo"], "text_weight": 0.5})
     assert any("text_weight is for causal language models, and" in fault for fault in found)
 
 
-def test_a_pattern_within_2_4_has_no_fault(progress) -> None:
-    for pattern in ("2:4", "1:4", "1:2", "2:8"):
-        assert faults(progress, prune={"pattern": pattern}, export=SEMI) == []
-
-
-@pytest.mark.parametrize("format", ["semi-structured", "semi-structured-int8"])
 @pytest.mark.parametrize("model", ["tiny", "owner/model"])
-def test_an_allocation_that_may_break_the_pattern_of_an_export(format, model, progress, monkeypatch) -> None:
+def test_an_allocation_that_may_break_the_pattern_of_an_export(model, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
 
-    def found(pattern: str, format: str = format, **more) -> list[str]:
-        settings = {"pattern": pattern, "allocation": "sensitivity", **more}
-        return faults(progress, model=model, prune=settings, export=[{"format": format}])
+    def found(pattern: str, format: str = "semi-structured", allocation: str = "sensitivity", **more) -> list[str]:
+        settings = {"pattern": pattern, "allocation": allocation, **more}
+        return faults(model=model, prune=settings, export=[{"format": format}])
 
-    assert found("2:4") == [
-        f"allocation sensitivity changes N of 2:4, but export to {format} needs 2:4; give allocation uniform"
-    ]
-    assert found("2:4", format="bitmask") == found("1:4") == found("2:4", allocation="uniform") == []
-    assert found("1:4", overrides=[{"layers": "*", "pattern": "2:4"}]) == []
-
-
-def test_an_absent_package(progress, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    (fault,) = faults(progress, evaluate={**PARTS["evaluate"], "tasks": ["piqa"]})
-    assert "lm-eval, which is not installed" in fault
+    for format in ("semi-structured", "semi-structured-int8"):
+        assert found("2:4", format) == [
+            f"allocation sensitivity changes N of 2:4, but export to {format} needs 2:4; give allocation uniform"
+        ]
+    assert found("2:4", "bitmask") == found("1:4", overrides=[{"layers": "*", "pattern": "2:4"}]) == []
+    for pattern in ("2:4", "1:4", "1:2", "2:8"):
+        assert found(pattern, allocation="uniform") == []
 
 
-def test_an_operator_that_was_not_compiled_and_a_float16_checkpoint(progress, tiny, tmp_path, monkeypatch) -> None:
+def test_an_absent_package_or_operator_and_a_float16_checkpoint(tiny, tmp_path, monkeypatch) -> None:
     exports = [{"format": "onnx", "kernels": True}, {"format": "onnx", "kernels": True, "graph": "plain"}]
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "library_file", lambda: None)
-        (message,) = faults(progress, export=exports)
-    assert "operator for ONNX Runtime is missing" in message
+        patch.setitem(sys.modules, "lm_eval", None)
+        found = faults(evaluate={**PARTS["evaluate"], "tasks": ["piqa"]}, export=exports)
+    for said, expected in zip(found, ("operator for ONNX Runtime is missing", "lm-eval, which is not"), strict=True):
+        assert expected in said
     monkeypatch.setattr(cpu, "onnxruntime_library", lambda: Path())
     load_model(tiny("llama"), "float16").save_pretrained(tmp_path / "half")
-    assert faults(progress, model=str(tmp_path / "half"), export=exports) == []
+    assert faults(model=str(tmp_path / "half"), export=exports) == []
 
 
-def test_kernels_auto_means_where_they_were_compiled(tiny, progress, tmp_path, monkeypatch) -> None:
+def test_kernels_auto_means_where_they_were_compiled(tiny, tmp_path, monkeypatch) -> None:
     auto = {"format": "onnx", "kernels": "auto", "quantise": "int8"}
     keys = {"export": [auto, {**auto, "kernels": False}], "benchmark": SHORT}
     gate = {"gates": {"artefact": "onnx-kernels-quantise-int8", "max_bytes": "1GB"}}
@@ -124,50 +115,42 @@ def test_kernels_auto_means_where_they_were_compiled(tiny, progress, tmp_path, m
 
     monkeypatch.setattr(cpu, "library_file", Path)
     names = ["export onnx-kernels-quantise-int8", "export onnx-quantise-int8", "export dense-onnx-quantise-int8"]
-    assert planned() == (names, []) and faults(progress, **keys, **gate) == []
+    assert planned() == (names, []) and faults(**keys, **gate) == []
     monkeypatch.setattr(cpu, "library_file", lambda: None)
     exports, (note,) = planned()
-    assert exports == names[1:] and faults(progress, **keys) == []
+    assert exports == names[1:] and faults(**keys) == []
     assert note.startswith("export onnx-quantise-int8 is dense, so zeros save neither bytes nor time; the operator")
-    (fault,) = faults(progress, **keys, **gate)
+    (fault,) = faults(**keys, **gate)
     assert fault == f"gates.artefact 'onnx-kernels-quantise-int8' is not made: {note}"
 
 
-def test_without_pruning_the_dense_model_is_exported_and_its_levels_timed_against_floats(
-    progress, tiny, tmp_path
-) -> None:
-    keys = {"prune": None, "export": [{"format": "onnx", "quantise": "int8"}], "benchmark": SHORT}
-
-    def planned(dense: ModelSource, **more) -> list[str]:
-        return [stage.name for stage in stages_of(Job(recipe(**keys, **more), dense, tmp_path))]
-
-    measured = ["evaluate onnx-quantise-int8", "benchmark"]
-    assert planned(tiny("llama")) == ["export onnx-quantise-int8", "export dense-onnx", *measured]
+def test_without_pruning_levels_are_timed_against_floats(tiny, tmp_path) -> None:
     half = ModelSource("half", tmp_path / "half")
     load_model(tiny("llama"), "float16").save_pretrained(half.folder)
-    assert planned(half) == ["export onnx-quantise-int8", "export dense-onnx-float32", *measured]
-    in_torch = SHORT | {"runtimes": ["torch"]}
-    (fault,) = faults(progress, **keys | {"benchmark": in_torch})
-    assert "no export runs in torch on cpu, so nothing would be timed" in fault
-    assert faults(progress, **keys | {"benchmark": in_torch, "export": [{"format": "int8"}]}) == []
+    for dense, baseline in ((tiny("llama"), "dense-onnx"), (half, "dense-onnx-float32")):
+        planned = [stage.name for stage in stages_of(Job(recipe(**DENSE_INT8), dense, tmp_path))]
+        exports = ["export onnx-quantise-int8", f"export {baseline}"]
+        assert planned == [*exports, "evaluate onnx-quantise-int8", "benchmark"]
+    assert faults(**DENSE_INT8 | IN_TORCH | {"export": [{"format": "int8"}]}) == []
 
 
-def test_a_pruned_model_is_no_dense_one(progress, pruned) -> None:
-    (fault,) = faults(progress, model=str(pruned().folder), prune=None, export=ONNX)
+def test_a_pruned_model_is_no_dense_one(pruned) -> None:
+    (fault,) = faults(model=str(pruned().folder), prune=None, export=ONNX)
     assert fault.endswith("is pruned, but it is the baseline when prune is null; give the dense model")
 
 
-def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, monkeypatch) -> None:
+def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.models.loading.choose_device", lambda device: "cuda")
     timed = {"export": [{"format": "onnx", "kernels": True}], "benchmark": SHORT | {"runtimes": ["onnxruntime"]}}
-    assert "on cuda, so nothing would be timed" in str(faults(progress, **timed))
+    assert "on cuda, so nothing would be timed" in str(faults(**timed))
 
 
-def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatch) -> None:
+def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    absent = recipe(model="owner/model", calibration={"dataset": "c4"}, export=[{"format": "semi-structured"}])
-    (fault,) = check(absent, progress)
-    assert "prune.pattern: pattern unstructured is not 2:4" in str(fault)
+    absent = {"model": "owner/model", "calibration": {"dataset": "c4"}, "export": SEMI}
+    (fault,) = faults(**absent)
+    assert "prune.pattern: pattern unstructured is not 2:4" in fault
+    absent = recipe(**absent)
     assert outlook(absent)["unchecked"] == ["model owner/model", "dataset c4"]
     assert outlook(recipe())["unchecked"] == outlook(recipe(calibration={"dataset": "self"}))["unchecked"] == []
     trained = recipe(recover={"data": ["demo", "owner/texts"], "disjoint_from": ["wikitext2"]})
