@@ -42,15 +42,14 @@ def run(folder: Path, **given: str) -> Job:
     for path in files.values():
         path.write_text("")
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    fixed = {"PATH": f"{tools}:{os.environ['PATH']}", "RUNNER_TEMP": str(folder), "PYTHONPATH": search}
-    fixed |= {"HF_HUB_OFFLINE": "1"}
+    paths = {"PATH": f"{tools}:{os.environ['PATH']}", "RUNNER_TEMP": str(folder), "PYTHONPATH": search}
+    fixed = os.environ | paths | {"HF_HUB_OFFLINE": "1"} | {name: str(path) for name, path in files.items()}
     job = Job({}, "", "", "")
     for step in (step for step in ACTION["runs"]["steps"] if "run" in step):
         assert step["shell"] == "bash" and "${{" not in step["run"]  # values are never part of a script
         own = {key: values[re.fullmatch(r"\$\{\{ (.*) \}\}", text)[1]] for key, text in step["env"].items()}
-        environment = os.environ | fixed | {name: str(path) for name, path in files.items()} | own
         command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=fixed | own, capture_output=True, text=True)
         job.log += done.stdout + done.stderr
         job.codes[step["name"]] = done.returncode
         if done.returncode:

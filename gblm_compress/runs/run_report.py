@@ -141,14 +141,12 @@ class Verdict:
 
     def sentence(self, *, details: bool = True) -> str:
         """One sentence for each dense artefact that it is compared with."""
-        same = [tile for tile in self.tiles if tile.beside == self.beside]
-        other = [tile for tile in self.tiles if tile.beside != self.beside]
-        first, rest = ([tile.sentence if details else tile.figure for tile in each] for each in (same, other))
-        rest += self.others
-        if self.beside == DENSE:
-            first, rest = first + rest, []
-        known = f"{', '.join(first)}: {self.artefact} compared with {named(self.beside)}{self.where}."
-        return f"{known} Compared with the dense model: {', '.join(rest)}." if rest else known
+        said: dict[str, list[str]] = {self.beside: [], DENSE: []}
+        for tile in self.tiles:
+            said[tile.beside].append(tile.sentence if details else tile.figure)
+        said[DENSE] += self.others
+        known = f"{', '.join(said.pop(self.beside))}: {self.artefact} compared with {named(self.beside)}{self.where}."
+        return f"{known} Compared with the dense model: {', '.join(said[DENSE])}." if said.get(DENSE) else known
 
 
 def named(artefact: str) -> str:

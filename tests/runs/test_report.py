@@ -18,7 +18,7 @@ from gblm_compress.runs.rows import Row
 from gblm_compress.runs.run_report import headline, verdict
 from gblm_compress.storage.outputs import JUNIT, PAGE, SUMMARY
 from gblm_compress.storage.records import as_json
-from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report
+from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report, write_report
 
 
 def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) -> None:
@@ -40,7 +40,7 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     page = (tmp_path / documents.PAGE).read_text(encoding="utf-8")
     assert r"[/]$\frac{$\x1b[2J\udcff&lt;script&gt;" in page and "\x1b" not in page and "<script>alert" not in page
     assert page.count("<script") == 1 and 'src="http' not in page and 'href="http' not in page
-    assert "@media print {" in page
+    assert "@media print {" in page and ">40 % smaller<" in page and ">compared with the dense model<" in page
     assert len(list((tmp_path / documents.PICTURES).iterdir())) == page.count("data:image/png") == 7
     markdown = documents.markdown(hostile)
     for kind, content in ((PAGE, page), (SUMMARY, markdown), (JUNIT, documents.junit(hostile))):
@@ -183,18 +183,22 @@ def test_worse_is_what_the_intervals_leave_no_doubt_about(figure, was, now, verd
     assert tables.compared(Row("bitmask", figure, *was), Row("bitmask", figure, *now)) == verdict
 
 
-def test_what_got_worse_comes_first_and_only_two_runs_are_compared(tmp_path) -> None:
-    changes = tables.changes(report(), report(tpot=14.0, perplexity=25.0))
-    verdicts = [line[-1].text for line in changes.rows]
+def test_what_got_worse_comes_first_and_only_two_runs_are_compared(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(documents.charts, "of", lambda report: [])
+    page, before, now = (tmp_path / name for name in ("page.html", "before", "now"))
+    write_report(before)
+    write_report(now, tpot=14.0, perplexity=25.0)
+    found = documents.report([before, now], page)
+    verdicts = [line[-1].text for line in found.changes.rows]
     assert verdicts == sorted(verdicts, key=("worse", "better", "same").index)
-    regressions = documents.ReportResult("", [], changes).regressions
-    assert "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in regressions
-    assert "pruned: perplexity 24.00 → 25.00" in regressions
-    assert not [line for line in regressions if line.startswith("dense")]
-    assert documents.ReportResult("", [], tables.changes(report(), report())).regressions == []
-    for folders in ([], [tmp_path] * 3):
+    said = found.as_dict()["regressions"]
+    assert {"bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms", "pruned: perplexity 24.00 → 25.00"} <= {*said}
+    assert not [line for line in said if line.startswith("dense")] and "with the previous one" in page.read_text()
+    for folders in ([before], [before, before]):
+        assert documents.report(folders, page).regressions == []
+    for folders in ([], [before] * 3):
         with pytest.raises(UsageError, match="give one folder"):
-            documents.report(folders, tmp_path / "page.html")
+            documents.report(folders, page)
 
 
 def test_a_change_from_zero_has_no_share() -> None:
