@@ -63,15 +63,15 @@ class ImageClassification(Classes):
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
-        pictures = read(dataset, "calibration", samples, seed)
-        if len(pictures.found) < samples:
+        pictures, classes = read(dataset, "calibration", samples, seed)
+        if len(pictures) < samples:
             raise DataError(
-                f"dataset {dataset!r} has {len(pictures.found)} images, but {samples} samples are asked for; give fewer"
+                f"dataset {dataset!r} has {len(pictures)} images, but {samples} samples are asked for; give fewer"
             )
-        return with_draws(list(Preprocessed(processor, config, pictures)), seed)
+        return with_draws(list(Preprocessed(processor, config, pictures, classes)), seed)
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Sequence[Sample]:
-        return Preprocessed(processor, config, read(dataset, "calibration", tokens // length, seed=0))
+        return Preprocessed(processor, config, *read(dataset, "calibration", tokens // length, seed=0))
 
     def tokens_of(self, config: Any, length: int) -> int:
         """The patches of an image; of 16 × 16 pixels if the config does not say."""
@@ -80,7 +80,7 @@ class ImageClassification(Classes):
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
         """With a limit, images are drawn at random, because folders are sorted by class."""
-        return Preprocessed(processor, config, read(dataset, "evaluation", limit, seed=0))
+        return Preprocessed(processor, config, *read(dataset, "evaluation", limit, seed=0))
 
     def probe(self, processor: Any, config: Any) -> Sample:
         """A synthetic image of large and small blots: no photograph is on every machine."""
@@ -121,21 +121,13 @@ class Picture:
         return image.convert(mode)
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Images of a dataset, and the names of its classes in order, if they have names."""
-
-    found: Sequence[Picture]
-    classes: tuple[str, ...] = ()
-
-
 class Preprocessed(Sequence[Sample]):
     """Samples that are read and processed at each access; the labels are checked once, at the start."""
 
-    def __init__(self, processor: Any, config: Any, pictures: Pictures) -> None:
-        self._processor, self._config, self._pictures = processor, config, pictures.found
+    def __init__(self, processor: Any, config: Any, pictures: Sequence[Picture], classes: tuple[str, ...]) -> None:
+        self._processor, self._config, self._pictures = processor, config, pictures
         self._mode = _mode(config)
-        self._labels = labels_of(pictures, config)
+        self._labels = labels_of(pictures, classes, config)
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -149,21 +141,19 @@ class Preprocessed(Sequence[Sample]):
         return {"pixel_values": pixels, **label}
 
 
-def labels_of(pictures: Pictures, config: Any) -> list[int]:
+def labels_of(pictures: Sequence[Picture], classes: tuple[str, ...], config: Any) -> list[int]:
     """The class numbers of all images; empty if the data has no classes.
 
     Model and data may have equally many classes and share no name. Then the folders in alphabetical order are the
     classes, as in `torchvision` and ImageNet.
     """
-    if all(picture.label is None for picture in pictures.found):
+    if all(picture.label is None for picture in pictures):
         return []
     names = names_of(config)
     numbers = {str(number) for number in range(config.num_labels)}
-    if len(pictures.classes) == config.num_labels and not any(
-        name.lower() in names or name in numbers for name in pictures.classes
-    ):
-        names = {name.lower(): number for number, name in enumerate(pictures.classes)}
-    return [class_of(picture.label, picture.where, config, names) for picture in pictures.found]
+    if len(classes) == config.num_labels and not any(name.lower() in names or name in numbers for name in classes):
+        names = {name.lower(): number for number, name in enumerate(classes)}
+    return [class_of(picture.label, picture.where, config, names) for picture in pictures]
 
 
 def _pixels(processor: Any, config: Any, image: Image, where: str) -> Tensor:
@@ -234,16 +224,19 @@ def data_files(source: str) -> list[Path]:
     return []
 
 
-def read(source: str, role: text.Role, count: int | None, seed: int) -> Pictures:
-    """At most `count` images, drawn at random; or all in order. `role` picks the part, if the dataset has parts."""
+def read(source: str, role: text.Role, count: int | None, seed: int) -> tuple[list[Picture], tuple[str, ...]]:
+    """At most `count` images, drawn at random; or all in order. `role` picks the part, if the dataset has parts.
+
+    Also the names of the classes in order, if they have names.
+    """
     path = next(iter(data_files(source)), None)
     if path is None or (path.suffix == ".parquet" and path.is_file()):
-        return Pictures(_of_rows(path, source, role, count, seed))
+        return _of_rows(path, source, role, count, seed), ()
     if path.is_dir() and not _idx_files(path):
         found, classes = _of_folder(path, role)
     else:
         found, classes = _of_idx(path, source, role), ()
-    return Pictures([found[index] for index in _chosen(len(found), count, seed)], classes)
+    return [found[index] for index in _chosen(len(found), count, seed)], classes
 
 
 def _chosen(available: int, count: int | None, seed: int) -> Sequence[int]:

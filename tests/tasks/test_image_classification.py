@@ -5,6 +5,7 @@ import io
 import os
 import random
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -27,7 +28,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS, text
 from gblm_compress.tasks import image_classification as images
-from gblm_compress.tasks.image_classification import Picture, Pictures, labels_of
+from gblm_compress.tasks.image_classification import Picture, labels_of
 from tests.conftest import export, prune
 from tests.tasks import families
 from tests.tasks.families import table
@@ -166,12 +167,9 @@ def test_blocks_that_change_the_size_of_states_are_not_pruned_from_disk(model, p
     ],
 )
 def test_labels_are_numbers_or_names_of_the_model(labels, classes, expected) -> None:
-    given = Pictures([Picture(f"image {n}", label, lambda: None) for n, label in enumerate(labels)], classes)
-    if isinstance(expected, list):
-        assert labels_of(given, config_of("vit")) == expected
-        return
-    with pytest.raises(DataError, match=expected):
-        labels_of(given, config_of("vit"))
+    given = [Picture(f"image {n}", label, lambda: None) for n, label in enumerate(labels)]
+    with pytest.raises(DataError, match=expected) if isinstance(expected, str) else nullcontext():
+        assert labels_of(given, classes, config_of("vit")) == expected
 
 
 def test_a_limit_draws_from_all_classes_and_a_processor_that_does_not_fit_is_refused(model, pictures) -> None:
@@ -215,12 +213,12 @@ def idx(path: Path, numbers: numpy.ndarray) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def read(place: object, role: text.Role = "evaluation", count: int | None = None, seed: int = 0) -> Pictures:
-    return images.read(str(place), role, count, seed)
+def read(place: object, role: text.Role = "evaluation", count: int | None = None, seed: int = 0) -> list[Picture]:
+    return images.read(str(place), role, count, seed)[0]
 
 
-def values(found: Pictures, mode: str = "L") -> list[tuple[int, images.Label]]:
-    return [(one.read(mode).getpixel((0, 0)), one.label) for one in found.found]
+def values(found: list[Picture]) -> list[tuple[int, images.Label]]:
+    return [(one.read("L").getpixel((0, 0)), one.label) for one in found]
 
 
 def test_a_folder_has_a_class_for_each_sub_folder_and_may_have_parts(tmp_path) -> None:
@@ -232,16 +230,15 @@ def test_a_folder_has_a_class_for_each_sub_folder_and_may_have_parts(tmp_path) -
             picture(10 * number + value).save(folder / name / place)
     (folder / "notes.txt").write_text("no image")
     (folder / "empty").mkdir()
-    found = read(folder)
-    assert found.classes == ("cat", "dog")
+    found, classes = images.read(str(folder), "evaluation", None, 0)
+    assert classes == ("cat", "dog")
     assert values(found) == [(0, "cat"), (1, "cat"), (2, "cat"), (10, "dog"), (11, "dog"), (12, "dog")]
     chosen = random.Random(5).sample(range(6), 4)
-    drawn = read(folder, "calibration", 4, 5)
-    assert values(drawn) == [values(found)[index] for index in chosen] and drawn.classes == found.classes
+    assert values(read(folder, "calibration", 4, 5)) == [values(found)[index] for index in chosen]
     assert tasks.data_files(str(folder)) == [folder] and tasks.is_here(str(folder))
     assert values(read(folder / "cat" / "deep")) == [(2, None)]
     folder.rename(tmp_path / "train")
-    assert len(read(tmp_path, "calibration").found) == 6
+    assert len(read(tmp_path, "calibration")) == 6
     with pytest.raises(DataError, match="has no part for evaluation: no folder val or validation"):
         read(tmp_path)
 
@@ -251,7 +248,7 @@ def test_idx_files(tmp_path, suffix) -> None:
     pixels = numpy.arange(2 * 3 * 5, dtype=numpy.uint8).reshape(2, 3, 5)
     idx(tmp_path / f"t10k-images-idx3-ubyte{suffix}", pixels)
     idx(tmp_path / f"t10k-labels-idx1-ubyte{suffix}", numpy.array([7, 3], dtype=numpy.uint8))
-    found = read(tmp_path).found
+    found = read(tmp_path)
     assert [one.label for one in found] == [7, 3]
     assert (numpy.stack([numpy.asarray(one.read("L")) for one in found]) == pixels).all()
     with pytest.raises(DataError, match="no part for calibration: no file train-images-idx3-ubyte"):
@@ -259,10 +256,10 @@ def test_idx_files(tmp_path, suffix) -> None:
     alone = tmp_path / "images-idx3-ubyte"
     idx(alone, pixels)
     assert images.data_files(str(alone)) == [alone]
-    assert [one.label for one in read(alone).found] == [None, None]
+    assert [one.label for one in read(alone)] == [None, None]
     idx(labels := tmp_path / "labels-idx1-ubyte", numpy.array([1, 0], dtype=numpy.uint8))
     assert images.data_files(str(alone)) == [alone, labels]
-    assert [one.label for one in read(alone).found] == [1, 0]
+    assert [one.label for one in read(alone)] == [1, 0]
 
 
 def test_a_parquet_file(tmp_path) -> None:
@@ -274,7 +271,7 @@ def test_a_parquet_file(tmp_path) -> None:
         chosen = sorted(random.Random(1).sample(range(200), count))
         assert values(read(path, "calibration", count, 1)) == [(value, value) for value in chosen]
     path.write_bytes(table(image=stored[:2], label=[False, True]))
-    assert [repr(one.label) for one in read(path).found] == ["0", "1"]
+    assert [repr(one.label) for one in read(path)] == ["0", "1"]
     path.write_bytes(table(image=[png(3)]))
     assert values(read(path)) == [(3, None)]
 
@@ -367,7 +364,7 @@ def test_no_image_starts_a_program(tmp_path, monkeypatch, source) -> None:
     (tmp_path / "a.parquet").write_bytes(table(image=[eps]))
     place = {"folder": tmp_path, "parquet": tmp_path / "a.parquet", "hub": "owner/name"}[source]
     with pytest.raises(DataError, match="unknown format|Unable to locate Ghostscript"):
-        read(place).found[0].read("RGB")
+        read(place)[0].read("RGB")
     assert not (tmp_path / "ran").exists()
 
 
@@ -380,7 +377,7 @@ def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
         "deep.png' has pixels of mode I;16",
         "words.jpg' cannot be read as an image .unknown format.; remove it",
     )
-    for one, message in zip(read(tmp_path).found, messages, strict=True):
+    for one, message in zip(read(tmp_path), messages, strict=True):
         with pytest.raises(DataError, match=message):
             one.read("RGB")
 
@@ -391,6 +388,6 @@ MODES = [*((mode, ".png") for mode in ("L", "LA", "P", "RGBA")), ("CMYK", ".tif"
 @pytest.mark.parametrize(("mode", "suffix"), [*MODES, *(("RGB", suffix) for suffix in images.SUFFIXES)])
 def test_images_of_all_modes_and_formats_are_converted(tmp_path, mode, suffix) -> None:
     picture(200).convert(mode).save(tmp_path / f"a{suffix}")
-    (one,) = read(tmp_path).found
+    (one,) = read(tmp_path)
     assert one.read("RGB").mode == "RGB" and one.read("L").mode == "L"
     assert abs(one.read("RGB").getpixel((1, 1))[0] - 200) <= (5 if mode == "P" else 1)
