@@ -21,7 +21,6 @@ from tests.conftest import prune, prune_
 from tests.tasks import families
 
 TASK = TASKS["embedding"]
-TEXT = CalibrationSettings(dataset="demo", samples=6, sequence_length=40)
 
 
 @pytest.fixture
@@ -86,16 +85,6 @@ def test_the_folder_says_how_to_pool(tmp_path, name, content, found) -> None:
         assert TASK.of_folder(tmp_path).pooling == found
 
 
-def test_what_lies_beside_the_model_goes_with_it(source, tmp_path, progress) -> None:
-    (source.folder / "1_Pooling").mkdir()
-    (source.folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    (source.folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
-    prune(source, tmp_path / "out", PruneSettings(method="gblm", fit="none"), TEXT, device="cpu", progress=progress)
-    pruned = ModelSource("out", tmp_path / "out")
-    assert loading.task_of(pruned).pooling == "cls" and (pruned.folder / "modules.json").exists()
-    assert "AutoModel.from_pretrained" in (pruned.folder / "README.md").read_text()
-
-
 def test_pairs_are_judged_by_rank_and_all_texts_by_their_neighbours(source, tmp_path, progress) -> None:
     words = ["a cat sat", "the dog ran off", "rain", "it is late, and dark", "seven", "a tree in the yard"]
     (tmp_path / "pairs.csv").write_text("\n".join(f'"{a}","{b}",{i}' for i, (a, b) in enumerate(pairwise(words))))
@@ -127,10 +116,10 @@ def test_agreement_of_neighbours_by_a_plain_loop() -> None:
     assert float(TASK.divergence(one, other)) == pytest.approx(float((one - other).square().sum(1).mean()) / 2)
 
 
-def test_what_cannot_be_drawn_or_padded_is_refused_before_the_work(source, tmp_path, progress) -> None:
-    many = TEXT.model_copy(update={"samples": 100_000})
+def test_what_cannot_be_drawn_or_padded_is_refused_before_the_work(source, tmp_path) -> None:
+    text = CalibrationSettings(dataset="demo", samples=100_000, sequence_length=40)
     with pytest.raises(DataError, match=r"gives \d+ texts, but 100000 samples are asked for"):
-        prune(source, tmp_path / "out", PruneSettings(fit="none"), many, device="cpu", progress=progress)
+        prune(source, tmp_path / "out", PruneSettings(fit="none"), text)
     byte_tokenizer().save_pretrained(source.folder)
     with pytest.raises(ModelError, match="'dense': its tokenizer has no pad token"):
-        prune(source, tmp_path / "out", PruneSettings(fit="none"), TEXT, device="cpu", progress=progress)
+        prune(source, tmp_path / "out", PruneSettings(fit="none"), text)

@@ -126,6 +126,7 @@ def test_a_family_goes_through_all_steps(model, pictures, tmp_path, progress, fa
     source = model(family)
     pruned = prune_on(pictures, source, tmp_path / "p", pattern="2:4", fit="best")
     assert (pruned.folder / "preprocessor_config.json").exists()
+    assert "AutoModelForImageClassification.from_pretrained" in (pruned.folder / "README.md").read_text()
     found = inspect(pruned, progress)
     assert all("2:4" in layer.patterns for layer in found.layers) and {kind["layers"] for kind in found.kinds} <= {1, 2}
     done = evaluate(pruned, EvaluateSettings(dataset=str(pictures)), baseline=source, device="cpu", progress=progress)
@@ -189,13 +190,11 @@ def test_a_limit_draws_from_all_classes_and_a_processor_that_does_not_fit_is_ref
 
 def test_a_user_is_told_of_images(model, tmp_path, progress) -> None:
     source = model("vit")
-    settings = EvaluateSettings(dataset=str(source.folder))
-    for refused in (
-        lambda: prune_on(source.folder, source, tmp_path / "p"),
-        lambda: evaluate(source, settings, device="cpu", progress=progress),
-    ):
-        with pytest.raises(DataError, match="/vit': the folder holds no image; give a folder with a sub-folder of im"):
-            refused()
+    message = "/vit': the folder holds no image; give a folder with a sub-folder of images for each class"
+    with pytest.raises(DataError, match=message):
+        prune_on(source.folder, source, tmp_path / "p")
+    with pytest.raises(DataError, match=message):
+        evaluate(source, EvaluateSettings(dataset=str(source.folder)), progress=progress)
 
 
 def picture(value: int) -> Image.Image:
