@@ -1,6 +1,5 @@
 """Folders whose weights lie on grids: every weight is held against them, and what is damaged is refused."""
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from gblm_compress.models.files import sha256_of
 from gblm_compress.models.grids import GRIDS, read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import PruneSettings
-from tests.conftest import edit_json, edit_weights, export, flip_a_bit, prune
+from tests.conftest import edit_json, edit_weights, export, flip_a_bit, prune, saved
 from tests.methods.test_fits import points_of
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -38,9 +37,7 @@ def folder(pruned, tmp_path) -> ModelSource:
     ],
 )
 def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype, tiny, tmp_path) -> None:
-    source = ModelSource("source", tmp_path / "source")
-    loading.load_model(tiny(kind), dtype).save_pretrained(source.folder)
-    loading.load_processor(tiny(kind)).save_pretrained(source.folder)
+    source = saved(loading.load_model(tiny(kind), dtype), tmp_path / "source")
     prune(source, tmp_path / "out", PruneSettings(method="magnitude", fit="none", quantise=bits, group=group))
     found, layers = read_grids(ModelSource("out", tmp_path / "out")), manifest.read(tmp_path / "out")["layers"]
     assert found.keys() == layers.keys()
@@ -85,7 +82,7 @@ def test_damage_is_found_and_named(folder, change, message: str) -> None:
 
 def test_shapes_are_those_of_the_manifest(folder) -> None:
     path = folder.folder / manifest.MANIFEST
-    content = json.loads(path.read_text())
+    content = manifest.read(folder.folder)
     content["layers"][LAYER]["shape"] = [1, 1]
     edit_json(path, layers=content["layers"])
     with pytest.raises(ModelError, match=rf"{LAYER}.scales: .* needs .*\[1, 1\]"):

@@ -182,42 +182,37 @@ def test_a_saved_tokenizer_is_the_same_and_older_clients_read_it(spaced, tmp_pat
 
 
 def replace(content: str, replaced: str = "a", kind: str = "String") -> dict:
-    return {"type": "Replace", "pattern": {kind: replaced}, "content": content}
+    return {"pattern": {kind: replaced}, "content": content}
 
 
 def template(*pieces: str, ids: int = 1) -> dict:
-    made = [{"Sequence" if piece == "A" else "SpecialToken": {"id": piece, "type_id": 0}} for piece in pieces]
-    special = {"id": "x", "ids": [0] * ids, "tokens": ["x"] * ids}
-    return {"type": "TemplateProcessing", "single": made, "pair": [], "special_tokens": {"x": special}}
+    made = [{"Sequence" if piece == "A" else "SpecialToken": {"id": piece}} for piece in pieces]
+    return {"single": made, "special_tokens": {"x": {"ids": [0] * ids}}}
 
 
 def charsmap(*texts: str) -> dict:
     stored = b"\4\0\0\0" + bytes(4) + "".join(f"{text}\0" for text in texts).encode()
-    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(stored).decode()}
-
-
-def steps(*of: dict, key: str = "normalizers") -> dict:
-    return {"type": "Sequence", key: list(of)}
+    return {"precompiled_charsmap": base64.b64encode(stored).decode()}
 
 
 @pytest.mark.parametrize(
     ("part", "step", "refused"),
     [
-        ("normalizer", steps(*[replace("a" * 1000)] * 4), True),
-        ("decoder", steps(*[replace("a" * 1000)] * 4, key="decoders"), True),
-        ("normalizer", steps(*[replace("aaa", ".", "Regex")] * 4), True),
-        ("normalizer", steps(charsmap("b", "a" * 60), charsmap("bb")), True),
-        ("normalizer", {"type": "Prepend", "prepend": "a" * 100}, True),
-        ("pre_tokenizer", steps(*[{"type": "ByteLevel"}] * 7, key="pretokenizers"), True),
-        ("post_processor", steps(*[template("A", "A")] * 7, key="processors"), True),
+        ("normalizer", {"normalizers": [replace("a" * 1000)] * 4}, True),
+        ("decoder", {"decoders": [replace("a" * 1000)] * 4}, True),
+        ("normalizer", {"normalizers": [replace("aaa", ".", "Regex")] * 4}, True),
+        ("normalizer", {"normalizers": [charsmap("b", "a" * 60), charsmap("bb")]}, True),
+        ("normalizer", {"prepend": "a" * 100}, True),
+        ("pre_tokenizer", {"pretokenizers": [{"type": "ByteLevel"}] * 7}, True),
+        ("post_processor", {"processors": [template("A", "A")] * 7}, True),
         ("post_processor", template("A", *["x"] * 50, ids=50), True),
-        ("model", {"type": "WordPiece", "max_input_chars_per_word": 10**9}, True),
+        ("model", {"max_input_chars_per_word": 10**9}, True),
         # As real ones are: T5 and ALBERT, Llama, GPT-2, BERT.
-        ("normalizer", steps(charsmap("ab", "a" * 18), replace('"', "``"), {"type": "NFKD"}), False),
-        ("normalizer", steps({"type": "Prepend", "prepend": "▁"}, replace("▁", " ")), False),
-        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}, False),
+        ("normalizer", {"normalizers": [charsmap("ab", "a" * 18), replace('"', "``"), {"type": "NFKD"}]}, False),
+        ("normalizer", {"normalizers": [{"prepend": "▁"}, replace("▁", " ")]}, False),
+        ("pre_tokenizer", {"type": "ByteLevel"}, False),
         ("post_processor", template("x", "A", "x"), False),
-        ("model", {"type": "WordPiece", "max_input_chars_per_word": 100}, False),
+        ("model", {"max_input_chars_per_word": 100}, False),
         ("normalizer", None, False),
     ],
 )

@@ -22,20 +22,15 @@ LAYER = "model.layers.0.mlp.up_proj"
 SETTINGS = PruneSettings(method="magnitude", pattern="2:4", fit="none")
 
 
-@pytest.fixture(scope="module")
-def written(pruned) -> Path:
-    return pruned(pattern="2:4").folder
-
-
 @pytest.fixture
-def folder(written, tmp_path) -> Path:
+def folder(pruned, tmp_path) -> Path:
     """A copy of a pruned folder, to be damaged."""
-    return shutil.copytree(written, tmp_path / "out")
+    return shutil.copytree(pruned(pattern="2:4").folder, tmp_path / "out")
 
 
-def test_the_manifest_holds_every_setting_and_an_export_says_where_it_comes_from(written, tiny, tmp_path) -> None:
-    source = ModelSource("out", written)
-    content = manifest.read(written)
+def test_the_manifest_holds_every_setting_and_an_export_says_where_it_comes_from(folder, tiny, tmp_path) -> None:
+    source = ModelSource("out", folder)
+    content = manifest.read(folder)
     assert content["prune"] == SETTINGS.model_dump(mode="json")
     assert content["calibration"] is None  # magnitude looks at no text
     assert content["versions"]["torch"] == version("torch")
@@ -50,9 +45,9 @@ def test_the_manifest_holds_every_setting_and_an_export_says_where_it_comes_from
     assert loaded["model"].config.num_hidden_layers == 2 and loaded["tokenizer"]("a")["input_ids"]
 
 
-def test_what_is_pruned_already_is_said(written, tiny, tmp_path) -> None:
+def test_what_is_pruned_already_is_said(folder, tiny, tmp_path) -> None:
     settings = PruneSettings(method="magnitude", sparsity=0.3, fit="none")
-    again = prune(ModelSource("out", written), tmp_path / "again", settings)
+    again = prune(ModelSource("out", folder), tmp_path / "again", settings)
     assert "out is pruned already (2:4, 50.0 % zeros); zeros stay zeros" in again.warnings[0]
     assert manifest.read(tmp_path / "again")["base_model"]["sha256"] == tiny("llama").fingerprint
 
@@ -168,9 +163,7 @@ def test_another_architecture_is_named_by_its_first_difference(ours, theirs, mes
         check_baseline(*models)
 
 
-def test_evaluate_refuses_it_before_reading_anything(tiny, written, progress) -> None:
-    settings = EvaluateSettings(dataset="./gone.txt", sequence_length=32)
-    with pytest.raises(UsageError) as found:
-        evaluate(ModelSource("pruned", written), settings, baseline=tiny("mistral"), progress=progress)
-    assert "2 faults" in str(found.value) and "its model_type is 'mistral'" in str(found.value)
-    assert "'./gone.txt': no such file" in str(found.value)
+def test_evaluate_refuses_it_before_reading_anything(tiny, progress) -> None:
+    settings = EvaluateSettings(dataset="./gone.txt")
+    with pytest.raises(UsageError, match=r"(?s)4 faults.*'./gone.txt': no such file.*its model_type is 'mistral'"):
+        evaluate(tiny("llama"), settings, baseline=tiny("mistral"), progress=progress)
