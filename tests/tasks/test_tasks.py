@@ -30,8 +30,11 @@ TASK = TASKS["embedding"]
 
 @pytest.fixture
 def encoder(tmp_path) -> ModelSource:
-    """A tiny encoder on disk."""
-    return families.written(tmp_path / "encoder", "bert")
+    """A tiny encoder on disk, with a file that says how to pool."""
+    source = families.written(tmp_path / "encoder", "bert")
+    (source.folder / "1_Pooling").mkdir()
+    (source.folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    return source
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text,
     settings = {"method": "gblm", "alpha": 100.0, "allocation": "uniform", "fit": "none"}
     prune(encoder, tmp_path / "out", PruneSettings(**settings), text, resources=resources, device="cpu")
     pruned = load_model(ModelSource("out", tmp_path / "out"))
-    assert type(pruned) is BertModel
+    assert type(pruned) is BertModel and (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     found = drawn(encoder, text)
     texts = [{"input_ids": sample["input_ids"][:, : int(sample["attention_mask"].sum())]} for sample in found]
 
