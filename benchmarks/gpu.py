@@ -184,16 +184,15 @@ class Bench:
             torch.cuda.synchronize()
 
     def wall_milliseconds(self, call: Callable[[], Any], repeats: int = REPEATS) -> float:
-        """Median time from the call until the device is done, the host's part included."""
+        """Median time from the call until the device is done, the host's part included; of one call in a dry run."""
         times = []
-        for number in range(WARM_UP + repeats):
+        for _ in range(WARM_UP + repeats if self.on_cuda else 1):
             self.synchronize()
             start = time.perf_counter()
             call()
             self.synchronize()
-            if number >= WARM_UP:
-                times.append(1000 * (time.perf_counter() - start))
-        return median(times)
+            times.append(1000 * (time.perf_counter() - start))
+        return median(times[-repeats:])
 
     def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """The call as a CUDA graph; what it returned is kept, and written anew by every replay.
@@ -230,7 +229,7 @@ class Bench:
     def wall_or_event_milliseconds(self, call: Callable[[], Any]) -> float:
         """Median time on the device; in a dry run, of the wall clock."""
         if not self.on_cuda:
-            return self.wall_milliseconds(call, 1)
+            return self.wall_milliseconds(call)
         event = partial(torch.cuda.Event, enable_timing=True)
         spans = [(event(), event()) for _ in range(WARM_UP + REPEATS)]
         for start, end in spans:
@@ -294,7 +293,7 @@ def packed_ways(bench: Bench, packed: Any, x: Tensor) -> tuple[list[Way], dict[s
     from gblm_compress.layouts.cuda_linear import DENSE, Candidate
 
     if not bench.on_cuda:
-        cuda_linear.milliseconds = lambda call: bench.wall_milliseconds(call, 1)
+        cuda_linear.milliseconds = bench.wall_milliseconds
     times, excluded = cuda_linear.measure(packed, len(x))
     layout = packed.layout
     read = {tensor.data_ptr(): tensor.nbytes for tensor in packed if isinstance(tensor, torch.Tensor)}

@@ -1,16 +1,28 @@
-"""A headless Chromium by its command line: what a script finds on a page, and what the page looks like."""
+"""A headless Chromium by its command line: what a script finds on a page, and what the page looks like.
+
+`python -m tests.browser RUN` takes the pictures of a report's page for README.md; RUN is a folder that `run` wrote.
+"""
 
 import html
 import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from gblm_compress.runs import report, run_report
+from tests.scripts import ROOT
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NARROWEST = 500  # pixels of a window; a narrower page is put into a frame
+IMAGES = ROOT / "docs" / "images"
+PICTURES = {"report.webp": (1280, 1500, False), "report-dark-narrow.webp": (500, 1500, True)}
+"""{file: width and height of the window, whether it is dark}."""
 
 
 def _run(*options: str, width: int, height: int, dark: bool) -> "subprocess.CompletedProcess[str]":
@@ -42,5 +54,19 @@ def evaluate(
     return json.loads(html.unescape(found[1])), re.findall(r"CONSOLE.*", done.stderr)
 
 
-def screenshot(page: Path, picture: Path, width: int, height: int, dark: bool = False) -> None:
-    _run(f"--screenshot={picture}", page.resolve().as_uri(), width=width, height=height, dark=dark)
+def take_pictures(run: Path) -> None:
+    """Draw the page anew from the run's `report.json`, and take its pictures."""
+    if CHROMIUM is None:
+        raise SystemExit("Chromium is not installed; on Debian: apt install chromium")
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        page, picture = Path(folder) / "report.html", Path(folder) / "report.png"
+        page.write_text(report.html(run_report.read(run)), encoding="utf-8")
+        for name, (width, height, dark) in PICTURES.items():
+            _run(f"--screenshot={picture}", page.resolve().as_uri(), width=width, height=height, dark=dark)
+            Image.open(picture).save(IMAGES / name, quality=80)
+            print(f"{IMAGES / name}: {(IMAGES / name).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    take_pictures(Path(sys.argv[1]))
