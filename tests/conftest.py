@@ -45,9 +45,9 @@ from tests.forks import RANKS, Outcome, Server
 # Files whose tests start processes, trace graphs, or run on the real model; the longest first.
 SLOW = (
     "real_model", "first_model", "pipeline", "prune_script", "onnx_fused", "fuzz", "onnx", "onnx_rounding", "cli",
-    "gpu", "resume", "quantised", "baselines", "image_classification", "recovery", "families", "grids", "api",
-    "zero_shot", "onnx_plain", "gpu_script", "engines_script", "onnxruntime_op", "ranks", "sparse", "benchmarking",
-    "exporters", "wheel", "comparison", "docs", "recover_script", "action", "packaging", "page", "site",
+    "gpu", "resume", "baselines", "image_classification", "recovery", "families", "grids", "api",
+    "zero_shot", "onnx_plain", "gpu_script", "sizes_script", "onnxruntime_op", "ranks", "sparse", "benchmarking",
+    "exporters", "wheel", "comparison", "docs", "scripts", "action", "packaging", "page", "site",
 )  # fmt: skip
 CAUSAL_LM = TASKS["causal-lm"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")

@@ -1,8 +1,7 @@
-"""What ships: every package, every recipe, and documentation that is generated from the code."""
+"""What ships beside the wheel: a checkout without links, and documentation that is generated from the code."""
 
 import runpy
 import shutil
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,6 @@ from tests.scripts import ROOT, python
 
 GENERATED = runpy.run_path(str(ROOT / "docs" / "reference.py"))["GENERATED"]
 TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
-
-
-def test_every_package_on_disk_is_listed() -> None:
-    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    elsewhere = configuration["package-dir"]
-    homes = {name: ROOT / elsewhere.get(name, name.replace(".", "/")) for name in configuration["packages"]}
-    tops = ("gblm_compress", "cli", "exporters", "recipes")
-    found = {path.parent.resolve() for top in tops for path in (ROOT / top).rglob("__init__.py")}
-    # The links inside gblm_compress lead to the folders that are listed themselves.
-    assert found == {home.resolve() for home in homes.values()}
 
 
 def test_a_checkout_without_links_works(tmp_path) -> None:

@@ -1,0 +1,55 @@
+"""Scripts of `benchmarks/` at toy size; the longer ones have files of their own."""
+
+import json
+from unittest.mock import Mock
+
+import pytest
+
+from gblm_compress.errors import ModelError
+from tests.scripts import loaded
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [(ModelError("no such"), 3, "error: no such\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_what_is_wrong_with_the_input_is_one_line_and_a_code(raised, code, said, capsys) -> None:
+    with loaded("ending") as ending, pytest.raises(SystemExit) as ended:
+        ending.exit_after(Mock(side_effect=raised))
+    assert (ended.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_calibration_judges_every_text_pattern_and_seed_once(tmp_path, monkeypatch) -> None:
+    result = tmp_path / "result.json"
+    options = ["--model", "tiny", "--calibration", "self", "--judges", "demo", "--seeds", "1", "--samples", "2"]
+    with loaded("calibration", result, *options) as script:
+        script.main()
+        found = json.loads(result.read_text())
+        keys = [(row["calibration"], row["pattern"], row["seed"], row["samples"]) for row in found["rows"]]
+        assert keys == [("self", "unstructured", 0, 2), ("self", "2:4", 0, 2)]
+        assert all(row["perplexity"].keys() == found["dense"].keys() == {"demo"} for row in found["rows"])
+        monkeypatch.setattr(script.gblm_compress, "prune", None)
+        script.main()  # nothing is left to do
+    assert json.loads(result.read_text()) == found
+
+
+def test_the_bytes_of_a_step_of_recover_are_those_of_each_pass() -> None:
+    forward = 2 * (100 + 100 + 100) + 2 * 3 * 10  # dense, student, its backward pass; and the head in all three
+    gradients, written = 2 * 2 * 100, 2 * 100
+    kept = 50 * 4 * 2 * (1 + 1 + 2)  # packed gradient, master, moments: written and read
+    with loaded("recover") as script:
+        assert script.moved_bytes(100, 50, 10, 2) == forward + gradients + written + kept
+
+
+def test_recover_times_a_training(program, prose, tmp_path, capsys) -> None:
+    result = tmp_path / "result.json"
+    program("prune", "tiny", "-o", "pruned", "--method", "magnitude", "--fit", "none", "--quiet")
+    options = ["--data", prose, "--steps", "5", "--sequence-length", "32", "--json", result]
+    with loaded("recover", tmp_path / "pruned", "tiny", *options) as script:
+        script.main()
+    found, said = json.loads(result.read_text()), capsys.readouterr().out
+    parts, floors = found["parts"], found["floors"]
+    step = parts.pop("step")
+    assert step > 0 and sum(parts.values()) == pytest.approx(step) and all(each >= 0 for each in parts.values())
+    assert found["tokens_per_second"] == pytest.approx(64 / step) and all(each > 0 for each in floors.values())
+    assert all(line in said for line in ("dense model", "floor: products", "floor: bytes"))
