@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.text import Text
 
-from gblm_compress.printing import PlainConsole, plain_figures, printable, printable_lines, table
+from gblm_compress.printing import PlainConsole, printable, printable_lines, table
 
 HOSTILE = (
     "[red]x", "[/]", "a\x1b[31mb", "a\nb: c", "\udcff", "\u202eevil", "\x00", "tab\t", ":smile:", "$x$", "\x9b2J",
@@ -36,17 +36,3 @@ def test_a_console_shows_strings_as_they_are(text: str) -> None:
         assert all(letter.isprintable() or letter == "\n" for letter in shown)
     console.print(Text("no", style="bold red"))
     assert "\x1b[1;31mno" in file.getvalue()
-
-
-def test_figures_show_labels_as_they_are() -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    labels = [printable(text) for text in (*HOSTILE, "$\\frac{$", "模型", "_x")]
-    with plain_figures():
-        figure = Figure()
-        FigureCanvasAgg(figure)
-        axis = figure.subplots()
-        axis.set_yticks(range(len(labels)), labels)
-        axis.set_title("".join(labels))
-        figure.savefig(io.BytesIO(), format="png")

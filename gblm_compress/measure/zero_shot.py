@@ -175,8 +175,7 @@ def _calm(progress: Progress) -> Iterator[None]:
     logging.disable(logging.WARNING)
     quiet = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()
     try:
-        with warnings.catch_warnings(), quiet, redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), quiet, redirect_stdout(io.StringIO()):
             yield
     except Exception as error:
         if not errors.is_out_of_memory(error):

@@ -143,10 +143,6 @@ def test_the_next_command_has_the_paths_of_the_call(command, given, words, capsy
         assert capsys.readouterr().out == "summary\n" + f"next: gblm-compress {words}\n" * (not quiet)
 
 
-def test_after_an_inspection_a_dense_model_is_pruned() -> None:
-    assert summaries.FOLLOWING["inspect"](FOUND | {"nonzeros": 61}, {"model": "x"}) == ("prune", "x", "-o", "pruned")
-
-
 @pytest.mark.parametrize(
     ("name", "baseline"),
     [("demo", "demo"), ("owner/model", "owner/model"), ("here", "here"), ("elsewhere", "MODEL"), (None, "MODEL")],
@@ -159,17 +155,18 @@ def test_an_export_is_timed_against_the_model_that_its_manifest_names(name, base
     assert words == ("benchmark", "onnx", "--baseline", baseline)
 
 
-def test_a_dense_export_is_evaluated_and_not_timed_against_its_like(tmp_path, monkeypatch) -> None:
+def test_a_dense_model_is_pruned_and_its_export_evaluated_and_not_timed_against_its_like(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     made(tmp_path / "int8", kind="export")
     words = summaries.FOLLOWING["export"]({"folder": "int8"}, {"model": "my/model"})
     assert words == ("evaluate", "int8", "--baseline", "my/model", "--dataset", "demo", "--max-windows", "16")
     assert summaries.FOLLOWING["evaluate"]({"sample": "window"}, {"model": "int8"}) == ()
+    assert summaries.FOLLOWING["inspect"](FOUND | {"nonzeros": 61}, {"model": "x"}) == ("prune", "x", "-o", "pruned")
 
 
-def test_the_next_command_of_a_run_is_the_run_or_the_push_of_what_it_made(tmp_path) -> None:
+def test_the_next_command_of_a_run_is_the_push_of_what_it_made(tmp_path) -> None:
     ran = replace(report(), output=str(tmp_path))
     (tmp_path / "bitmask").mkdir()
-    assert summaries.FOLLOWING["run"](ran, {"recipe": "x"}) == ("push", str(tmp_path), "bitmask")
-    read = ReportResult("report.html", [ran], None)
-    assert summaries.FOLLOWING["report"](read, {"runs": [str(tmp_path)]}) == ("push", str(tmp_path), "bitmask")
+    for command, result in (("run", ran), ("report", ReportResult("report.html", [ran], None))):
+        words = summaries.FOLLOWING[command](result, {"runs": [ran.output]})
+        assert words == ("push", ran.output, "bitmask")

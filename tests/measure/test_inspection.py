@@ -31,7 +31,7 @@ def test_kinds_sum_up_rows_and_columns_over_blocks() -> None:
 
 
 def test_a_pruned_folder_and_its_picture(pruned, tmp_path, progress) -> None:
-    source = ModelSource("p $x$ \n\x1b[31m", pruned("gpt2", "2:4").folder)
+    source = ModelSource("p $\\frac{$ 模 \n\x1b[31m", pruned("gpt2", "2:4").folder)  # no formula, no known letter
     result = inspect(source, progress, tmp_path / "map.png")
     assert len(result.layers) == 8 and result.nonzeros == result.weights // 2
     assert all("2:4" in layer.patterns for layer in result.layers)
