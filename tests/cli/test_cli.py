@@ -12,8 +12,8 @@ import pytest
 
 from gblm_compress import __version__, errors
 from tests.runs.reports import write_report
+from tests.scripts import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 LIGHT = """
 import sys
 from gblm_compress.cli.app import _run
@@ -27,9 +27,9 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 
 def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: Path) -> None:
     options = "--pattern 2:4 --samples 2 --sequence-length 32 --ignore *.down_proj,*.o_proj --json --quiet"
-    command = [sys.executable, "-m", "gblm_compress", "prune", "tiny", "-o", "pruned", "--calibration", str(prose)]
-    done = subprocess.run([*command, *options.split()], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    command = ["-m", "gblm_compress", "prune", "tiny", "-o", "pruned", "--calibration", prose]
+    done = python(*command, *options.split(), folder=tmp_path)
+    assert done.stderr == ""
     result = json.loads(done.stdout)
     assert result["nonzeros"] * 2 == result["weights"]
     assert not [name for name in result["layers"] if "down_proj" in name or "o_proj" in name]

@@ -1,9 +1,6 @@
 """Options made from settings: in toy commands, and in the help and the completion of the real ones."""
 
-import os
 import re
-import subprocess
-import sys
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -17,6 +14,7 @@ from gblm_compress.cli.app import app
 from gblm_compress.command import SPELLINGS, command
 from gblm_compress.errors import UsageError
 from gblm_compress.settings import BenchmarkSettings, Panel, PruneSettings
+from tests.scripts import python
 
 
 class Toys(PruneSettings):
@@ -157,7 +155,5 @@ def test_all_that_is_missing_is_named_with_an_example(line: str, missing: str) -
 def test_the_shell_completes_choices(words: str, completed: list[str]) -> None:
     code = "import sys; sys.argv = ['gblm-compress']; from gblm_compress.cli.app import main; main()"
     asked = {"COMP_WORDS": f"gblm-compress {words}", "COMP_CWORD": str(len(words.split(" ")))}
-    environment = os.environ | asked | {"_GBLM_COMPRESS_COMPLETE": "complete_bash"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == completed
+    done = python("-c", code, **asked, _GBLM_COMPRESS_COMPLETE="complete_bash")
+    assert (done.stdout.split(), done.stderr) == (completed, "")
