@@ -35,8 +35,7 @@ def settings_of(weights: str) -> ExportSettings:
 def _made(dense: ModelSource, settings: ExportSettings, progress: Progress) -> ModelSource:
     found = environment()
     decides = [dense.fingerprint, settings.model_dump(mode="json"), found["packages"], found["gblm_compress"]]
-    key = records.hash_of(decides)
-    entry, name = cache_folder() / "exports" / key[:16], f"dense-{settings.folder_name}"
+    entry, name = cache_folder() / "exports" / records.hash_of(decides)[:16], f"dense-{settings.folder_name}"
 
     def make(folder: Path) -> None:
         progress.say(f"exporting {dense.name} to {settings.folder_name}, a baseline of the same kind …")

@@ -121,25 +121,22 @@ def faults_of(error: ValidationError) -> list[Any]:
 
 
 def describe_fault(fault: Any, model: type[BaseModel]) -> str:
-    location = list(fault["loc"])
-    where = ".".join(str(part) for part in location)
+    location = fault["loc"]
+    where, settings = ".".join(map(str, location)), _model_at(model, location[:-1])
     if fault["type"] == "extra_forbidden":
-        known = _model_at(model, location[:-1]).model_fields
-        keys = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {keys[0]!r}?" if keys else f"known keys are {', '.join(known)}"
+        keys = difflib.get_close_matches(str(location[-1]), settings.model_fields, n=1)
+        hint = f"did you mean {keys[0]!r}?" if keys else f"known keys are {', '.join(settings.model_fields)}"
         return f"{where}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{where}: missing; it is required"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "model_type" and isinstance(location[-1], str):
-        section = _model_at(model, location[:-1]).model_fields[location[-1]]
-        optional = type(None) in get_args(section.annotation)
+        optional = type(None) in get_args(settings.model_fields[location[-1]].annotation)
         message = f"a section is a mapping of keys{', or null to leave it out' if optional else ''}"
     message = message[0].lower() + message[1:]
     given = "" if fault["type"] == "value_error" else f", got {_shortened(json.dumps(fault['input'], default=str))}"
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         field = next(part for part in reversed(location) if isinstance(part, str))
-        settings = _model_at(model, location[: location.index(field)])
         if close := choices_of(settings, field).closest(fault["input"]):
             given += f"; did you mean {close!r}?"
     is_percentage = fault["type"] == "less_than" and fault["ctx"]["lt"] == 1 and isinstance(fault["input"], int | float)
@@ -152,7 +149,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _model_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel]:
+def _model_at(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
     for part in location:
         if part not in model.model_fields:  # a place in a sequence
             continue
