@@ -5,6 +5,7 @@ Candidates are the Triton kernels that read packed bytes (up to 64 tokens, in se
 powers of two of tokens. The fastest ones are the plan of a shape, which is kept in the cache folder.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -27,7 +28,6 @@ FEWEST_FOR_TORCH = 8  # tokens; torch's semi-structured kernels would pad fewer 
 # cuSPARSELt reads a copy of the weight in its own format; its speed must be worth those bytes.
 WORTH_A_COPY = 1.1
 AGREEMENT = 0.02  # largest difference from the dense product, as a fraction of its largest value
-ALGORITHMS = 1 << 10  # above the number of any algorithm in cuSPARSELt
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 REPEATS, WARM_UP = 9, 2
 _HEAD_START = 10_000_000  # clock cycles that the device waits while the host queues a batch of calls
@@ -63,19 +63,15 @@ def plan(weight: Packed) -> str:
 
 def is_plan(words: Any, weight: Packed) -> bool:
     """Whether these words have, for each of `TOKENS`, a candidate that can run for that weight."""
-    try:
-        chosen = candidates(words) if isinstance(words, str) and words else ()
-    except ValueError:  # a part is not a number
-        return False
+    chosen = words.split() if isinstance(words, str) else []
     return len(chosen) == len(TOKENS) and all(map(partial(_could_run, weight), chosen, TOKENS))
 
 
-def _could_run(weight: Packed, candidate: Candidate, tokens: int) -> bool:
-    kernel, variant = candidate
-    possible = _possible(weight, tokens)
-    if kernel == "cusparselt":
-        return len(variant) == 1 and 0 <= variant[0] < ALGORITHMS and Candidate(kernel) in possible
-    return candidate in possible and not (kernel == "cutlass" and _needed_by_cutlass(weight.shape))
+def _could_run(weight: Packed, word: str, tokens: int) -> bool:
+    possible = [str(candidate) for candidate in _possible(weight, tokens)]
+    if word.startswith("cusparselt"):
+        return "cusparselt" in possible and re.fullmatch(r"cusparselt:\d{1,3}", word) is not None
+    return word in possible and not (word == "cutlass" and _needed_by_cutlass(weight.shape))
 
 
 def _possible(weight: Packed, tokens: int) -> list[Candidate]:

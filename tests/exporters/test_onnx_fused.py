@@ -1,8 +1,6 @@
 """Fused ONNX graphs: the same function as transformers', layer for layer found again, on the operators and in genai."""
 
 import json
-import subprocess
-import sys
 from functools import reduce
 from unittest.mock import Mock
 
@@ -31,6 +29,7 @@ from tests.conftest import export, greedy_tokens, saved
 from tests.exporters.test_onnx import assert_computes, needs_operator
 from tests.exporters.test_onnx_slim import optimised
 from tests.families.tiny import tiny_family
+from tests.scripts import python
 
 SIZES = {
     "vocab_size": 257,
@@ -277,7 +276,7 @@ def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path) -> No
         "generator = genai.Generator(model, options)\ngenerator.append_tokens(numpy.arange(9, dtype='i4')[None])\n"
         "for _ in range(5): generator.generate_next_token()\nprint(generator.get_sequence(0)[9:].tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = python("-c", code, folder=tmp_path)
     assert (done.stderr, json.loads(done.stdout)) == ("", expected)
 
 

@@ -1,9 +1,5 @@
 """Weights as levels: torch with the numbers of the file gives the logits of the graph, for both kinds of operators."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -28,6 +24,7 @@ from tests.conftest import export
 from tests.exporters.test_onnx import needs_operator
 from tests.exporters.test_onnx_slim import parsed, run
 from tests.hostile_graphs import restored
+from tests.scripts import python
 
 pytestmark = needs_operator
 WIDTHS = {"int8": 8, "int4": 4}
@@ -171,9 +168,7 @@ print(hashlib.sha256(ir.to_proto(program).SerializeToString()).hexdigest())
 
 
 def test_the_bytes_of_a_graph_do_not_depend_on_the_hashes_of_a_process() -> None:
-    command, pipe = [sys.executable, "-c", PACK], subprocess.PIPE
-    started = [subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=pipe) for seed in "12"]
-    first, second = (process.communicate(timeout=120)[0] for process in started)
+    first, second = (python("-c", PACK, PYTHONHASHSEED=seed).stdout for seed in "12")
     assert first and first == second
 
 
@@ -182,8 +177,7 @@ def test_rounding_leaves_the_log_of_the_callers_program_as_it_is() -> None:
         "import logging, torch\nfrom gblm_compress.exporters.onnx_rounding import Blocks\n"
         "Blocks.from_dense(torch.ones(4, 32), 8, 32)\nprint(logging.root.handlers, logging.root.level)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[] 30\n"
+    assert python("-c", code).stdout == "[] 30\n"
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from functools import cache
 from typing import Any
 
@@ -30,6 +28,7 @@ from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.settings import PruneSettings
 from tests.conftest import ARCHITECTURES, edit_weights, export, prune, saved
 from tests.families.tiny import tiny_family
+from tests.scripts import python
 
 IDS = torch.arange(20).unsqueeze(0)
 NAMES = {layout.format: name for name, layout in LAYOUTS.items()}
@@ -112,8 +111,7 @@ def test_in_a_new_process_whatever_is_imported_first(exported) -> None:
         "assert type(m.model.layers[0].mlp.up_proj).__name__ == 'PackedLinear'"
     )
     for imports in ("import gblm_compress, transformers", "import transformers.quantizers, gblm_compress"):
-        done = subprocess.run([sys.executable, "-c", f"{imports}; {load}"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        python("-c", f"{imports}; {load}")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +145,7 @@ def test_transformers_alone_finds_no_weights_rather_than_random_ones(exported, t
         "for folder in ('whole', 'sharded'):\n"
         "    try: AutoModelForCausalLM.from_pretrained(folder)\n    except OSError as error: print(error)"
     )
-    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    alone = python("-c", code, folder=tmp_path)
     assert alone.stdout.count("no file named model.safetensors") == 2, alone.stderr
 
 

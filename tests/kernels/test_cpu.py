@@ -23,6 +23,7 @@ from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from tests.layouts.weights import sparse
+from tests.scripts import python
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -189,9 +190,7 @@ def test_a_runtime_that_is_preloaded_takes_the_place_of_torchs_own(tmp_path: Pat
         "address = lambda library: ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value; "
         "assert address(own) == address(given) == cpu._openmp_of_torch()[0]"
     )
-    environment = os.environ | {"LD_PRELOAD": str(library)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", code, LD_PRELOAD=str(library))
 
 
 PRODUCTS = """
@@ -239,9 +238,7 @@ assert not failed, failed
     ids=["one thread", "three threads", "dynamic", "several threads of Python"],
 )
 def test_any_team_of_threads_computes_all_rows(environment: dict[str, str], use: str) -> None:
-    command = [sys.executable, "-c", PRODUCTS + use]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", PRODUCTS + use, **environment)
 
 
 def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,6 @@
 And compiled for a GPU that need not be there, which finds what the interpreter does not: that a tiling fits.
 """
 
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from functools import partial
 from importlib.util import find_spec
@@ -16,6 +13,7 @@ import torch
 
 from gblm_compress.layouts import LAYOUTS
 from tests.layouts.weights import packed, sparse
+from tests.scripts import python
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
@@ -72,13 +70,7 @@ for dtype, (rows, columns) in itertools.product((torch.float16, torch.bfloat16),
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_against_the_dense_product(layout: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, layout],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-c", CHECK, layout, TRITON_INTERPRET="1")
 
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}

@@ -1,16 +1,11 @@
 """The registry of layouts, and the layout of docs/adding-a-layout.md: one line and one file outside the package."""
 
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from gblm_compress.layouts import LAYOUTS, known
+from tests.scripts import ROOT, blocks, python
 
-PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-layout.md").read_text()
-LINE, FILE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+LINE, FILE = blocks("python", page=ROOT / "docs" / "adding-a-layout.md")
 USE = """
 import json
 import sys
@@ -57,8 +52,7 @@ assert checks["logits_relative_difference"] < 1e-5
 def test_a_layout_from_outside_packs_exports_reloads_and_multiplies(tmp_path) -> None:
     (tmp_path / "toy.py").write_text(FILE)
     (tmp_path / "use.py").write_text(USE.replace("LINE", LINE))
-    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("use.py", folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -18,8 +17,7 @@ import gblm_compress
 from gblm_compress.models.finding import DEMO_PACKAGE
 from tests.conftest import saved
 from tests.families.tiny import tiny_family
-from tests.scripts import loaded
-from tests.test_first_model import snippet
+from tests.scripts import ROOT, blocks, loaded, python
 
 pytestmark = [
     pytest.mark.real_model,
@@ -169,9 +167,9 @@ def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str, fo
 
 def test_the_python_of_the_first_page_generates_text(folders, tmp_path) -> None:
     (tmp_path / "packed").symlink_to(folders["sparse"])
-    (tmp_path / "page.py").write_text(snippet("vllm"))
-    said = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert said.returncode == 0 and len(said.stdout.splitlines()[-1]) > 10, said.stderr
+    (code,) = [code for code in blocks("python", page=ROOT / "docs" / "first-model.md") if "from vllm" in code]
+    (tmp_path / "page.py").write_text(code)
+    assert len(python("page.py", folder=tmp_path).stdout.splitlines()[-1]) > 10
 
 
 def test_benchmark_times_dense_and_packed_in_vllm(folders: dict[str, Path]) -> None:

@@ -1,11 +1,9 @@
 """Packed layers in vLLM without vLLM: under a stand-in that merges and shards as vLLM does."""
 
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +17,9 @@ from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.files import SPARSE_METHOD
 from tests.layouts.weights import EXACT, sparse
+from tests.scripts import ROOT, python
 from tests.serving import fake_vllm
 
-ROOT = Path(__file__).parents[2]
 LAYOUT_NAMES = pytest.mark.parametrize("layout", EXACT)
 ATTENTION, DOWN = "model.layers.0.self_attn", "model.layers.0.mlp.down_proj"
 QKV_PROJ = f"{ATTENTION}.qkv_proj"
@@ -86,8 +84,7 @@ def test_the_entry_point_is_declared_and_light() -> None:
     module, _, function = project["entry-points"]["vllm.general_plugins"]["gblm_compress"].partition(":")
     assert callable(getattr(import_module(module), function))
     code = f"import sys, {module}; assert not {{'torch', 'transformers', 'vllm'}} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", code)
 
 
 @LAYOUT_NAMES
