@@ -1,6 +1,6 @@
 """Pruning of one block: measure, score, mask, fit the survivors. The loop over the blocks is in `walk.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from gblm_compress.calibration.blocks import Block, layer_statistics
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Statistics
-from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, FITS, output_error
+from gblm_compress.methods.fits import FITS, output_error
 from gblm_compress.methods.quantisation import QUANTISERS, Grid, check_scales
 from gblm_compress.methods.saliency import METHODS, Rule
 from gblm_compress.methods.zeros import check_finite, count_nonzeros
 from gblm_compress.models.architecture import as_matrix, is_transposed, weight_matrix
 from gblm_compress.models.experts import experts_of
 from gblm_compress.settings import PruneSettings
-from gblm_compress.training.fits import How, reconstruct_
 from gblm_compress.training.weights import write_
 
 FEW_TOKENS = 32  # An expert with fewer tokens is pruned by magnitude: its statistics are unreliable.
@@ -35,12 +34,6 @@ class LayerResult:
     survivors: int = 0  # before they were rounded, to a grid or to the dtype of the file; some may have become zero
 
 
-@dataclass(frozen=True)
-class Target:
-    outputs: Sequence[Tensor]  # of the block in the dense model, for every sample
-    products: str  # the dtype of products in the fit, float32 or bfloat16
-
-
 @torch.no_grad()
 def prune_block_(
     block: Block | None,  # None for a method that reads no text
@@ -48,7 +41,7 @@ def prune_block_(
     gradients: dict[str, Tensor],  # in the stored layout of the weights, if the method needs them
     settings: PruneSettings,
     budgets: dict[str, Budget],
-    target: Target | None = None,  # needed if the block is fitted
+    fit: Callable[..., dict[str, Grid]] | None = None,  # (block, layers, grids, choose) -> grids, see `reconstruct_`
 ) -> tuple[dict[str, LayerResult], dict[str, Grid]]:
     """Prune the layers of one block in place. Returns {name: result}, and {name: grid} of rounded layers.
 
@@ -70,7 +63,7 @@ def prune_block_(
     for name, layer in layers.items():
         values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], own[name])
         survivors[name] = count_nonzeros(values)
-        write_(layer, values, None if settings.fits_blocks else grid)  # the block's fit rounds its own result
+        write_(layer, values, None if fit else grid)  # the block's fit rounds its own result
         if grid is not None:
             grids[name] = grid
 
@@ -79,10 +72,8 @@ def prune_block_(
         selection = METHODS[own[name].method].select(values, statistics[name], rules[name])
         return as_matrix(layers[name], selection.keep)  # back to the stored layout: a transposition undoes itself
 
-    if settings.fits_blocks and layers:
-        assert block is not None and target is not None
-        how = How(BLOCK_EPOCHS, BLOCK_RATE, target.products, settings.rounds)
-        grids = reconstruct_(block, layers, target.outputs, how, grids, choose)
+    if fit is not None and layers:
+        grids = fit(block, layers, grids=grids, choose=choose)
     results = {}
     for name, layer in layers.items():
         weight, error = weight_matrix(layer).detach(), None

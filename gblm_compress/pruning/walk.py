@@ -8,6 +8,7 @@ all survivors at once: distillation, if asked for
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -18,16 +19,16 @@ from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
-from gblm_compress.methods.fits import MODEL_EPOCHS, MODEL_RATE
+from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, MODEL_EPOCHS, MODEL_RATE
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import check_scales, scales_of
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import linear_weights, prunable_layers, weight_matrix
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.block_pruning import LayerResult, Target, prune_block_
+from gblm_compress.pruning.block_pruning import LayerResult, prune_block_
 from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.training.fits import How, distil_
+from gblm_compress.training.fits import How, distil_, reconstruct_
 from gblm_compress.training.imitation import Imitation, prediction
 
 UNSEEN, EXCEPTED = "never ran on the calibration text", "left dense by an exception or the allocation"
@@ -152,6 +153,7 @@ class Walk:
         # Inputs are needed up to the last block that is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
         tokens = self.calls.tokens if self.calls else 0
+        how = How(BLOCK_EPOCHS, BLOCK_RATE, self.plan.products, settings.rounds)
         for index in self.progress.track(range(len(layers)), f"pruning ({settings.method})", "blocks", tokens=tokens):
             with self.weights.block(index):
                 if dense and index <= last:
@@ -161,10 +163,8 @@ class Walk:
                         layers[index][name].get_parameter("weight").data.copy_(run.finished(index, name))
                 else:
                     block = replay.block(index) if replay else None
-                    target = Target(dense.hidden, self.plan.products) if dense else None
-                    results, grids = prune_block_(
-                        block, layers[index], self._gradients(index), settings, budgets, target
-                    )
+                    fit = partial(reconstruct_, targets=dense.hidden, how=how) if dense else None
+                    results, grids = prune_block_(block, layers[index], self._gradients(index), settings, budgets, fit)
                     run.finish(index, _weights({name: layers[index][name] for name in results}), grids, results)
                 if replay and index < last:
                     replay.advance(index)

@@ -188,41 +188,23 @@ def test_what_lies_in_the_place_of_finished_blocks_is_not_deleted(go, tmp_path) 
     assert content(tmp_path / ".out.pruning") == {"thesis.tex": b"years"}
 
 
-def full_at(name: str):
-    """`to_disk` on a disk that is full when a file of that name is written."""
-    original = records.to_disk
-
-    def full(file) -> None:
-        if name in file.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(file)
-
-    return full
-
-
-def test_what_appears_in_the_place_of_the_output_costs_no_finished_block(go, fails, tmp_path) -> None:
-    def occupy(written: object) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "notes").write_text("mine")
-
-    fails(grids, "verify", occupy, OutputError, "exists.*finished blocks are kept", **GBLM)
-    (tmp_path / "out").rename(tmp_path / "notes")
-    go(resume=True, **GBLM)
-    assert (tmp_path / "notes" / "notes").read_text() == "mine" and manifest.read(tmp_path / "out")
-
-
 def test_a_full_disk_keeps_what_is_finished(go, fails, tiny, tmp_path, prose, monkeypatch) -> None:
     usage, folder, whole = shutil.disk_usage(tmp_path), tmp_path / ".out.pruning", tiny("llama").bytes_on_disk
 
     def free(size: int):
         return lambda path: usage._replace(free=size)
 
+    def full(file, to_disk=records.to_disk) -> None:
+        if "model.safetensors" in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        to_disk(file)
+
     with monkeypatch.context() as patch:
         patch.setattr(Call, "run", None)
         fails(shutil, "disk_usage", free(1000), UsageError, r"1\.0 kB free; .* may be needed", **GBLM)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
     kept = "No space left on device.*finished blocks are kept: make room and run the same command with --resume"
-    fails(records, "to_disk", full_at("model.safetensors"), OutputError, kept, **GBLM)
+    fails(records, "to_disk", full, OutputError, kept, **GBLM)
     finished = content(folder)
     assert sum(map(len, finished.values())) > whole / 2
     message = "kB free.*finished blocks are kept"
@@ -256,20 +238,12 @@ def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(go) -> None:
         go(offload=True, **FITTED)
 
 
-class Alone(Ranks):
-    """One of two processes, in a test that is both."""
-
-    def wait(self) -> None:
-        pass
-
-    def check_same(self, given: dict[str, object]) -> None:
-        pass
-
-
-def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -> None:
+def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path, monkeypatch) -> None:
     """Else it would take what the first rank has just written for finished, and not be where the first waits."""
+    for meeting in ("wait", "check_same"):  # of two processes, in a test that is both
+        monkeypatch.setattr(Ranks, meeting, lambda *given: None)
     finished = {"a": torch.ones(1, 2)}, {}, {"a": LayerResult("2:4", (1, 2), 2, False)}
-    ahead, behind = (RunFolder(tmp_path / "run", {}, False, Alone(rank, 2)) for rank in (0, 1))
+    ahead, behind = (RunFolder(tmp_path / "run", {}, False, Ranks(rank, 2)) for rank in (0, 1))
     ahead.record.budgets = {"a": Budget(Pattern("2:4"), 0.5)}
     ahead.finish(0, *finished)
     assert behind.record.budgets is None and not behind.has_finished(0)

@@ -1,16 +1,18 @@
 """Fits of surviving weights: the loop itself, blocks against the dense model, whole models against its predictions."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE
 from gblm_compress.methods.quantisation import make_grid, rounded, straight_through
 from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.block_pruning import Target, prune_block_
+from gblm_compress.pruning.block_pruning import prune_block_
 from gblm_compress.settings import PruneSettings
 from gblm_compress.tasks.metrics import mean_kl
 from gblm_compress.training.fits import How, distil_, reconstruct_, relative_error
@@ -150,7 +152,9 @@ def pruned_block(kind: str, compute: str = "float32", **settings):
     block, layers = replay(model, samples(16, 48)).block(0), prunable_layers(model)[0]
     targets = [block.run(index) for index in range(16)]
     chosen = PruneSettings(pattern="2:4", **settings)
-    results, grids = prune_block_(block, layers, {}, chosen, chosen.budgets(list(layers)), Target(targets, compute))
+    how = How(BLOCK_EPOCHS, BLOCK_RATE, compute, chosen.rounds)
+    fit = partial(reconstruct_, targets=targets, how=how) if chosen.fits_blocks else None
+    results, grids = prune_block_(block, layers, {}, chosen, chosen.budgets(list(layers)), fit)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad and parameter.grad is None
         assert name.removesuffix(".weight") in layers or torch.equal(parameter, dense.get_parameter(name))
