@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.measure.engines import ROOM, GenaiRuntime, VllmRuntime
+from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_argument
 from gblm_compress.models.source import ModelSource
@@ -136,16 +138,10 @@ def load_runtime(
     chosen = runtime or runtimes_of(source)[0]
     check_installed(chosen)
     if chosen == "genai":
-        from gblm_compress.measure.engines import ROOM, GenaiRuntime
-
         return GenaiRuntime(source, device, threads, generate or ROOM)
     if chosen == "onnxruntime":
-        from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
-
         kind = OnnxRuntime if loading.task_of(source).generates else OnnxForward
         return kind(source, device, threads, profile=profile)
     if chosen == "vllm":
-        from gblm_compress.measure.engines import VllmRuntime
-
         return VllmRuntime(source, dtype, device, threads)
     return TorchRuntime(loading.load_model(source, dtype, device))
