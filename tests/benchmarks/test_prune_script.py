@@ -13,25 +13,13 @@ from tests.scripts import loaded
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the benchmark reads /proc of Linux")
 
 
-@pytest.fixture(scope="module")
-def reference():
-    with loaded("reference_gblm") as module:
-        yield module
-
-
-@pytest.mark.parametrize(
-    ("kind", "pattern", "norm"),
-    [
-        *(("llama", pattern, norm) for pattern in ("2:4", "unstructured", "1:4") for norm in ("l1", "l2")),
-        ("qwen2", "2:4", "l1"),
-        ("qwen3", "unstructured", "l2"),
-    ],
-)
-def test_pruning_gives_the_masks_of_the_reference(reference, kind, pattern, norm) -> None:
+@pytest.mark.parametrize(("pattern", "norm"), [("2:4", "l1"), ("unstructured", "l2"), ("1:4", "l2")])
+def test_pruning_gives_the_masks_of_the_reference(pattern, norm) -> None:
     given = samples(6, 48)
     ids = [sample["input_ids"] for sample in given]
-    slow, fast = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
-    expected = reference.prune_(slow, ids, reference.gradient_norms(slow, ids)[norm], pattern, 100.0)
+    slow, fast = tiny_model("llama", seed=1), tiny_model("llama", seed=1)
+    with loaded("reference_gblm") as reference:
+        expected = reference.prune_(slow, ids, reference.gradient_norms(slow, ids)[norm], pattern, 100.0)
     results = prune_(fast, given, pattern=pattern, gradient_norm=norm, allocation="uniform")
     assert list(results) == list(expected)
     same = [(fast.get_submodule(name).weight != 0) == mask for name, mask in expected.items()]

@@ -30,6 +30,7 @@ if folder == "damaged":
 Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as vLLM's workers
 HTTPServer((given["--host"], int(given["--port"])), Healthy).serve_forever()
 """
+PROGRAM = (sys.executable, "-c", SERVER)
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the benchmark reads /proc of Linux")
 
@@ -40,24 +41,17 @@ def script() -> Iterator[ModuleType]:
         yield module
 
 
-@pytest.fixture
-def program(tmp_path: Path) -> tuple[str, str]:
-    file = tmp_path / "server.py"
-    file.write_text(SERVER)
-    return sys.executable, str(file)
-
-
-def test_a_server_is_killed_with_all_that_it_started(script: ModuleType, program: Any, tmp_path: Path) -> None:
-    with script.Server(Path("sound"), tmp_path / "log", program=program) as server:
+def test_a_server_is_killed_with_all_that_it_started(script: ModuleType, tmp_path: Path) -> None:
+    with script.Server(Path("sound"), tmp_path / "log", program=PROGRAM) as server:
         processes = server.processes()
         assert len(processes) == 2 and server.start_seconds > 0
         assert server.peak() > 0 and server.memory() > 0
     assert not any(map(psutil.Process.is_running, processes))
 
 
-def test_a_server_that_does_not_start_says_why(script: ModuleType, program: Any, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_says_why(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the server of damaged ended; see .*log:\nlayout 'csr' is not known"):
-        script.Server(Path("damaged"), tmp_path / "log", program=program)
+        script.Server(Path("damaged"), tmp_path / "log", program=PROGRAM)
 
 
 def test_figures(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
