@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
-from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.tasks.task import Sample, Samples, Task
 from gblm_compress.tasks.text import (
     consecutive_windows,
     drawn_windows,
@@ -34,9 +34,7 @@ class CausalLM(Task):
     def data_files(self, dataset: str) -> list[Path]:
         return [] if dataset == SELF else super().data_files(dataset)
 
-    def calibration(
-        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
-    ) -> list[Sample]:
+    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
         windows = drawn_windows(processor, vocabulary_of(config), dataset, samples, length, seed)
         return [{"input_ids": window} for window in windows]
 
@@ -45,11 +43,11 @@ class CausalLM(Task):
         ids = tokenize(processor, vocabulary_of(config), load_text("demo", "calibration")[:4096])
         return {"input_ids": ids[:64].unsqueeze(0)}
 
-    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Samples:
         windows = consecutive_windows(processor, vocabulary_of(config), dataset, "calibration", length, tokens)
         return [{"input_ids": window} for window in windows]
 
-    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Samples:
         """Non-overlapping windows, as in the papers of GPTQ, SparseGPT, Wanda and GBLM."""
         tokens = None if limit is None else limit * length
         windows = consecutive_windows(processor, vocabulary_of(config), dataset, "evaluation", length, tokens)

@@ -9,7 +9,7 @@ from gblm_compress.errors import DataError, ModelError
 from gblm_compress.tasks import passages
 from gblm_compress.tasks.metrics import Metric, mean_metric
 from gblm_compress.tasks.passages import PassageTask, Row
-from gblm_compress.tasks.task import Sample, Task, random_numbers, with_draws
+from gblm_compress.tasks.task import Sample, Samples, Task, random_numbers, with_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,17 +57,15 @@ class Classification(Classes, PassageTask):
     help = "a model that classifies texts"
     auto_class = "AutoModelForSequenceClassification"
 
-    def calibration(
-        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
-    ) -> list[Sample]:
+    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
         rows = passages.drawn(passages.read(dataset, "calibration"), samples, seed, dataset)
         return with_draws(_samples(processor, config, rows, length, pad=True), seed)
 
-    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Samples:
         rows = passages.read(dataset, "calibration")[: tokens // length]
         return passages.encode(processor, config, rows, length, pad=False)
 
-    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Samples:
         return _samples(processor, config, passages.read(dataset, "evaluation")[:limit], length, pad=False)
 
 

@@ -12,7 +12,7 @@ from gblm_compress.storage.records import read_json
 from gblm_compress.tasks import passages
 from gblm_compress.tasks.metrics import Metric, spearman
 from gblm_compress.tasks.passages import PassageTask, Row
-from gblm_compress.tasks.task import Sample, random_numbers, with_draws
+from gblm_compress.tasks.task import Sample, Samples, random_numbers, with_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,18 +65,16 @@ class Embedding(PassageTask):
             )
         return Embedding(modes[0])
 
-    def calibration(
-        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
-    ) -> list[Sample]:
+    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
         texts = _alone(passages.read(dataset, "calibration"))
         chosen = passages.drawn(texts, samples, seed, dataset)
         return with_draws(passages.encode(processor, config, chosen, length, pad=True), seed)
 
-    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Samples:
         texts = _alone(passages.read(dataset, "calibration"))[: tokens // length]
         return passages.encode(processor, config, texts, length, pad=False)
 
-    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Samples:
         """The sentences of each pair in turn, both with its score as "labels"; or passages without labels."""
         import torch
 

@@ -20,7 +20,7 @@ from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_me
 from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks import text
 from gblm_compress.tasks.classification import Classes, class_of, names_of
-from gblm_compress.tasks.task import IMAGE_PROCESSOR, Sample, with_draws
+from gblm_compress.tasks.task import IMAGE_PROCESSOR, Sample, Samples, with_draws
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,9 +60,7 @@ class ImageClassification(Classes):
     def data_files(self, dataset: str) -> list[Path]:
         return data_files(dataset)
 
-    def calibration(
-        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
-    ) -> list[Sample]:
+    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
         pictures, classes = read(dataset, "calibration", samples, seed)
         if len(pictures) < samples:
             raise DataError(

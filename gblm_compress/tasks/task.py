@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sample: TypeAlias = "Mapping[str, Tensor]"  # the model's arguments, each [1, …], and any of `BESIDE`
+Samples: TypeAlias = "list[Sample]"
 BESIDE = ("labels", "draw")  # not for the model: the target, and the seed of a loss's random numbers
 _WORDS = "A word, ACGT 1 слово 词"  # words, letters and digits for vocabularies of all kinds
 
@@ -70,9 +71,7 @@ class Task(ABC):
         return text.data_files(dataset, self.reads, self.suffixes)
 
     @abstractmethod
-    def calibration(
-        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
-    ) -> list[Sample]:
+    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
         """Samples to calibrate on, all of one shape: texts are cut to `length` tokens and padded."""
 
     def probe(self, processor: Any, config: Any) -> Sample:
