@@ -13,16 +13,9 @@ from gblm_compress.machine import cache_folder
 from gblm_compress.models.loading import config_of, load_model
 from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.settings import (
-    CalibrationSettings,
-    EvaluateSettings,
-    GenerateSettings,
-    PruneSettings,
-    RecoverSettings,
-)
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, GenerateSettings, RecoverSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import fingerprint
-from tests.conftest import prune
 from tests.tasks import families
 
 END = 256
@@ -202,10 +195,13 @@ def test_settings_without_a_meaning_are_refused(settings, given, message) -> Non
         settings(**given)
 
 
-def test_models_that_do_not_write_ask_for_data_before_the_work(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gblm_compress.models.loading.load_model", None)
-    source = families.written(tmp_path / "bert", "bert")
-    with pytest.raises(DataError, match=r"'self' is text that a causal language model writes; for this .* a \.txt"):
-        prune(source, tmp_path / "out", PruneSettings(), CalibrationSettings(dataset="self"))
-    with pytest.raises(DataError, match="'self' is text, but the model takes images"):
-        TASKS["image-classification"].data_files("self")
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("embedding", r"'self' is text that a causal language model writes; for this .* a \.txt"),
+        ("image-classification", "'self' is text, but the model takes images"),
+    ],
+)
+def test_tasks_without_a_writing_model_ask_for_data(task: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        TASKS[task].data_files("self")

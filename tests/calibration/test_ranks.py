@@ -70,13 +70,12 @@ def test_all_ranks_read_the_text_that_they_have_written_together(pair, tiny, tmp
     first, second = (line for line in done.stdout.splitlines() if line.startswith("text "))
     assert first == second and first.removeprefix("text ") in (tmp_path / "two" / "gblm_manifest.json").read_text()
     source = tiny("llama")
-    written = [Author(source, "cpu", 1 << 30, Ranks(rank, 2), Progress(quiet=True)) for rank in (0, 1)]
     text = CalibrationSettings(dataset="self", samples=5, sequence_length=32)
-    for one in written:
-        one.ranks.every, one.ranks.sum_ = lambda *_: False, lambda tensors: None
-    parts = [one.calibration(byte_tokenizer(), text) for one in written]
-    shares = [[bool(sample["input_ids"].any()) for sample in part] for part in parts]
-    assert shares == [[True, True, False, False, False], [False, False, True, True, True]]
+    for rank, share in ((0, [True, True, False, False, False]), (1, [False, False, True, True, True])):
+        alone = Ranks(rank, 2)
+        alone.every, alone.sum_ = lambda *_: False, lambda tensors: None
+        part = Author(source, "cpu", 1 << 30, alone, Progress(quiet=True)).calibration(byte_tokenizer(), text)
+        assert [bool(sample["input_ids"].any()) for sample in part] == share
 
 
 FAULTS = """
