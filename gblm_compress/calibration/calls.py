@@ -133,12 +133,8 @@ class ForwardEnded(Exception):
     """Ends a forward pass once its purpose is served."""
 
 
-def _by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:
-    return dict([*enumerate(args), *kwargs.items()])
-
-
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    arguments, hidden = _by_place(args, kwargs), 0 if args else "hidden_states"
+    arguments, hidden = dict(enumerate(args)) | kwargs, 0 if args else "hidden_states"
     return arguments.pop(hidden), Call(arguments, hidden)
 
 
@@ -285,7 +281,7 @@ class WholeCalls(BlockCalls):
         found: list[Call] = []
 
         def stop(*args: Any, **kwargs: Any) -> Any:
-            found.append(Call(_by_place(args, kwargs), None))
+            found.append(Call(dict(enumerate(args)) | kwargs, None))
             raise ForwardEnded
 
         with forward_replaced(self._weights.blocks[0], stop), torch.no_grad(), suppress(ForwardEnded):

@@ -13,8 +13,7 @@ ELEMENTS = 1 << 22
 def kl_divergence(logits: Tensor, dense: Tensor) -> Tensor:
     """KL(dense ‖ logits) in nats per row, of [rows, classes] each; differentiable once, in `logits` alone.
 
-    The gradient is computed with the value, a few rows at a time in float32 or wider. Autograd would keep both
-    predictions in float32, and go over them a dozen times.
+    The gradient is computed with the value, a few rows at a time in float32 or wider.
     """
     divergence: Tensor = _Divergence.apply(logits, dense)  # type: ignore[no-untyped-call]
     return divergence

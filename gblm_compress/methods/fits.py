@@ -5,8 +5,6 @@ reconstruction error is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − 
 
 A fit takes W [out_features, in_features] in float32, the mask of its shape (True = keep) and the layer's `Statistics`.
 It returns the new weight, with exact zeros outside the mask. Add a fit by writing one and listing it in `FITS`.
-
-For quantised survivors a fit has a second step, `on_grid`: it returns values whose nearest grid points are the result.
 """
 
 from __future__ import annotations
@@ -206,7 +204,7 @@ def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics,
 @dataclass(frozen=True)
 class FitChoice(Choice):
     apply: Callable[[Tensor, Tensor, Statistics], Tensor]  # (W, mask, statistics) -> weight
-    # (W, weight of `apply`, mask, statistics, grid) -> values; None: fitted survivors go to their nearest points
+    # (W, weight of `apply`, mask, statistics, grid) -> values, whose nearest points are the result; None: of `apply`
     on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, Grid], Tensor] | None = None
     moves: bool = True  # survivors change their values
     fits_block: bool = False  # then the layers of a block are fitted together, to the dense block's output

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -63,21 +63,17 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "cache" / machine.MEASUREMENTS
 
 
-def remembered(name: str, what: str, result: int, made: list[int] | None = None) -> int:
-    def measure() -> int:
-        made.append(result) if made is not None else None
-        return result
-
-    return machine.remembered(name, what, measure, lambda value: type(value) is int)
+def remembered(what: str, measure) -> int:
+    return machine.remembered("machine", what, measure, lambda value: type(value) is int)
 
 
 def test_measured_once_and_kept(path) -> None:
-    made = []
-    assert [remembered("machine", "shape", 5, made) for _ in range(2)] == [5, 5]
+    measure = Mock(return_value=5)
+    assert [remembered("shape", measure) for _ in range(2)] == [5, 5]
     machine.recorded.cache_clear()
-    assert remembered("machine", "shape", 6, made) == 5 and made == [5]
+    assert remembered("shape", measure) == 5 and measure.call_count == 1
     path.write_text(json.dumps({"machine": {"shape": 5, "other": "theirs"}, "theirs": {"shape": 3}}))
-    assert remembered("machine", "third", 2) == 2  # what another process measured meanwhile is not lost
+    assert remembered("third", lambda: 2) == 2  # what another process measured meanwhile is not lost
     found = json.loads(path.read_text())
     assert found == {"machine": {"shape": 5, "other": "theirs", "third": 2}, "theirs": {"shape": 3}}
 
@@ -89,7 +85,7 @@ def test_measured_once_and_kept(path) -> None:
 def test_what_is_damaged_is_measured_and_written_again(path, content) -> None:
     path.parent.mkdir()
     path.write_text(content)
-    assert remembered("machine", "shape", 5) == 5
+    assert remembered("shape", lambda: 5) == 5
     theirs = {"theirs": {"shape": 3}} if "theirs" in content else {}
     assert json.loads(path.read_text()) == {"machine": {"shape": 5}} | theirs
 
@@ -101,7 +97,7 @@ def test_a_cache_that_cannot_be_used_is_done_without(path, put) -> None:
     else:
         path.parent.mkdir()
         path.mkdir() if put == "folder" else os.mkfifo(path)
-    assert remembered("machine", "shape", 4) == 4
+    assert remembered("shape", lambda: 4) == 4
 
 
 KILLED = """
@@ -121,13 +117,12 @@ def test_a_folder_of_the_cache_is_made_again_after_a_kill(tmp_path) -> None:
     machine.made_once(folder, None)
 
 
-def test_what_nobody_used_for_long_leaves_the_cache(tmp_path, monkeypatch) -> None:
+def test_what_nobody_used_for_long_leaves_the_cache(tmp_path) -> None:
     for name in ("used", "old", "older", "new"):
         (tmp_path / name / "below").mkdir(parents=True)
     for name in ("used", "old", "older"):
         os.utime(tmp_path / name, (0, 0))
-    with monkeypatch.context() as patch:  # another user's, or removed by another process meanwhile
-        patch.setattr(machine.shutil, "rmtree", Mock(side_effect=PermissionError))
+    with patch.object(machine.shutil, "rmtree", side_effect=PermissionError):  # another user's, or removed meanwhile
         machine.keep(tmp_path / "used")
     machine.keep(tmp_path / "used")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "used"]
