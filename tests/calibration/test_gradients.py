@@ -65,10 +65,10 @@ def test_both_orders_give_the_same_bits_and_leave_no_states(kind: str, norm: str
 
 
 @pytest.mark.parametrize("by_sample", [False, True])
-def test_one_gradient_exists_at_a_time_and_flags_and_blocks_are_restored(by_sample: bool) -> None:
+def test_one_gradient_exists_at_a_time_and_flags_are_restored(by_sample: bool) -> None:
     model = tiny_model("llama")
     model.lm_head.weight.requires_grad_(False)
-    before, blocks = {name: p.requires_grad for name, p in model.named_parameters()}, model.model.layers
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
     layers, held = all_layers(model), []
 
     def count(gradient: torch.Tensor) -> None:
@@ -83,7 +83,6 @@ def test_one_gradient_exists_at_a_time_and_flags_and_blocks_are_restored(by_samp
     norms_of(model, samples(), "l2", by_sample=by_sample)
     assert held and max(held) <= 1 and all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
-    assert model.model.layers is blocks and len(blocks) == 2
 
 
 @pytest.mark.parametrize("by_sample", [False, True])
