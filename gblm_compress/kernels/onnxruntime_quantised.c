@@ -20,7 +20,7 @@
 #define ort gblm_ort
 static const char operator_name[] = "QuantisedLinear";
 
-enum { OWNED = 5 };
+enum { OWNED = 6 };
 typedef struct {
     int count;
     Quantised jobs[MAX_WEIGHTS];
@@ -66,6 +66,15 @@ static void fill_sums(const Quantised *job, float *sums) {
         }
         sums[row] = (float)sum;
     }
+}
+
+/* From now on the weight is a spread one: see gblm_spreads. */
+static OrtStatusPtr spread(Quantised *job, void **owned) {
+    if (!(*owned = malloc((size_t)(job->rows * job->words) * SPREAD_BYTES))) return gblm_out_of_memory();
+    gblm_spread(job, *owned);
+    job->values = *owned;
+    job->mask = NULL, job->starts = NULL;
+    return NULL;
 }
 
 static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised *job, void *owned[OWNED]) {
@@ -132,7 +141,7 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised
     if (!(owned[4] = malloc((size_t)job->rows * sizeof *job->sums))) return gblm_out_of_memory();
     fill_sums(job, owned[4]);
     job->sums = owned[4];
-    return NULL;
+    return places && gblm_spreads(job->path, gblm_parts) ? spread(job, &owned[5]) : NULL;
 }
 
 static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {

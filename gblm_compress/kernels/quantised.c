@@ -110,8 +110,9 @@ static int by_tokens(int64_t tokens) { return tokens <= 2 ? (int)tokens - 1 : to
 #define KIND_TABLE(NAME, KIND) {NAME##_##KIND##_1, NAME##_##KIND##_2, NAME##_##KIND##_4, NAME##_##KIND##_8}
 #define ROW_KERNELS(NAME, ATTRIBUTE)                                                                                     \
     KIND_KERNELS(NAME, ATTRIBUTE, LEVELS) KIND_KERNELS(NAME, ATTRIBUTE, PLACES) KIND_KERNELS(NAME, ATTRIBUTE, DENSE)     \
+    KIND_KERNELS(NAME, ATTRIBUTE, SPREAD)                                                                                \
     static void NAME##_any(const Quantised *job, int64_t begin, int64_t end) {                                           \
-        static const Rows rows[KINDS][4] = {KIND_TABLE(NAME, LEVELS), KIND_TABLE(NAME, PLACES), KIND_TABLE(NAME, DENSE)}; \
+        static const Rows rows[KINDS][4] = {KIND_TABLE(NAME, LEVELS), KIND_TABLE(NAME, PLACES), KIND_TABLE(NAME, DENSE), KIND_TABLE(NAME, SPREAD)}; \
         rows[kind_of(job)][by_tokens(job->tokens)](job, begin, end);                                                     \
     }
 #endif
@@ -332,7 +333,7 @@ __attribute__((constructor)) static void fill_places_of_8(void) {
 
 /* The 16 levels of a row. */
 AVX2 INLINE __m128i avx2_table(const Quantised *job, int64_t row, const int kind) {
-    return kind == PLACES ? _mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)) : _mm_setzero_si128();
+    return kind == PLACES || kind == SPREAD ? _mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)) : _mm_setzero_si128();
 }
 
 /* The levels of 16 columns. Their weights begin at number `at` of v, which moves past them. */
@@ -354,6 +355,36 @@ AVX2 INLINE __m128i avx2_lane(const uint8_t *mask, const uint8_t *v, int64_t *at
     return levels;
 }
 
+/* A spread word has a place for each of 64 columns, and then 64 bits that say which of them are stored. A half of the word
+ * is 32 places, the first half's in the low 4 bits of 32 bytes: place 2i is that of column i, place 2i + 1 that of column
+ * 16 + i. Bit 4 · half + k of the j-th byte of bits belongs to place 8k + j.
+ *
+ * Levels of half a word, columns by 16 in 16 bits. */
+typedef struct {
+    __m256i lanes[2];
+} Half;
+
+AVX2 INLINE Half avx2_spread(const uint8_t *word, __m128i table, const int half) {
+    const __m256i bytes = _mm256_loadu_si256((const __m256i *)word), bits = _mm256_set1_epi64x(*(const int64_t *)(word + 32));
+    const __m256i places = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+    const __m256i first = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202, 0x0404040404040404, 0x0808080808080808);
+    const __m256i bit = half ? _mm256_slli_epi16(first, 4) : first;
+    const __m256i stored = _mm256_cmpeq_epi8(_mm256_and_si256(bits, bit), bit);
+    const __m256i levels = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), places), stored);
+    return (Half){{_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)}};
+}
+
+/* The levels of half a word, whose weights begin at number `at` of v, which moves past them. */
+AVX2 INLINE Half avx2_half(const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind, const int half) {
+    if (kind == SPREAD) {
+        if (half) *at += SPREAD_BYTES;
+        return avx2_spread(v + *at - half * SPREAD_BYTES, table, half);
+    }
+    const __m128i first = avx2_lane(mask + 4 * half, v, at, table, kind);
+    const __m128i second = avx2_lane(mask + 4 * half + 2, v, at, table, kind);
+    return (Half){{_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(second)}};
+}
+
 /* Where the mask of the words from `block` up to `last` of a row lies, or what its patterns are written as to `whole`. */
 INLINE const uint64_t *avx2_mask(const Quantised *job, int64_t row, int64_t block, int64_t last, uint64_t *whole) {
     if (!job->patterns) return job->mask + row * job->words + block;
@@ -361,31 +392,45 @@ INLINE const uint64_t *avx2_mask(const Quantised *job, int64_t row, int64_t bloc
     return whole;
 }
 
+/* Scales of a row from group `first` on, widened; `count` is a multiple of 8. */
+AVX2 INLINE void avx2_scales(const Quantised *job, int64_t row, int64_t first, int64_t count, float *to) {
+    for (int64_t g = 0; g < count; g += 8) {
+        const uint16_t *from = job->scales + row * job->groups + first + g;
+        if (first + g + 8 <= job->groups) _mm256_storeu_ps(to + g, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)));
+        else for (int64_t i = g; i < g + 8; i++) to[i] = avx2_scale(job, row, first + i);
+    }
+}
+
 /* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. */
 AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const int tokens) {
     const int64_t stride = job->words * 64, span = (job->group ? job->group : PERIOD) / 32;
+    const int masked = kind == LEVELS || kind == PLACES;
     const uint8_t *v = job->values + row_start(job, r);
     const int16_t *x = job->x;
     const __m128i table = avx2_table(job, r, kind);
     uint64_t whole[BLOCK];
+    float scales[2 * BLOCK];
     __m256i products[FEW_TOKENS];
     __m256 sums[FEW_TOKENS];
     for (int t = 0; t < tokens; t++) products[t] = _mm256_setzero_si256(), sums[t] = _mm256_setzero_ps();
     int64_t at = 0, left = span, group = 0;
     for (int64_t block = 0; block < job->words; block += BLOCK) {
         const int64_t last = block + BLOCK < job->words ? block + BLOCK : job->words;
-        const uint64_t *bits = kind == DENSE ? NULL : avx2_mask(job, r, block, last, whole);
+        const uint64_t *bits = masked ? avx2_mask(job, r, block, last, whole) : NULL;
+        if (job->group) group = 0, avx2_scales(job, r, 64 * block / job->group, 64 * BLOCK / job->group, scales);
         for (int64_t w = block; w < last; w++) {
             const uint8_t *mask = (const uint8_t *)bits;
-            if (kind != DENSE) bits++;
+            if (masked) bits++;
             _mm_prefetch((const char *)v + (at >> (kind == PLACES)) + 1024, _MM_HINT_T0);
-            _Pragma("GCC unroll 4") for (int lane = 0; lane < 4; lane++, x += 16) {
-                const __m256i weights = _mm256_cvtepi8_epi16(avx2_lane(mask + 2 * lane, v, &at, table, kind));
-                _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++)
-                    products[t] = _mm256_add_epi32(
-                        products[t], _mm256_madd_epi16(weights, _mm256_loadu_si256((const __m256i *)(x + t * stride))));
-                if (lane % 2 == 0 || (--left && (lane == 1 || w + 1 < job->words))) continue;
-                const __m256 scale = _mm256_set1_ps(job->group ? avx2_scale(job, r, group) : 1.0f);
+            _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+                const Half weights = avx2_half(mask, v, &at, table, kind, half);
+                for (int lane = 0; lane < 2; lane++, x += 16)
+                    _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
+                        const __m256i inputs = _mm256_loadu_si256((const __m256i *)(x + t * stride));
+                        products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(weights.lanes[lane], inputs));
+                    }
+                if (--left && (half == 0 || w + 1 < job->words)) continue;
+                const __m256 scale = job->group ? _mm256_broadcast_ss(scales + group) : _mm256_set1_ps(1);
                 _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
                     sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sums[t]);
                     products[t] = _mm256_setzero_si256();
@@ -406,8 +451,17 @@ AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, i
     const uint8_t *v = job->values + row_start(job, row);
     const __m128i table = avx2_table(job, row, kind);
     for (int64_t w = first; w < last; w++) {
-        const uint64_t bits = row_bits(job, row, w);
         _mm_prefetch((const char *)v + (*at >> (kind == PLACES)) + 256, _MM_HINT_T0);
+        if (kind == SPREAD) {
+            for (int half = 0; half < 2; half++, to += 32) {
+                const Half levels = avx2_spread(v + *at, table, half);
+                const __m256i bytes = _mm256_packs_epi16(levels.lanes[0], levels.lanes[1]);
+                _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(bytes, 0xd8));
+            }
+            *at += SPREAD_BYTES;
+            continue;
+        }
+        const uint64_t bits = row_bits(job, row, w);
         for (int lane = 0; lane < 4; lane++, to += 16)
             _mm_storeu_si128((__m128i *)to, avx2_lane((const uint8_t *)&bits + 2 * lane, v, at, table, kind));
         if (kind == PLACES) *at = (*at + 1) & ~1ll;
@@ -417,6 +471,7 @@ AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, i
 AVX2 void gblm_avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to) {
     if (kind_of(job) == DENSE) avx2_levels(job, row, first, last, at, to, DENSE);
     else if (kind_of(job) == PLACES) avx2_levels(job, row, first, last, at, to, PLACES);
+    else if (kind_of(job) == SPREAD) avx2_levels(job, row, first, last, at, to, SPREAD);
     else avx2_levels(job, row, first, last, at, to, LEVELS);
 }
 
@@ -624,6 +679,25 @@ int gblm_quantised_paths(void) {
     return paths;
 }
 
+int gblm_spreads(int path, int processors) { return (path == AVX2_PATH || path == AVX_VNNI_PATH) && processors <= 8; }
+
+void gblm_spread(const Quantised *job, uint8_t *to) {
+    memset(to, 0, (size_t)(job->rows * job->words) * SPREAD_BYTES);
+    for (int64_t row = 0; row < job->rows; row++) {
+        const uint8_t *v = job->values + row_start(job, row);
+        for (int64_t w = 0; w < job->words; w++, to += SPREAD_BYTES) {
+            const uint64_t bits = row_bits(job, row, w);
+            int at = 0;
+            for (uint64_t left = bits; left; left &= left - 1, at++) {
+                const int column = __builtin_ctzll(left), half = column / 32, place = column % 16 * 2 + column / 16 % 2;
+                to[place] |= (uint8_t)((v[at / 2] >> (at % 2 * 4) & 15) << 4 * half);
+                to[32 + place % 8] |= (uint8_t)(1 << (4 * half + place / 8));
+            }
+            v += bytes_in(at, PLACES);
+        }
+    }
+}
+
 static Rounding rounding_of(int path, int type) {
     static const Rounding portable[] = {portable_f32, portable_f16, portable_bf16};
 #if defined(__x86_64__)
@@ -737,7 +811,7 @@ static int can_run(const Quantised *job, int count) {
     return job->rows >= 0 && job->words > 0 && job->words <= MOST_WORDS && job->columns > (job->words - 1) * 64 &&
            job->columns <= job->words * 64 && count > 0 && path >= 0 && path < PATHS && job->type >= 0 && job->type <= BF16 &&
            (group == 0 || group == 32 || group == 64 || group == 128) && !job->mask == !job->starts &&
-           !(job->patterns && (job->mask || job->columns % 4)) && !(job->levels && kind_of(job) == DENSE) &&
+           !(job->patterns && (job->mask || job->columns % 4)) && kind_of(job) != SPREAD &&
            (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
 }
 

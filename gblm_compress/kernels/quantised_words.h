@@ -7,11 +7,12 @@
 #define INLINE static inline __attribute__((always_inline))
 #define GBLM_TILE 32 /* rows that are spread together for many tokens */
 
-enum { LEVELS, PLACES, DENSE, KINDS };
+enum { LEVELS, PLACES, DENSE, SPREAD, KINDS };
 
 static inline int64_t row_start(const Quantised *job, int64_t row) {
     if (job->patterns) return row * (job->levels ? job->columns / 4 : job->columns / 2);
-    return job->mask ? job->starts[row] : row * job->words * 64;
+    if (job->mask) return job->starts[row];
+    return row * job->words * (job->levels ? SPREAD_BYTES : 64);
 }
 
 /* The 48 bits of the patterns of 64 columns. */
@@ -40,7 +41,8 @@ static inline uint64_t row_bits(const Quantised *job, int64_t row, int64_t w) {
     return job->mask ? job->mask[row * job->words + w] : ~0ull;
 }
 static inline int kind_of(const Quantised *job) {
-    return !job->mask && !job->patterns ? DENSE : job->levels ? PLACES : LEVELS;
+    if (job->mask || job->patterns) return job->levels ? PLACES : LEVELS;
+    return job->levels ? SPREAD : DENSE;
 }
 /* Bytes that so many weights of a word take. */
 static inline int bytes_in(int count, int kind) { return kind == PLACES ? (count + 1) / 2 : count; }
