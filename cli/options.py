@@ -21,7 +21,7 @@ from gblm_compress.settings.fields import MANY, choices_of
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # by their names in JSON; others are text
 METAVARS = {
     "set": "KEY=VALUE", "push_to_hub": "OWNER/NAME", "overrides": "LAYERS=PATTERN[@SPARSITY],...",
-    "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "heat_map", "junit", "summary"), "<path>"),
+    "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "junit", "summary"), "<path>"),
 }  # fmt: skip
 JSON = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
 ALL = "--help-all"

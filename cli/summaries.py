@@ -265,8 +265,7 @@ def inspect(
     total = f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({c['nonzeros'] / c['weights']:.2%})"
     patterns = Counter(pattern for layer in c["layers"] for pattern in layer["patterns"])
     holding = [f"{pattern} in {number} of {len(c['layers'])} layers" for pattern, number in patterns.items()]
-    heat_map = [f"heat map: {c['heat_map']}"] if c["heat_map"] else []
-    found = [total, f"patterns that hold: {', '.join(holding) or 'none'}", _table(kinds, c["kinds"]), *heat_map]
+    found = [total, f"patterns that hold: {', '.join(holding) or 'none'}", _table(kinds, c["kinds"])]
     if not layers:
         return [*found, "--layers shows every layer"]
     rows = []

@@ -64,7 +64,7 @@ LAYER = {"name": "layers.0.up", "shape": [4, 8], "nonzeros": 16, "patterns": ["2
 LINES = dict.fromkeys(("kept_rows", "gone_rows", "kept_columns", "gone_columns"), 0)
 KINDS = [{"kind": "up", "layers": 2, "nonzeros": 0.5, **LINES}]
 LAYERS = [LAYER, LAYER | {"name": "layers.1.up", "patterns": []}]
-INSPECTED = {"layers": LAYERS, "kinds": KINDS, "nonzeros": 32, "weights": 64, "heat_map": None}
+INSPECTED = {"layers": LAYERS, "kinds": KINDS, "nonzeros": 32, "weights": 64}
 
 
 def test_an_inspection_shows_its_summary_first_and_layers_if_asked_to() -> None:
