@@ -79,6 +79,8 @@ def by_score(score: Callable[[Tensor, Statistics, float], Tensor]) -> Callable[[
 
     def select(weight: Tensor, statistics: Statistics, rule: Rule) -> Selection:
         scores = score(weight, statistics, rule.alpha)
+        if scores.shape != weight.shape:
+            raise ValueError(f"a score has the weight's shape {list(weight.shape)}, not {list(scores.shape)}")
         check_finite(rule.layer, "scores", scores)
         return Selection(rule.pattern.mask(scores, weight, rule.sparsity))
 

@@ -32,5 +32,12 @@ def test_the_highest_scores_survive_by_the_formula_weight_by_weight(name: str) -
     rule = Rule("layer", Pattern("2:4"), 0.5, 100.0)
     selection = METHODS[name].select(weight, statistics, rule)
     assert torch.equal(selection.keep, Pattern("2:4").mask(score, weight, 0.5)) and not selection.fitted
+    infinite = Statistics(activation * torch.inf, gradient * torch.inf, gradient * torch.inf)
     with pytest.raises(ModelError, match="layer: 40 of 40 scores are NaN or infinite"):
-        METHODS[name].select(weight * torch.inf, statistics, rule)
+        METHODS[name].select(weight * torch.inf, infinite, rule)
+
+
+def test_a_score_has_the_shape_of_the_weight() -> None:
+    select = saliency.by_score(lambda weight, statistics, alpha: statistics.activations())
+    with pytest.raises(ValueError, match=r"the weight's shape \[5, 8\], not \[8\]"):
+        select(torch.ones(5, 8), Statistics(torch.ones(8)), Rule("layer", Pattern("2:4"), 0.5, 100.0))
