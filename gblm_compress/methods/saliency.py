@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
         by_score(gblm),
         help="magnitude × (input norm + alpha × gradient norm)",
         needs=Need.ACTIVATIONS | Need.GRADIENTS,
-        reads=("alpha", "alpha_scale"),
+        reads=("alpha",),
         synonyms=("GBLM-Pruner",),
     ),
     "wanda": Method(by_score(wanda), help="magnitude × input norm", needs=Need.ACTIVATIONS),

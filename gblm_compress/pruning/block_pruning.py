@@ -50,8 +50,7 @@ def prune_block_(
     statistics = layer_statistics(block, layers, gradients, settings.block_needs)
     few = _with_few_tokens(block, layers, statistics)
     layers = {name: layer for name, layer in layers.items() if name in few or statistics[name].tokens != 0}
-    alpha = settings.effective_alpha(block.samples, block.tokens) if block else settings.alpha
-    rules = {name: Rule(name, budgets[name].pattern, budgets[name].sparsity, alpha) for name in layers}
+    rules = {name: Rule(name, budgets[name].pattern, budgets[name].sparsity, settings.alpha) for name in layers}
     own = {name: settings.model_copy(update=_BY_MAGNITUDE) if name in few else settings for name in layers}
     grids: dict[str, Grid] = {}
     survivors: dict[str, int] = {}

@@ -32,15 +32,11 @@ from gblm_compress.pruning.block_pruning import FEW_TOKENS, LayerResult
 from gblm_compress.pruning.planning import Placement, Plan, PlanResult, Size, uniform_budgets
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import LeftDense, Walk, Walked
-from gblm_compress.settings import (
-    PUBLISHED_CALIBRATION,
-    CalibrationSettings,
-    ComputeSettings,
-    PruneSettings,
-    ResourceSettings,
-)
+from gblm_compress.settings import CalibrationSettings, ComputeSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.task import Sample, fingerprint, on_device
+
+PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper; its alpha depends on them
 
 
 @dataclass(frozen=True)
@@ -284,11 +280,10 @@ def _pruned_before(source: ModelSource) -> list[str]:
 def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> Iterator[str]:
     plan, settings, layers = walked.plan, walked.plan.settings, walked.layers
     size = (calibration.samples, calibration.sequence_length)
-    if "alpha_scale" in settings.read and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
+    if settings.method == "gblm" and size != PUBLISHED_CALIBRATION:
         yield (
             f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
-            f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
-            "(alpha_scale: normalised, in a recipe, keeps its meaning)"
+            f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length}"
         )
     if walked.whole:
         yield (

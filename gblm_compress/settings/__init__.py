@@ -4,13 +4,7 @@ Importing this package loads no torch.
 """
 
 from gblm_compress.settings.fields import Panel, Settings
-from gblm_compress.settings.prune import (
-    PUBLISHED_CALIBRATION,
-    REGISTRIES,
-    GradientNorm,
-    OverrideSettings,
-    PruneSettings,
-)
+from gblm_compress.settings.prune import REGISTRIES, GradientNorm, OverrideSettings, PruneSettings
 from gblm_compress.settings.recipe import GATES, CompareSettings, GateSettings, Recipe
 from gblm_compress.settings.stages import (
     AdviseSettings,
@@ -26,8 +20,7 @@ from gblm_compress.settings.stages import (
 )
 
 __all__ = [
-    "GATES", "PUBLISHED_CALIBRATION", "REGISTRIES", "AdviseSettings", "BenchmarkSettings", "CalibrationSettings",
-    "CompareSettings", "ComputeSettings", "EvaluateSettings", "ExportSettings", "GateSettings",
-    "GenerateSettings", "GradientNorm", "OverrideSettings", "Panel", "PruneSettings", "Recipe", "RecoverSettings",
-    "ResourceSettings", "Settings", "Source",
+    "GATES", "REGISTRIES", "AdviseSettings", "BenchmarkSettings", "CalibrationSettings", "CompareSettings",
+    "ComputeSettings", "EvaluateSettings", "ExportSettings", "GateSettings", "GenerateSettings", "GradientNorm",
+    "OverrideSettings", "Panel", "PruneSettings", "Recipe", "RecoverSettings", "ResourceSettings", "Settings", "Source",
 ]  # fmt: skip

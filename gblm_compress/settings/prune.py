@@ -34,14 +34,7 @@ REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "quantise": QUANTISERS,
 }  # {key of `PruneSettings`: its choices}; entries added before this module is imported count
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "method": "gblm",
-        "gradient_norm": "l1",
-        "alpha": 100.0,
-        "alpha_scale": "published",
-        "allocation": "uniform",
-        "fit": "none",
-    },
+    "paper": {"method": "gblm", "gradient_norm": "l1", "alpha": 100.0, "allocation": "uniform", "fit": "none"},
     "sparsegpt": {"method": "obs", "fit": "obs"},
 }  # paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774
 
@@ -53,8 +46,6 @@ QuantiserName = Annotated[str, OneOf.of(QUANTISERS)]
 Group = Annotated[str | int, OneOf((ROW, *GROUPS))]
 GROUP_DEFAULTS = ", ".join(f"{q.group or ROW} with {name}" for name, q in QUANTISERS.items() if q.make is not None)
 GradientNorm = Literal["l1", "l2"]
-AlphaScale = Literal["published", "normalised"]
-PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper; its alpha depends on them
 
 
 def _number(value: Any) -> Any:
@@ -119,11 +110,6 @@ class PruneSettings(Settings):
     )
     alpha: Annotated[float, Panel.METHOD] = Field(
         100.0, ge=0, description=f"Weight of the gradient term; used only with {_readers('alpha')}."
-    )
-    alpha_scale: Annotated[AlphaScale, Panel.NO_OPTION] = Field(
-        "published",
-        description="published: use alpha as given. normalised: rescale alpha to the calibration size, so that it acts "
-        "as with 128 samples of 2048 tokens.",
     )
     allocation: Annotated[AllocationName | None, Panel.METHOD] = Field(
         None,
@@ -232,18 +218,6 @@ class PruneSettings(Settings):
     @property
     def fits_model(self) -> bool:
         return FITS[self.fit].fits_model
-
-    def effective_alpha(self, samples: int, sequence_length: float) -> float:
-        """The factor of the gradient term for a calibration of this size.
-
-        The activation term of gblm grows with the square root of the tokens in a sample. The gradient term grows with
-        the samples (l1) or their square root (l2). Both terms of regional grow alike, so its alpha has no scale.
-        """
-        if self.alpha_scale == "published":
-            return self.alpha
-        published_samples, published_length = PUBLISHED_CALIBRATION
-        samples_factor = (published_samples / samples) ** (1.0 if self.gradient_norm == "l1" else 0.5)
-        return self.alpha * samples_factor * (sequence_length / published_length) ** 0.5
 
     def budgets(self, names: list[str]) -> dict[str, Budget]:
         """Budgets before an allocation. UsageError if an override matches no layer."""

@@ -130,7 +130,6 @@ def test_a_preset_is_its_settings_written_out() -> None:
         ({"preset": 1}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
         ({"method": "wanda", "gradient_norm": "l2"}, "reads it", {"allocation": "sensitivity"}),
         ({"method": "wanda", "alpha": 3.0}, "alpha 3.0 would do nothing: only method", {"method": "regional"}),
-        ({"method": "regional", "alpha_scale": "normalised"}, "reads it", {"method": "gblm"}),
         ({"fit": "fast", "rounds": 2}, "rounds 2 would do nothing: only fit", {"fit": "balanced"}),
         ({"group": 64}, "group 64 would do nothing: only quantise", {"quantise": "int8"}),
         ({"group": "row"}, "group row would do nothing: only quantise", {"quantise": "int4"}),
@@ -169,26 +168,6 @@ def test_the_columns_of_a_scale() -> None:
         128, "int8, a scale for every 128 columns",
     )  # fmt: skip
     assert grid(quantise="int4", group="row")[0] is None
-
-
-def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
-    def alpha(norm: str, scale: str, samples: int, length: int) -> float:
-        return PruneSettings(alpha_scale=scale, gradient_norm=norm, fit="none").effective_alpha(samples, length)
-
-    for norm in ("l1", "l2"):
-        assert alpha(norm, "normalised", 128, 2048) == alpha(norm, "published", 16, 512) == 100
-    assert alpha("l1", "normalised", 32, 512) == alpha("l2", "normalised", 32, 2048) == 200
-
-
-def test_normalised_alpha_gives_the_same_mask_for_repeated_samples() -> None:
-    """The same text twice changes neither norm's direction, and with a normalised alpha no score's order either."""
-    masks = []
-    for repeats in (1, 3):
-        model = tiny_model("llama")
-        prune_(model, samples(2) * repeats, alpha_scale="normalised", alpha=1.0, allocation="uniform")
-        masks.append([p != 0 for p in model.parameters()])
-    different = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
-    assert different <= 10  # a rounding difference may swap weights of all but equal score
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def padded_samples(count: int, length: int) -> list[Sample]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"alpha_scale": "normalised"}, {"method": "obs"}, {"method": "regional"}, {"fit": "balanced"}, {"fit": "best"}],
+    [{"method": "gblm"}, {"method": "obs"}, {"method": "regional"}, {"fit": "balanced"}, {"fit": "best"}],
     ids=lambda settings: "-".join(map(str, settings)),
 )
 def test_padded_or_not_a_decoder_becomes_the_same(settings, monkeypatch) -> None:
