@@ -141,7 +141,7 @@ def plan(c: dict[str, Any]) -> list[Any]:
 
 
 def advise(c: dict[str, Any]) -> list[Any]:
-    columns = "way = {name} | >weights = {bytes:bytes} | >ms per token = {ms_per_token:.1f} ({low:.1f}–{high:.1f})"
+    columns = "way = {name} | >weights = {bytes:bytes} | >ms per token = {ms_per_token:.2f} ({low:.2f}–{high:.2f})"
     notes = [f"note: {way} does not work here: {reason}" for way, reason in c["left_out"].items()]
     return [_table(columns, c["predictions"]), *c["sentences"], *notes]
 
@@ -367,7 +367,7 @@ def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...
     text = given.get("calibration", SELF)
     options = _flags(
         dataset="demo" if text == SELF else text if text in ("demo", "wikitext2", "c4") else None,
-        sequence_length=given.get("sequence_length"),
+        sequence_length=given.get("sequence_length") or 512,
         max_windows=16,
     )
     return ("evaluate", made, "--baseline", dense, *options)

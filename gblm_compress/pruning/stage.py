@@ -280,7 +280,7 @@ def _pruned_before(source: ModelSource) -> list[str]:
 def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> Iterator[str]:
     plan, settings, layers = walked.plan, walked.plan.settings, walked.layers
     size = (calibration.samples, calibration.sequence_length)
-    if settings.method == "gblm" and size != PUBLISHED_CALIBRATION:
+    if settings.method == "gblm" and settings.fit == "none" and size != PUBLISHED_CALIBRATION:
         yield (
             f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
             f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length}"

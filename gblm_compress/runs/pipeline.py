@@ -169,7 +169,8 @@ def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
             f"a prompt of {settings.prompt} tokens, {settings.generate} generated; {settings.repeats} rounds after "
             f"{settings.warmup} warm-up rounds, models in turn"
         )
-        found["machine"] = f"{here['cpu']}, {here['threads']} threads, {here['device']}"
+        threads = f"{here['threads']} thread{'s' if here['threads'] > 1 else ''}"
+        found["machine"] = f"{here['cpu']}, {threads}, {here['device']}"
         if warning := noisy(here):
             found["warning"] = warning
     else:

@@ -46,7 +46,7 @@ class ComputeSettings(Settings):
 class ModelSettings(ComputeSettings):
     """The dense model, with dtype and device."""
 
-    source: str = Field(description="A hub id, a local folder, or 'demo'.")
+    source: str = Field(description="A hub id, a local folder, 'demo' or 'tiny'.")
 
 
 class CalibrationSettings(Settings):

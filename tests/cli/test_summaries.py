@@ -112,20 +112,28 @@ def made(folder: Path, **manifest: Any) -> None:
     ("command", "given", "words"),
     [
         ("advise", {"model": "my MODELS", "pattern": "2:4"}, "prune 'my MODELS' -o pruned --pattern 2:4"),
-        ("prune", {"model": "my MODELS"}, "evaluate a/pruned --baseline 'my MODELS' --dataset demo --max-windows 16"),
+        (
+            "prune",
+            {"model": "my MODELS"},
+            "evaluate a/pruned --baseline 'my MODELS' --dataset demo --sequence-length 512 --max-windows 16",
+        ),
         (
             "prune",
             {"model": "demo", "calibration": "demo", "sequence_length": 512},
             "evaluate a/pruned --baseline demo --dataset demo --sequence-length 512 --max-windows 16",
         ),
-        ("recover", {"teacher": "a/dense"}, "evaluate a/pruned --baseline a/dense --dataset demo --max-windows 16"),
+        (
+            "recover",
+            {"teacher": "a/dense"},
+            "evaluate a/pruned --baseline a/dense --dataset demo --sequence-length 512 --max-windows 16",
+        ),
         ("generate", {"model": "demo"}, "prune demo -o pruned --calibration a/text.txt"),
         ("evaluate", {"model": "a/pruned"}, "export a/pruned -o a/onnx --format onnx --quantise int8 --kernels"),
         ("evaluate", {"model": "a/onnx"}, "benchmark a/onnx --baseline owner/model"),
         (
             "benchmark",
             {"models": ("a/onnx",), "baseline": ("x",)},
-            "evaluate a/onnx --baseline x --dataset demo --max-windows 16",
+            "evaluate a/onnx --baseline x --dataset demo --sequence-length 512 --max-windows 16",
         ),
         ("inspect", {"model": "x"}, "export x -o onnx --format onnx --kernels"),
         ("compare", {"model": "x", "samples": 8}, "prune x -o pruned --method wanda --pattern 2:4 --samples 8"),
@@ -159,7 +167,18 @@ def test_a_dense_model_is_pruned_and_its_export_evaluated_and_not_timed_against_
     monkeypatch.chdir(tmp_path)
     made(tmp_path / "int8", kind="export")
     words = summaries.FOLLOWING["export"]({"folder": "int8"}, {"model": "my/model"})
-    assert words == ("evaluate", "int8", "--baseline", "my/model", "--dataset", "demo", "--max-windows", "16")
+    assert words == (
+        "evaluate",
+        "int8",
+        "--baseline",
+        "my/model",
+        "--dataset",
+        "demo",
+        "--sequence-length",
+        "512",
+        "--max-windows",
+        "16",
+    )
     assert summaries.FOLLOWING["evaluate"]({"sample": "window"}, {"model": "int8"}) == ()
     assert summaries.FOLLOWING["inspect"](FOUND | {"nonzeros": 61}, {"model": "x"}) == ("prune", "x", "-o", "pruned")
 
