@@ -5,7 +5,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -41,8 +40,8 @@ class ResidentWeights:
 class StreamedWeights:
     """A model on disk, from `loading.load_skeleton`; only the block at work is in memory.
 
-    Changes to a block's weights are lost when its `with` ends. For a GPU the next block is read while one runs. On a
-    CPU the pages of the file are used as they are if the dtype allows.
+    Changes to a block's weights are lost when its `with` ends. On a CPU the pages of the file are used as they are if
+    the dtype allows.
     """
 
     def __init__(self, source: ModelSource, model: Any, device: str) -> None:
@@ -50,9 +49,6 @@ class StreamedWeights:
         self.prefix, self.blocks = find_blocks(self.model)
         self._device = torch.device(device)
         self._checkpoint = Checkpoint(source.folder, self.model)
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._reader, self._reads_ahead = ThreadPoolExecutor(1), self._device.type == "cuda"
-        self._latest = 0
         self._finite = set[str]()  # parameters that were read and checked
         groups = _tied_parameters(self.model)
         shared = [name for group in groups for name in group if len({self._block_of(one) for one in group}) > 1]
@@ -78,13 +74,7 @@ class StreamedWeights:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        ahead, self._ahead = self._ahead, None
-        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read(str(index))
-        following = index + (1 if index >= self._latest else -1)
-        self._latest = index
-        if self._reads_ahead and 0 <= following < len(self.blocks):
-            self._ahead = (following, self._reader.submit(self._read, str(following)))
-        with self._placed(str(index), tensors):
+        with self._placed(str(index)):
             yield self.blocks[index]
 
     def _block_of(self, name: str) -> str:
@@ -93,33 +83,31 @@ class StreamedWeights:
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        with self._placed("", self._read("")):
+        with self._placed(""):
             yield
-
-    def _read(self, block: str) -> dict[str, Tensor]:
-        tensors = {}
-        for group in self._groups[block]:
-            name = next(name for name in group if name in self._checkpoint)
-            stored, wanted = self._checkpoint.read(name), self.model.get_parameter(group[0])
-            check_shape(name, list(stored.shape), wanted)
-            tensors[group[0]] = read = stored.to(self._device, wanted.dtype)
-            if group[0] not in self._finite and not is_finite(read):
-                raise self._checkpoint.not_finite(name, read.dtype)
-            self._finite.add(group[0])
-        return tensors
 
     @contextmanager
-    def _placed(self, block: str, tensors: dict[str, Tensor]) -> Iterator[None]:
+    def _placed(self, block: str) -> Iterator[None]:
         absent = {}
-        for group in self._groups[block]:
-            parameter = nn.Parameter(tensors.pop(group[0]), requires_grad=False)
-            for name in group:
-                absent[name] = self._replace(name, parameter)
         try:
+            for group in self._groups[block]:
+                parameter = nn.Parameter(self._read(group), requires_grad=False)
+                for name in group:
+                    absent[name] = self._replace(name, parameter)
             yield
         finally:
-            for name, parameter in absent.items():
-                self._replace(name, parameter)
+            for name, before in absent.items():
+                self._replace(name, before)
+
+    def _read(self, group: list[str]) -> Tensor:
+        name = next(name for name in group if name in self._checkpoint)
+        stored, wanted = self._checkpoint.read(name), self.model.get_parameter(group[0])
+        check_shape(name, list(stored.shape), wanted)
+        read = stored.to(self._device, wanted.dtype)
+        if group[0] not in self._finite and not is_finite(read):
+            raise self._checkpoint.not_finite(name, read.dtype)
+        self._finite.add(group[0])
+        return read
 
     def _replace(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         path, _, leaf = name.rpartition(".")

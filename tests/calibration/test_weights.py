@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm_compress.calibration.weights import HiddenStates, ResidentWeights, StatePool, StreamedWeights
+from gblm_compress.calibration.weights import HiddenStates, StatePool, StreamedWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.loading import load_model, load_skeleton
 from gblm_compress.models.source import ModelSource
@@ -51,16 +51,6 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path: Path) -> No
     edit_weights(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ModelError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'.*incomplete"):
         streamed_weights(ModelSource("broken", tmp_path))
-
-
-def test_the_next_block_is_read_ahead_in_both_directions(tiny) -> None:
-    """Where blocks run on a GPU; here a CPU stands for it."""
-    streamed, resident = streamed_weights(tiny("llama")), ResidentWeights(load_model(tiny("llama")))
-    streamed._reads_ahead = True
-    for index in (0, 1, 1, 0, 0, 0, 1):
-        with streamed.block(index) as block:
-            assert torch.equal(block.mlp.up_proj.weight, resident.blocks[index].mlp.up_proj.weight)
-    assert streamed._ahead is None  # nothing follows the last block
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
