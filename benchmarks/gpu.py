@@ -126,7 +126,7 @@ TOY = Size(
     sample_length=16,
 )
 
-LEVELS = ("bitmask-int8", "sparse24-int8", "bitmask-int4", "sparse24-int4")
+LEVELS = ("bitmask-int8", "bitmask-int4")
 PUBLISHED = (
     {
         "what": "MACKO, products of a matrix and a vector: float16, half of the weights zero, unstructured",

@@ -30,13 +30,13 @@ EXPORT int gblm_bitmask_expand(const void *mask, const void *values, const int64
 
 EXPORT int gblm_quantised_paths(void);
 EXPORT int64_t gblm_quantised_bytes(int64_t words, int64_t tokens);
-EXPORT int gblm_quantised_linear(const void *mask, const void *patterns, const void *values, const int64_t *starts,
-                                 const void *levels, const void *scales, const float *sums, const void *x, void *y,
-                                 void *rounded, int64_t rows, int64_t words, int64_t columns, int64_t tokens, int64_t stride,
-                                 int group, int type, int path, int count);
-EXPORT int gblm_quantised_restore(const void *mask, const void *patterns, const void *values, const int64_t *starts,
-                                  const void *levels, const void *scales, void *dense, int64_t first, int64_t rows,
-                                  int64_t words, int64_t columns, int64_t stride, int group, int type, int path, int count);
+EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int64_t *starts, const void *levels,
+                                 const void *scales, const float *sums, const void *x, void *y, void *rounded, int64_t rows,
+                                 int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type, int path,
+                                 int count);
+EXPORT int gblm_quantised_restore(const void *mask, const void *values, const int64_t *starts, const void *levels,
+                                  const void *scales, void *dense, int64_t first, int64_t rows, int64_t words,
+                                  int64_t columns, int64_t stride, int group, int type, int path, int count);
 
 enum { CANARY = 64, FILL = 0xa5, LARGEST = 32 << 20, POOL = 1 << 16 };
 
@@ -295,22 +295,9 @@ static void expand(Case *c) {
 
 /* ---- quantised weights ---- */
 
-enum { Q_MASK, Q_PATTERNS, Q_VALUES, Q_STARTS, Q_LEVELS, Q_SCALES, Q_SUMS, Q_X, Q_Y, Q_ROUNDED, Q_BUFFERS };
+enum { Q_MASK, Q_VALUES, Q_STARTS, Q_LEVELS, Q_SCALES, Q_SUMS, Q_X, Q_Y, Q_ROUNDED, Q_BUFFERS };
 static Buffer quantised_buffers[Q_BUFFERS];
 static double dense_weight[40][700];
-
-/* A random word of a 2:4 mask of so many columns, and its patterns: the first three bits of every four. */
-static uint64_t two_of_four(int64_t columns, uint8_t patterns[6]) {
-    uint64_t word = 0;
-    memset(patterns, 0, 6);
-    for (int g = 0; g < 16 && 4 * g < columns; g++) {
-        const uint64_t four = (uint64_t)ONE_OF(3, 5, 6, 9, 10, 12);
-        word |= four << 4 * g;
-        for (int b = 0; b < 3; b++)
-            if (four >> b & 1) patterns[(3 * g + b) / 8] |= (uint8_t)(1 << (3 * g + b) % 8);
-    }
-    return word;
-}
 
 static void quantised(long long *by_path) {
     Buffer *held = quantised_buffers;
@@ -320,13 +307,10 @@ static void quantised(long long *by_path) {
     while (!(gblm_quantised_paths() >> path & 1));
     const int group = (int)ONE_OF(0, 32, 64, 128), density = (int)below(4);
     const int64_t rows = below(6) ? 1 + below(12) : 30 + below(11), tokens = below(4) ? 1 + below(8) : ONE_OF(9, 16, 30, 97);
-    const int is_2_4 = kind < 2 && below(3) == 0;
-    int64_t columns = below(5) ? 1 + below(130) : ONE_OF(63, 64, 65, 128, 192, 511, 513, 700);
-    if (is_2_4) columns = (columns + 3) / 4 * 4;
+    const int64_t columns = below(5) ? 1 + below(130) : ONE_OF(63, 64, 65, 128, 192, 511, 513, 700);
     const int64_t words = (columns + 63) / 64;
     const int64_t groups = group ? (columns + group - 1) / group : 1, stride = kind == 1 && below(2) ? 16 : 0;
     uint64_t *mask = sized(held + Q_MASK, (size_t)(rows * words * 8));
-    uint8_t *patterns = sized(held + Q_PATTERNS, (size_t)(rows * words * 6));
     int64_t *starts = sized(held + Q_STARTS, (size_t)rows * 8), bytes = 0;
     int8_t *levels = sized(held + Q_LEVELS, (size_t)(stride ? 16 * rows : 16));
     uint16_t *scales = sized(held + Q_SCALES, (size_t)(rows * groups * 2));
@@ -338,7 +322,6 @@ static void quantised(long long *by_path) {
         for (int64_t w = 0; w < words; w++) {
             uint64_t word = density == 0 ? 0 : density == 1 ? ~0ull : density == 2 ? number() & number() : number();
             if (w == words - 1 && columns % 64) word &= (1ull << columns % 64) - 1;
-            if (is_2_4) word = two_of_four(columns - 64 * w, patterns + 6 * (r * words + w));
             mask[r * words + w] = word;
             const int bits = __builtin_popcountll(word);
             bytes += kind == 2 ? 64 : kind == 1 ? (bits + 1) / 2 : bits;
@@ -375,14 +358,13 @@ static void quantised(long long *by_path) {
     int fault[4] = {group, type, path, threads};
     if (hostile) fault[below(4)] = (int)ONE_OF(INT32_MIN, -1, PATHS, 33, INT32_MAX);
     const int refused = hostile && !(fault[3] > 0 && fault[0] == group && fault[1] == type && fault[2] == path);
-    void *const starts_or_none = kind == 2 || is_2_4 ? NULL : starts, *const mask_or_none = starts_or_none ? mask : NULL;
-    void *const patterns_or_none = is_2_4 ? patterns : NULL;
+    void *const starts_or_none = kind == 2 ? NULL : starts, *const mask_or_none = kind == 2 ? NULL : mask;
     void *const table = kind == 1 ? levels : NULL;
     if (fault[3] > 16) fault[3] = 16;
     if (below(3) == 0) {
         const int64_t first = below(rows), count = below(rows - first + 1);
         char *dense = sized(held + Q_Y, (size_t)(count * columns * size));
-        const int done = gblm_quantised_restore(mask_or_none, patterns_or_none, values, starts_or_none, table, scales, dense, first, count, words,
+        const int done = gblm_quantised_restore(mask_or_none, values, starts_or_none, table, scales, dense, first, count, words,
                                                 columns, stride, fault[0], fault[1], fault[2], fault[3]);
         if (done == refused || (refused && !untouched(held + Q_Y))) fail("a restoration was taken or refused wrongly");
         for (int64_t r = 0; done && r < count; r++)
@@ -395,7 +377,7 @@ static void quantised(long long *by_path) {
         char *x = sized(held + Q_X, (size_t)(tokens * columns * size)), *y = sized(held + Q_Y, (size_t)(tokens * rows * size));
         take_elements(type, x, tokens * columns);
         void *rounded = sized(held + Q_ROUNDED, (size_t)gblm_quantised_bytes(words, tokens));
-        const int done = gblm_quantised_linear(mask_or_none, patterns_or_none, values, starts_or_none, table, scales, sums, x, y, rounded, rows,
+        const int done = gblm_quantised_linear(mask_or_none, values, starts_or_none, table, scales, sums, x, y, rounded, rows,
                                                words, columns, tokens, stride, fault[0], fault[1], fault[2], fault[3]);
         if (done == refused || (refused && !untouched(held + Q_Y))) fail("a quantised product was taken or refused wrongly");
         for (int64_t r = 0; done && r < rows; r++)

@@ -43,8 +43,8 @@ def library() -> Any:
     kernels.gblm_bitmask_expand.argtypes = [pointer] * 4 + [size] * 4 + [ctypes.c_int] * 3
     kernels.gblm_panel_bytes.argtypes, kernels.gblm_panel_bytes.restype = [size, size, ctypes.c_int], size
     kernels.gblm_quantised_bytes.argtypes, kernels.gblm_quantised_bytes.restype = [size, size], size
-    kernels.gblm_quantised_linear.argtypes = [pointer] * 10 + [size] * 5 + [ctypes.c_int] * 4
-    kernels.gblm_quantised_restore.argtypes = [pointer] * 7 + [size] * 5 + [ctypes.c_int] * 4
+    kernels.gblm_quantised_linear.argtypes = [pointer] * 9 + [size] * 5 + [ctypes.c_int] * 4
+    kernels.gblm_quantised_restore.argtypes = [pointer] * 6 + [size] * 5 + [ctypes.c_int] * 4
     kernels.gblm_set_parallel.argtypes = [pointer] * len(_OPENMP)
     kernels.gblm_set_parallel(*_openmp_of_torch())
     return kernels
@@ -180,7 +180,6 @@ class Quantised:
     mask: Tensor | None = None  # [rows, words] in int64
     starts: Tensor | None = None  # with a mask: the byte at which each row begins
     levels: Tensor | None = None  # [1, 16] or [rows, 16] in int8; None if values are levels
-    patterns: Tensor | None = None  # [rows, words·6] in uint8, see `masks`, for 2:4
     tried = (256, 64, 16, 8, 4, 2, 1)
     has_many: ClassVar[Literal[False]] = False
 
@@ -219,7 +218,7 @@ class Quantised:
 
     @property
     def _stored(self) -> tuple[int | None, ...]:
-        return _at(self.mask, self.patterns, self.values, self.starts, self.levels, self.scales)
+        return _at(self.mask, self.values, self.starts, self.levels, self.scales)
 
     @property
     def _layout(self) -> tuple[int, int]:

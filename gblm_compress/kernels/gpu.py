@@ -60,7 +60,7 @@ class Packed(NamedTuple):
     stored: str  # a key of `TILINGS`
     width: int  # bits of a stored weight
     values: Tensor  # as the layout stores them; in 16 bits float16 or bfloat16
-    places: Tensor  # mask [rows, words] in int64, positions or patterns [rows, bytes] in uint8, or unread
+    places: Tensor  # mask [rows, words] in int64, positions [rows, bytes] in uint8, or unread
     starts: Tensor  # `block_starts` of a mask; unread without one
     shape: tuple[int, int]
     dtype: torch.dtype  # of x, and of restored weights
@@ -131,7 +131,7 @@ def _arguments(weight: Packed) -> tuple[tuple[Tensor, ...], tuple[int, ...], dic
     if weight.stored == "mask":
         places = places.view(torch.int32)
     elif weight.stored == "two of four":
-        values = values.view({16: torch.int32, 8: torch.int16, 4: torch.uint8}[weight.width])
+        values = values.view(torch.int32)
     # tensors that are not read may be any
     scales = values if weight.scales is None else weight.scales.view(torch.float16)
     levels = values if weight.levels is None else weight.levels

@@ -12,50 +12,26 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _two_of_four(  # type: ignore[no-untyped-def]
-    places, line, group, inside, width, WIDTH: tl.constexpr
-):
-    """The two stored places in every four columns, from positions or, in 8 and 4 bits, from patterns."""
-    if WIDTH == 16:
-        two_groups = tl.load(places + line * width + group[None, :] // 2, mask=inside, other=0).to(tl.int32)
-        nibble = two_groups >> (group % 2 * 4)[None, :]
-        one, two = nibble & 3, (nibble >> 2) & 3
-    else:
-        at = (group * 3 // 8)[None, :]
-        low = tl.load(places + line * width + at, mask=inside, other=0).to(tl.int32)
-        high = tl.load(places + line * width + at + 1, mask=inside & (at + 1 < width), other=0).to(tl.int32)
-        code = ((low | high << 8) >> (group * 3 % 8)[None, :]) & 7
-        fourth = (code ^ code >> 1 ^ code >> 2) & 1
-        one = tl.where(code & 1 == 1, 0, tl.where(code & 2 == 2, 1, 2))
-        two = tl.where(fourth == 1, 3, tl.where(code & 4 == 4, 2, 1))
-    return one, two
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _sparse24_block(  # type: ignore[no-untyped-def]
-    tensors, sizes, row, first_column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+    tensors, sizes, row, first_column, ELEMENT: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A block [ROWS, COLUMNS] in int32, of levels or of the bits of 16-bit values."""
-    values, places, _, _, levels = tensors
-    rows, columns, width, _, _, stride = sizes
+    """A block [ROWS, COLUMNS] of 16-bit values, which are moved as integers."""
+    values, places, _, _, _ = tensors
+    rows, columns, width, _, _, _ = sizes
     group = first_column // 4 + tl.arange(0, COLUMNS // 4)
     inside = (row < rows)[:, None] & (group < columns // 4)[None, :]
     line = row.to(tl.int64)[:, None]
-    pair = tl.load(values + line * (columns // 4) + group[None, :], mask=inside, other=0).to(tl.int32)
-    one, two = _two_of_four(places, line, group, inside, width, WIDTH)
-    if WIDTH == 16:
-        low, high = pair & 0xFFFF, pair >> 16
-    elif WIDTH == 8:
-        low, high = pair << 24 >> 24, pair >> 8
-    else:
-        low = tl.load(levels + line * stride + (pair & 15), mask=inside, other=0).to(tl.int32)
-        high = tl.load(levels + line * stride + (pair >> 4), mask=inside, other=0).to(tl.int32)
+    pair = tl.load(values + line * (columns // 4) + group[None, :], mask=inside, other=0)
+    two_groups = tl.load(places + line * width + group[None, :] // 2, mask=inside, other=0).to(tl.int32)
+    nibble = two_groups >> (group % 2 * 4)[None, :]
+    one, two = nibble & 3, (nibble >> 2) & 3
+    low, high = pair & 0xFFFF, pair >> 16
     column_0 = tl.where(one == 0, low, 0)
     column_1 = tl.where(one == 1, low, tl.where(two == 1, high, 0))
     column_2 = tl.where(one == 2, low, tl.where(two == 2, high, 0))
     column_3 = tl.where(two == 3, high, 0)
     even, odd = tl.interleave(column_0, column_2), tl.interleave(column_1, column_3)
-    return tl.interleave(even, odd)
+    return tl.interleave(even, odd).to(tl.int16).to(ELEMENT, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -103,11 +79,11 @@ def _block(  # type: ignore[no-untyped-def]
     if STORED == "mask":
         block = _bitmask_block(tensors, sizes, row, first_column, WIDTH, COLUMNS)
     elif STORED == "two of four":
-        block = _sparse24_block(tensors, sizes, row, first_column, WIDTH, COLUMNS)
+        block = _sparse24_block(tensors, sizes, row, first_column, ELEMENT, COLUMNS)
     else:
         block = tl.load(values + line[:, None] * columns + column[None, :], mask=inside, other=0)
     if WIDTH == 16:
-        weight = block.to(tl.int16).to(ELEMENT, bitcast=True) if STORED == "two of four" else block
+        weight = block
     else:
         if GROUP:
             scale = tl.load(scales + line[:, None] * groups + (column // GROUP)[None, :], mask=inside, other=0.0)

@@ -385,13 +385,6 @@ AVX2 INLINE Half avx2_half(const uint8_t *mask, const uint8_t *v, int64_t *at, _
     return (Half){{_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(second)}};
 }
 
-/* Where the mask of the words from `block` up to `last` of a row lies, or what its patterns are written as to `whole`. */
-INLINE const uint64_t *avx2_mask(const Quantised *job, int64_t row, int64_t block, int64_t last, uint64_t *whole) {
-    if (!job->patterns) return job->mask + row * job->words + block;
-    for (int64_t w = block; w < last; w++) whole[w - block] = row_bits(job, row, w);
-    return whole;
-}
-
 /* Scales of a row from group `first` on, widened; `count` is a multiple of 8. */
 AVX2 INLINE void avx2_scales(const Quantised *job, int64_t row, int64_t first, int64_t count, float *to) {
     for (int64_t g = 0; g < count; g += 8) {
@@ -408,15 +401,14 @@ AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const
     const uint8_t *v = job->values + row_start(job, r);
     const int16_t *x = job->x;
     const __m128i table = avx2_table(job, r, kind);
-    uint64_t whole[BLOCK];
     float scales[2 * BLOCK];
     __m256i products[FEW_TOKENS];
     __m256 sums[FEW_TOKENS];
     for (int t = 0; t < tokens; t++) products[t] = _mm256_setzero_si256(), sums[t] = _mm256_setzero_ps();
+    const uint64_t *bits = masked ? job->mask + r * job->words : NULL;
     int64_t at = 0, left = span, group = 0;
     for (int64_t block = 0; block < job->words; block += BLOCK) {
         const int64_t last = block + BLOCK < job->words ? block + BLOCK : job->words;
-        const uint64_t *bits = masked ? avx2_mask(job, r, block, last, whole) : NULL;
         if (job->group) group = 0, avx2_scales(job, r, 64 * block / job->group, 64 * BLOCK / job->group, scales);
         for (int64_t w = block; w < last; w++) {
             const uint8_t *mask = (const uint8_t *)bits;
@@ -495,13 +487,6 @@ AVX2 static void avx2_restore(const Quantised *job, int64_t begin, int64_t end, 
 
 ROUNDED_TYPES(avx512, VNNI)
 
-/* The mask of the words from `block` up to `last` of a row: where it lies, or what its patterns are written as to `whole`. */
-VNNI INLINE const uint64_t *vnni_mask(const Quantised *job, int64_t row, int64_t block, int64_t last, uint64_t *whole) {
-    if (!job->patterns) return job->mask + row * job->words + block;
-    for (int64_t w = block; w < last; w++) whole[w - block] = vnni_bits(job, row, w);
-    return whole;
-}
-
 /* Sums of four vectors. */
 VNNI INLINE __m128 four_sums(const __m512 a[4]) {
     const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1])),
@@ -521,8 +506,6 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
     const uint8_t *v[STREAMS], *x = job->x;
     __m512i table[STREAMS], high[MOST], low[MOST];
     __m512 sums[MOST];
-    uint64_t whole[STREAMS][BLOCK];
-    const uint64_t *mask[STREAMS];
     float scales[STREAMS][2 * BLOCK] __attribute__((aligned(64)));
     for (int i = 0; i < streams; i++) {
         const int64_t row = first + i * apart;
@@ -537,8 +520,6 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
     }
     for (int64_t block = 0; block < job->words; block += BLOCK) {
         const int64_t last = block + BLOCK < job->words ? block + BLOCK : job->words;
-        for (int i = 0; kind != DENSE && i < streams; i++)
-            mask[i] = vnni_mask(job, first + i * apart, block, last, whole[i]);
         for (int i = 0; group && i < streams; i++)
             for (int64_t part = 0; part < 64 * BLOCK / group; part += 16) {
                 const int64_t at = 64 * block / group + part, left = job->groups - at;
@@ -546,10 +527,9 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
                 const uint16_t *from = job->scales + (first + i * apart) * job->groups + at;
                 _mm512_store_ps(scales[i] + part, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, from)));
             }
-        const uint64_t *bits = kind == DENSE ? NULL : mask[0];
-        const int64_t far = kind == DENSE || streams == 1 ? 0 : mask[1] - mask[0];
+        const uint64_t *bits = kind == DENSE ? NULL : job->mask + first * job->words + block;
         for (int64_t in_block = 0; in_block < last - block; in_block++, x += 128, bits++) {
-            int64_t words = far;
+            int64_t words = apart * job->words;
             __asm__("" : "+r"(words)); /* lest GCC keep a register for each stream's mask */
             _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {
                 const __m512i levels = word_of(kind == DENSE ? 0 : bits[i * words], v + i, table[i], kind, vbmi2);
@@ -766,7 +746,7 @@ static void multiply_rows(const Quantised *job, int64_t begin, int64_t end) {
         Quantised tile = *job;
         count = end - begin < most ? end - begin : most;
         for (int64_t i = 0; i < count; i++) spread(job, begin + i, levels + i * columns);
-        tile.mask = NULL, tile.patterns = NULL, tile.levels = NULL, tile.values = (const uint8_t *)levels;
+        tile.mask = NULL, tile.levels = NULL, tile.values = (const uint8_t *)levels;
         tile.scales += begin * job->groups, tile.sums += begin;
         tile.y = (char *)tile.y + begin * (job->type == F32 ? 4 : 2);
         multiply_eights(tile, 0, count);
@@ -811,8 +791,7 @@ static int can_run(const Quantised *job, int count) {
     return job->rows >= 0 && job->words > 0 && job->words <= MOST_WORDS && job->columns > (job->words - 1) * 64 &&
            job->columns <= job->words * 64 && count > 0 && path >= 0 && path < PATHS && job->type >= 0 && job->type <= BF16 &&
            (group == 0 || group == 32 || group == 64 || group == 128) && !job->mask == !job->starts &&
-           !(job->patterns && (job->mask || job->columns % 4)) && kind_of(job) != SPREAD &&
-           (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
+           kind_of(job) != SPREAD && (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
 }
 
 static inline int64_t groups_of(int64_t columns, int group) { return group > 0 ? (columns + group - 1) / group : 1; }
@@ -838,11 +817,11 @@ void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *ro
 
 /* y [tokens, rows] = x [tokens, columns] Wᵀ, x and y of `type`. Returns 0, and has done nothing, where a number is not one
  * that there is code for. */
-EXPORT int gblm_quantised_linear(const void *mask, const void *patterns, const void *values, const int64_t *starts,
-                                 const void *levels, const void *scales, const float *sums, const void *x, void *y,
-                                 void *rounded, int64_t rows, int64_t words, int64_t columns, int64_t tokens, int64_t stride,
-                                 int group, int type, int path, int count) {
-    Quantised job = {mask, patterns, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
+EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int64_t *starts, const void *levels,
+                                 const void *scales, const float *sums, const void *x, void *y, void *rounded, int64_t rows,
+                                 int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type, int path,
+                                 int count) {
+    Quantised job = {mask, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
                      groups_of(columns, group), stride, group, type, path};
     if (!can_run(&job, count) || tokens < 1) return 0;
     const Threads threads = gblm_threads(count);
@@ -851,11 +830,11 @@ EXPORT int gblm_quantised_linear(const void *mask, const void *patterns, const v
 }
 
 /* Rows [first, first + rows) dense, [rows, columns] in `type`. Returns as gblm_quantised_linear. */
-EXPORT int gblm_quantised_restore(const void *mask, const void *patterns, const void *values, const int64_t *starts,
-                                  const void *levels, const void *scales, void *dense, int64_t first, int64_t rows,
-                                  int64_t words, int64_t columns, int64_t stride, int group, int type, int path, int count) {
-    const Quantised job = {.mask = mask, .patterns = patterns, .values = values, .starts = starts, .levels = levels, .scales = scales, .rows = rows,
-                           .words = words, .columns = columns, .groups = groups_of(columns, group), .stride = stride,
+EXPORT int gblm_quantised_restore(const void *mask, const void *values, const int64_t *starts, const void *levels,
+                                  const void *scales, void *dense, int64_t first, int64_t rows, int64_t words,
+                                  int64_t columns, int64_t stride, int group, int type, int path, int count) {
+    const Quantised job = {.mask = mask, .values = values, .starts = starts, .levels = levels, .scales = scales,
+                           .rows = rows, .words = words, .columns = columns, .groups = groups_of(columns, group), .stride = stride,
                            .group = group, .type = type, .path = path};
     if (!can_run(&job, count) || first < 0) return 0;
     const Threads threads = gblm_threads(count);

@@ -2,9 +2,6 @@
  *
  * Masks and starts are as job.h says, but starts count bytes. Levels are within -127 … 127. `values` is readable for 64
  * bytes past the last; rows are at most MOST_WORDS words, lest an integer overflows. All of it is the caller's to guarantee.
- *
- * A 2:4 weight has patterns instead of a mask: of every four columns the first three bits of the mask, 6 bytes for each 64
- * columns. The fourth bit is their parity, so that two of four are set, or none beyond the last column.
  */
 #ifndef GBLM_QUANTISED_H
 #define GBLM_QUANTISED_H
@@ -14,8 +11,7 @@
 enum { MOST_WORDS = 1024, SPREAD_BYTES = 40 /* of a word */ };
 
 typedef struct {
-    const uint64_t *mask;    /* NULL, and no patterns: rows × words·64 levels, or with `levels` what gblm_spread wrote */
-    const uint8_t *patterns; /* rows × words·6; NULL unless 2:4 */
+    const uint64_t *mask; /* NULL: rows × words·64 levels, or with `levels` what gblm_spread wrote */
     const uint8_t *values;
     const int64_t *starts; /* the byte where a row begins; NULL without a mask */
     const int8_t *levels;  /* 16 for all rows or for each; NULL: values are levels */

@@ -59,9 +59,9 @@ VNNI INLINE void fill(const Quantised *job, int64_t first, int count, int64_t bl
                 const int64_t row = first + 16 * half + i;
                 rows[i] = _mm512_setzero_si512();
                 if (16 * half + i >= count) continue;
-                const uint64_t bits = kind == DENSE ? 0 : vnni_bits(job, row, w);
+                const uint64_t bits = kind == DENSE ? 0 : job->mask[row * job->words + w];
                 _mm_prefetch((const char *)v[16 * half + i] + ahead, _MM_HINT_T1);
-                if (kind != DENSE && w == block && job->mask)
+                if (kind != DENSE && w == block)
                     _mm_prefetch((const char *)(job->mask + (row + TILE) * job->words + w), _MM_HINT_T1);
                 rows[i] = word_of(bits, v + 16 * half + i, vnni_table(job, row, kind), kind, vbmi2);
             }

@@ -10,38 +10,15 @@
 enum { LEVELS, PLACES, DENSE, SPREAD, KINDS };
 
 static inline int64_t row_start(const Quantised *job, int64_t row) {
-    if (job->patterns) return row * (job->levels ? job->columns / 4 : job->columns / 2);
     if (job->mask) return job->starts[row];
     return row * job->words * (job->levels ? SPREAD_BYTES : 64);
 }
 
-/* The 48 bits of the patterns of 64 columns. */
-static inline uint64_t patterns_at(const Quantised *job, int64_t row, int64_t w) {
-    const uint8_t *patterns = job->patterns + 6 * (row * job->words + w);
-    uint32_t low;
-    uint16_t high;
-    memcpy(&low, patterns, 4);
-    memcpy(&high, patterns + 4, 2);
-    return low | (uint64_t)high << 32;
-}
-
-/* Three bits to each group of four, by halves. */
-static inline uint64_t three_of_four(uint64_t bits) {
-    bits = (bits & 0xffffff) | (bits & 0xffffff000000) << 8;
-    bits = (bits & 0x00000fff00000fff) | (bits & 0x00fff00000fff000) << 4;
-    bits = (bits & 0x003f003f003f003f) | (bits & 0x0fc00fc00fc00fc0) << 2;
-    return (bits & 0x0707070707070707) | (bits & 0x3838383838383838) << 1;
-}
-static inline uint64_t with_parity(uint64_t bits) {
-    const uint64_t parity = (bits ^ bits >> 1 ^ bits >> 2) & 0x1111111111111111;
-    return bits | parity << 3;
-}
 static inline uint64_t row_bits(const Quantised *job, int64_t row, int64_t w) {
-    if (job->patterns) return with_parity(three_of_four(patterns_at(job, row, w)));
     return job->mask ? job->mask[row * job->words + w] : ~0ull;
 }
 static inline int kind_of(const Quantised *job) {
-    if (job->mask || job->patterns) return job->levels ? PLACES : LEVELS;
+    if (job->mask) return job->levels ? PLACES : LEVELS;
     return job->levels ? SPREAD : DENSE;
 }
 /* Bytes that so many weights of a word take. */
@@ -108,12 +85,6 @@ INLINE const int8_t *places_of(Lanes lanes) {
 /* ---- AVX-512 with VNNI: bytes are spread by VBMI2 or, without it, by a shuffle ---- */
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,popcnt,bmi,bmi2")))
-
-/* Which of a word's columns are stored, as row_bits says. */
-VNNI INLINE uint64_t vnni_bits(const Quantised *job, int64_t row, int64_t w) {
-    if (job->patterns) return with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
-    return job->mask[row * job->words + w];
-}
 
 VNNI INLINE __m512i vnni_table(const Quantised *job, int64_t row, const int kind) {
     if (kind != PLACES) return _mm512_setzero_si512();

@@ -52,8 +52,6 @@ LAYOUTS = {
     "sparse24": _layout("Positions", "Floats", "semi-structured", pattern="2:4", kernels=("cuda",)),
     "bitmask-int8": _layout("Bitmask", "Levels", "bitmask-int8", width=8, **_ROUNDS),
     "bitmask-int4": _layout("Bitmask", "Places", "bitmask-int4", width=4, **_ROUNDS),
-    "sparse24-int8": _layout("Patterns", "Levels", "semi-structured-int8", pattern="2:4", width=8, **_ROUNDS),
-    "sparse24-int4": _layout("Patterns", "Places", "semi-structured-int4", pattern="2:4", width=4, **_ROUNDS),
     "int8": _layout("Whole", "Levels", "int8", width=8, **_ROUNDS),
 }
 
@@ -62,8 +60,8 @@ def check_described(layout: object, layers: object) -> None:
     """ModelError unless this version reads the layout and layers that a folder's config.json names."""
     if known(layout) is None:
         raise ModelError(
-            f"layout {layout!r} is not known; this version reads {', '.join(LAYOUTS)}; a newer gblm-compress may "
-            "have packed the folder"
+            f"layout {layout!r} is not known; this version reads {', '.join(LAYOUTS)}; an older or newer "
+            "gblm-compress may have packed the folder, so export the pruned model again"
         )
     if not isinstance(layers, dict) or not layers:
         raise ModelError("quantization_config names no packed layers, so it is damaged")

@@ -78,7 +78,7 @@ def _possible(weight: Packed, tokens: int) -> list[Candidate]:
     """The candidates for a weight of that layout; the algorithm of cuSPARSELt is searched later."""
     tilings = gpu.tilings(weight.stored, tokens)
     found = [DENSE, *(Candidate("triton", tuple(map(int, tiling))) for tiling in tilings)]
-    if (weight.stored, weight.width) == ("two of four", 16) and tokens >= FEWEST_FOR_TORCH:
+    if weight.stored == "two of four" and tokens >= FEWEST_FOR_TORCH:
         found += [Candidate(kernel) for kernel in Operands._fields]
     return found
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.kernels import masks
-from gblm_compress.kernels.masks import PADDING, PATTERN_BYTES, WORD, bits
+from gblm_compress.kernels.masks import PADDING, WORD, bits
 from gblm_compress.layouts.packed import check_tensor
 from gblm_compress.methods.patterns import Pattern
 
@@ -24,14 +23,12 @@ Shape = Sequence[int]  # (rows, columns) of a weight
 class Mask(ABC):
     name: str | None  # of the buffer; None if all weights are stored
     dtype = torch.uint8  # of the buffer
-    piece: tuple[int, int]  # that many columns have that many elements of the buffer
+    piece: int  # columns that have an element of the buffer
     stored: str  # a key of `gpu.TILINGS`
-    fills = False  # whether groups with fewer nonzeros store zeros, so that the shape alone gives the size
 
     def buffer_shape(self, shape: Shape) -> tuple[int, int]:
         """The shape of the buffer; ModelError if rows cannot have that length."""
-        columns, elements = self.piece
-        return shape[0], -(-shape[1] // columns) * elements
+        return shape[0], -(-shape[1] // self.piece)
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         """The shape of `count` stored values."""
@@ -85,7 +82,7 @@ class Bitmask(Mask):
 
     name = "mask"
     dtype = torch.int64
-    piece = WORD, 1
+    piece = WORD
     stored = "mask"
 
     def choose(self, weight: Tensor) -> Tensor:
@@ -103,16 +100,30 @@ class Bitmask(Mask):
             )
 
 
-class _TwoOfFour(Mask):
-    """Two weights of every four columns; groups with fewer nonzeros store zeros at the first free positions."""
+def _replaced(halves: Tensor, by: dict[int, int]) -> Tensor:
+    """Bytes with both of their halves replaced; 0 for others than these."""
+    table = [by.get(byte & 15, 0) | by.get(byte >> 4, 0) << 4 for byte in range(256)]
+    return torch.tensor(table, dtype=torch.uint8, device=halves.device)[halves.int()]
 
+
+class Positions(Mask):
+    """Two weights of every four columns; groups with fewer nonzeros store zeros at the first free positions.
+
+    The buffer has two increasing 2-bit positions for every four columns; a byte has two groups, the first in its low
+    half.
+    """
+
+    name = "positions"
+    piece = 8
     stored = "two of four"
-    fills = True
 
     def buffer_shape(self, shape: Shape) -> tuple[int, int]:
         if shape[1] % 4:
             raise ModelError(f"shape: {shape[1]} columns are not a multiple of 4, which a 2:4 layout needs")
         return super().buffer_shape(shape)
+
+    def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
+        return shape[0], shape[1] // 2
 
     def choose(self, weight: Tensor) -> Tensor:
         if violation := Pattern("2:4").first_violation(weight):
@@ -121,22 +132,6 @@ class _TwoOfFour(Mask):
         # Stable, so that nonzeros come first and each kind stays in order.
         chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, chosen, True).reshape(weight.shape)
-
-
-def _replaced(halves: Tensor, by: dict[int, int]) -> Tensor:
-    """Bytes with both of their halves replaced; 0 for others than these."""
-    table = [by.get(byte & 15, 0) | by.get(byte >> 4, 0) << 4 for byte in range(256)]
-    return torch.tensor(table, dtype=torch.uint8, device=halves.device)[halves.int()]
-
-
-class Positions(_TwoOfFour):
-    """Two increasing 2-bit positions for every four columns; a byte has two groups, the first in its low half."""
-
-    name = "positions"
-    piece = 8, 1
-
-    def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
-        return shape[0], shape[1] // 2
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
         bytes_of_8 = mask.view(torch.uint8)[:, : -(-columns // 8)]
@@ -154,26 +149,6 @@ class Positions(_TwoOfFour):
             high[:, -1] = buffer[:, -1] >> 4 == 0
         if bad := int((~(low & high)).sum()):
             raise ModelError(f"positions: {bad} bytes lack two increasing positions in each group; the file is damaged")
-
-
-class Patterns(_TwoOfFour):
-    """The first three bits of the mask of four columns; the fourth is their parity."""
-
-    name = "patterns"
-    piece = WORD, PATTERN_BYTES
-
-    def from_words(self, mask: Tensor, columns: int) -> Tensor:
-        return masks.to_patterns(mask)
-
-    def to_words(self, buffer: Tensor) -> Tensor:
-        return masks.from_patterns(buffer)
-
-    def check(self, buffer: Tensor, shape: Shape) -> None:
-        super().check(buffer, shape)
-        codes, groups = masks.pattern_codes(buffer), shape[1] // 4
-        bad = int(((codes[:, :groups] == 0) | (codes[:, :groups] == 7)).sum() + codes[:, groups:].count_nonzero())
-        if bad:
-            raise ModelError(f"patterns: {bad} codes do not mark two of four columns; the file is damaged")
 
 
 class Whole(Mask):

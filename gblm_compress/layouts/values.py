@@ -39,7 +39,7 @@ class Floats:
 
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
-        self.counts = mask.name is not None and not mask.fills
+        self.counts = mask.stored == "mask"
         self.names: tuple[str, ...] = (*((mask.name,) if mask.name else ()), "values")
         self.sizes: tuple[str, ...] = (self.counted,) if self.counts else ()
 
@@ -48,7 +48,6 @@ class Floats:
         count, most = sizes.get(self.counted, 0), shape[0] * (shape[1] + bool(self.width))
         if type(count) is not int or not 0 <= count <= most:
             raise ModelError(f"{self.counted} {count!r} is impossible for a matrix of shape {list(shape)}")
-        count = shape[0] * shape[1] * (self.width or 8) // 16 if self.mask.fills else count
         values = torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)
         if self.mask.name is None:
             return {"values": values}
@@ -176,9 +175,6 @@ class Levels(Floats):
         stored = self.mask.choose(keep)
         grid = grid or make_grid(weight.float(), keep, self.kind, group or self.group)
         levels, table = grid.levels[nearest(weight.float(), grid).int()], grid.levels
-        if self.mask.fills:
-            filler = table[min(int((table < 0).sum()), len(table) - 1)]  # zero; else `error` is infinite
-            levels = torch.where(keep, levels, filler)
         buffer = self.mask.from_words(words(stored), weight.shape[1])
         values = self._stored(levels[stored], table, buffer)
         return {"scales": grid.scales.contiguous().view(torch.int16), **self._hold(buffer, values, weight.shape)}
@@ -238,16 +234,11 @@ class Levels(Floats):
         on_grid = rounded(weight.float(), weight != 0, self.grid(held, weight.shape[1]))
         return same_bits(restored, on_grid.to(weight.dtype))
 
-    def error(self, restored: Tensor, weight: Tensor) -> float:
-        """As in `Floats`; infinite if a group of four needs a zero and the table has none."""
-        zeros = restored[weight == 0] if self.mask.fills else weight[:0]
-        return super().error(restored, weight) if same_bits(zeros, torch.zeros_like(zeros)) else float("inf")
-
     def for_cpu(self, held: Held, shape: Shape, dtype: torch.dtype) -> cpu.Weight | None:
         columns, scales, values = shape[1], held["scales"], held["values"]
         if columns > _MOST_COLUMNS:
             return None
-        stored: dict[str, Tensor] = {name: held[name] for name in ("mask", "patterns", "levels") if name in self.names}
+        stored: dict[str, Tensor] = {name: held[name] for name in ("mask", "levels") if name in self.names}
         if "mask" in stored:
             stored["starts"] = self._starts(held)
         if not self.mask.name and columns % WORD:
@@ -258,7 +249,7 @@ class Levels(Floats):
 
 
 class Places(Levels):
-    """Weights as scale · level, stored as places in a table of 16 levels. Needs a mask.
+    """Weights as scale · level, stored as places in a table of 16 levels. Needs a `Bitmask`.
 
     The buffer `levels` is [1, 16], or [rows, 16] after layers were stacked.
     """
@@ -284,13 +275,13 @@ class Places(Levels):
 
     def _stored(self, levels: Tensor, table: Tensor, buffer: Tensor) -> Tensor:
         places = torch.searchsorted(table, levels.contiguous()).to(torch.uint8)
-        return pack_places(self.mask.to_words(buffer), places)
+        return pack_places(buffer, places)
 
     def sizes_of_words(self, mask: Tensor) -> Tensor:
         return _bytes(word_counts(mask))
 
     def spread(self, held: Held, columns: int) -> Tensor:
-        mask, table = self.mask.to_words(self.places(held)), held["levels"]
+        mask, table = held["mask"], held["levels"]
         rows = (
             torch.arange(len(mask), device=mask.device).repeat_interleave(word_counts(mask).sum(1))
             if len(table) > 1

@@ -45,7 +45,7 @@ def diagnose() -> list[dict[str, Any]]:
         sparse = "torch's 2:4 kernels" if float(gpu["compute_capability"]) >= 8.0 else "no 2:4 kernels: 8.0 is needed"
         found.append(finding("gpu", f"{gpu['name']}, compute capability {gpu['compute_capability']}", sparse))
     if not gpus:
-        without = "without one, semi-structured folders of 16 and 32 bits are unpacked for every product"
+        without = "without one, semi-structured folders are unpacked for every product"
         found.append(finding("gpu", f"none that torch {torch.__version__} can use", without))
     for name in onnxruntime.get_available_providers():
         found.append(finding("onnxruntime provider", name, "listed; a run says which one it really used"))

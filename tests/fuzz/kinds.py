@@ -54,10 +54,7 @@ benchmark: {batch: [1, 2], prompt: 8}
 gates: {max_perplexity_increase: 0.5, min_decode_speedup: 1.1}
 """
 EXPORTS = {
-    **{
-        name: {"format": name}
-        for name in ("bitmask", "semi-structured", "bitmask-int8", "semi-structured-int4", "onnx")
-    },
+    **{name: {"format": name} for name in ("bitmask", "semi-structured", "bitmask-int8", "bitmask-int4", "onnx")},
     "onnx-kernels": {"format": "onnx", "kernels": True},
 }
 

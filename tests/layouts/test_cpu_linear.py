@@ -24,15 +24,15 @@ def test_it_says_which_kernel_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed.kernel(1) == f"bitmask {path}"
     many = f"bitmask {path}, many tokens" if cpu.has_many(torch.float32, path) else "expanded tiles and dense GEMM"
     assert packed.kernel(5) == many
-    levels = layer("sparse24-int8")
-    assert levels.kernel(4) == f"sparse24-int8 {cpu.paths(torch.int8)[-1]}"
+    levels = layer("bitmask-int8")
+    assert levels.kernel(4) == f"bitmask-int8 {cpu.paths(torch.int8)[-1]}"
     assert levels.kernel(5) == "expanded tiles and dense GEMM"
     assert layer("sparse24").kernel(1) == UNPACKED  # a layout without kernels for a CPU
     monkeypatch.setattr(cpu, "available", lambda: False)
     assert layer().kernel(1) == UNPACKED
 
 
-@pytest.mark.parametrize("layout", ["bitmask", "bitmask-int8", "bitmask-int4", "sparse24-int4", "int8"])
+@pytest.mark.parametrize("layout", ["bitmask", "bitmask-int8", "bitmask-int4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_tiles_are_the_dense_product(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "TILE_BYTES", 7_000)  # several tiles, the last one ragged

@@ -59,4 +59,4 @@ def test_a_layout_from_outside_packs_exports_reloads_and_multiplies(tmp_path) ->
 def test_the_registry_and_the_kinds_say_the_same(name: str) -> None:
     layout = LAYOUTS[name]
     assert known(name) is layout and layout.kind.width == layout.width
-    assert (layout.pattern == "2:4") == layout.kind.mask.fills
+    assert (layout.pattern == "2:4") == (layout.kind.mask.stored == "two of four")

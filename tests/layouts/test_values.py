@@ -14,14 +14,12 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import DTYPES, same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.layouts.values import group_of, groups_of, pack_places, unpack_places
-from gblm_compress.methods.patterns import Pattern
-from gblm_compress.methods.quantisation import Grid, make_grid
+from gblm_compress.methods.quantisation import make_grid
 from gblm_compress.models.packed_checkpoint import pack_
-from tests.layouts.weights import ROUNDING, TWO_FOUR, packed, sparse
+from tests.layouts.weights import ROUNDING, packed, sparse
 
 LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
 QUANTISED = pytest.mark.parametrize("layout", ROUNDING)
-ODD = torch.arange(-15, 16, 2).char()  # 16 levels, none of them zero
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 200), st.floats(0, 1))
@@ -49,45 +47,6 @@ def packed_in_a_model(weight: Tensor, layout: str, **options: Any) -> tuple[tupl
     model.layer, model.config = torch.nn.Linear(*reversed(weight.shape), bias=False), type("Config", (), {})()
     model.layer.weight.data = weight
     return pack_(model, ["layer"], layout, **options), model.layer
-
-
-def small_integers(columns: int, rows: int = 8) -> Tensor:
-    generator = torch.Generator().manual_seed(columns)
-    weight = torch.randint(1, 8, (rows, columns), generator=generator).float()
-    return weight * Pattern("2:4").mask(torch.rand(rows, columns, generator=generator), weight, 0.5)
-
-
-@pytest.mark.parametrize("columns", [4, 60, 64, 100])
-def test_values_of_2_4_lie_at_a_fixed_place(columns: int) -> None:
-    """Two of every four columns, in order; int4 in one byte, the first in the low half."""
-    weight = small_integers(columns, 5)
-    weight[0, 0:4] = torch.tensor([0.0, 0.0, 3.0, 0.0])  # filled up at the first free place
-    weight[1, 0:4] = 0.0
-    grid = Grid(torch.ones(5, 1).half(), torch.arange(-8, 8).char(), None)
-    bytes_, nibbles = [], []
-    for row in weight.int().tolist():
-        for first in range(0, columns, 4):
-            stored = [at for at in range(first, first + 4) if row[at]]
-            free = [at for at in range(first, first + 4) if not row[at]]
-            one, two = sorted((stored + free)[:2])
-            bytes_ += [row[one], row[two]]
-            nibbles.append(row[one] + 8 | row[two] + 8 << 4)
-    for layout, expected in (("sparse24-int8", bytes_), ("sparse24-int4", nibbles)):
-        layer = packed(layout, weight, grid=grid)
-        assert layer.values.tolist() == expected + [0] * PADDING
-        assert torch.equal(layer.dense_weight(), weight) and layer.error(weight) == 0.0
-
-
-def test_a_table_without_zero_holds_full_groups_only() -> None:
-    grid, weight = Grid(torch.ones(8, 1).half(), ODD, None), small_integers(64)
-    weight = torch.where(weight == 0, 0.0, weight // 2 * 2 + 1)
-    assert packed("sparse24-int4", weight, grid=grid).error(weight) == 0.0
-    weight[3, weight[3].nonzero()[0]] = 0.0
-    assert packed("sparse24-int4", weight, grid=grid).error(weight) == float("inf")
-    said, layer = packed_in_a_model(weight, "sparse24-int4", grids={"layer": grid})
-    assert said == (["layer"], {}) and layer.layout == "bitmask" and torch.equal(layer.dense_weight(), weight)
-    grid.scales[3] = weight[3] = 0.0  # zero times any level
-    assert packed("sparse24-int4", weight, grid=grid).error(weight) == 0.0
 
 
 @QUANTISED
@@ -144,8 +103,7 @@ def test_the_error_is_the_share_that_rounding_moved(layout: str) -> None:
     assert packed(layout, weight).error(weight) > layer.largest_error
 
 
-HALF_DENSE = {"bitmask": 9, "sparse24": 9, "bitmask-int8": 5.25, "bitmask-int4": 3.25}
-HALF_DENSE |= {"sparse24-int8": 5, "sparse24-int4": 3, "int8": 8.25}
+HALF_DENSE = {"bitmask": 9, "sparse24": 9, "bitmask-int8": 5.25, "bitmask-int4": 3.25, "int8": 8.25}
 
 
 @LAYOUT_NAMES
@@ -181,10 +139,6 @@ DAMAGES: dict[str, dict[str, list[Any]]] = {
         "bits beyond the last of 100 columns": [lambda t: t | (1 << 40)],
     },
     "positions": {"lack two increasing": [lambda t: t * 0], "needs uint8": [lambda t: t[1:], lambda t: t.int()]},
-    "patterns": {
-        "do not mark two of four": [lambda t: t * 0, lambda t: t | 7, lambda t: t | 128],
-        "needs uint8": [lambda t: t[1:], lambda t: t.int()],
-    },
     "levels": {
         "they do not increase": [lambda t: t.flip(1), lambda t: t * 0],
         "needs int8": [lambda t: t[:, :8], lambda t: t.int(), lambda t: t[0]],
@@ -257,10 +211,9 @@ def test_cut(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
     assert all(all_of_it[name].data_ptr() != tensor.data_ptr() for name, tensor in whole.held.items())
 
 
-@pytest.mark.parametrize("layout", TWO_FOUR)
-def test_groups_of_2_4_are_not_cut_in_two(layout: str) -> None:
+def test_groups_of_2_4_are_not_cut_in_two() -> None:
     with pytest.raises(UsageError, match="not 2:4: in_features=6 is not a multiple of 4"):
-        packed(layout, sparse(layout, 2, 16)).cut(range(2), range(6, 12))
+        packed("sparse24", sparse("sparse24", 2, 16)).cut(range(2), range(6, 12))
 
 
 @QUANTISED
@@ -273,14 +226,13 @@ def test_columns_that_share_a_scale_are_not_cut_apart(layout: str) -> None:
         assert same(part, whole.dense_weight()[1:3, columns.start : columns.stop])
 
 
-@pytest.mark.parametrize("layout", ["bitmask-int4", "sparse24-int4"])
-def test_int4_layers_with_other_levels_are_stacked(layout: str) -> None:
-    weights = [sparse(layout, 5, 100, seed) for seed in range(3)]
+def test_int4_layers_with_other_levels_are_stacked() -> None:
+    weights = [sparse("bitmask-int4", 5, 100, seed) for seed in range(3)]
     grids = [make_grid(weight, weight != 0, "int4", 64, torch.ones(100)) for weight in weights]
-    layers = [packed(layout, weight, grid=grid) for weight, grid in zip(weights, grids, strict=True)]
+    layers = [packed("bitmask-int4", weight, grid=grid) for weight, grid in zip(weights, grids, strict=True)]
     whole = PackedLinear.stack(layers)
     assert whole.held["levels"].shape == (15, 16)
     expected = torch.cat([layer.dense_weight() for layer in layers])
     assert torch.equal(whole.dense_weight(), expected)
     with pytest.raises(UsageError, match="have scales for different numbers of columns"):
-        PackedLinear.stack([layers[0], packed(layout, weights[1], group=32)])
+        PackedLinear.stack([layers[0], packed("bitmask-int4", weights[1], group=32)])

@@ -11,7 +11,6 @@ from gblm_compress.methods.patterns import Pattern
 
 ROUNDING = [name for name, layout in LAYOUTS.items() if layout.width]
 EXACT = [name for name in LAYOUTS if name not in ROUNDING]
-TWO_FOUR = [name for name, layout in LAYOUTS.items() if layout.pattern]
 
 
 def sparse(layout: str, rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -38,7 +38,7 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         f"{path}:3: prune.methd: unknown key; did you mean 'method'?",
         f"{path}:4: prune.pattern: pattern '4:2' is not known",
         f"{path}:6: export.0.format: input should be 'onnx', 'bitmask', 'semi-structured', 'bitmask-int8', "
-        "'bitmask-int4', 'semi-structured-int8', 'semi-structured-int4' or 'int8', got \"onx\"",
+        "'bitmask-int4' or 'int8', got \"onx\"",
         f"{path}:7: export.1.frmat: unknown key; did you mean 'format'?",
         f"{path}:7: export.1.format: missing; it is required",
         f"{path}:9: benchmark.batch.1: input should be greater than or equal to 1, got 0",
