@@ -71,7 +71,7 @@ class ResourceSettings(Settings):
     memory: Annotated[Memory | None, Panel.RESOURCES] = Field(
         None,
         description="Host memory to use, for example 4GiB; 80 % of the free memory if unset. Hidden states that do not "
-        "fit are kept on disk; on a CPU, so is the model.",
+        "fit are kept on disk. On a CPU the model stays on disk too if it does not fit.",
     )
     offload: Annotated[bool | None, Panel.NO_OPTION] = Field(
         None, description="Keep the model on disk, and one block in memory; if unset, only when it does not fit."
