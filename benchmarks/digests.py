@@ -31,7 +31,6 @@ EXPORTS = {
         ["--format", "bitmask"],
         ["--format", "bitmask-int8"],
         ["--format", "onnx", "--graph", "plain", "--kernels", "--quantise", "int8"],
-        ["--format", "onnx", "--graph", "plain", "--sparse"],
     ],
     "int4": [["--format", "bitmask-int4"], ["--format", "onnx", "--graph", "plain", "--kernels", "--quantise", "int4"]],
 }

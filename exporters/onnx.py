@@ -27,7 +27,7 @@ from gblm_compress.exporters import (
     onnx_plain,
     onnx_weights,
 )
-from gblm_compress.exporters.onnx_packing import encode_initializers_, use_kernels_
+from gblm_compress.exporters.onnx_packing import use_kernels_
 from gblm_compress.exporters.onnx_rounding import Rounded, by_channels, round_, use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS, MOST_NONZEROS
@@ -81,7 +81,8 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
         for name in manifest.pruned_layers(source, skeleton) if patterns is None else patterns:
             if (width := weight_matrix(skeleton.get_submodule(name)).shape[1]) % WORD:
                 raise ModelError(
-                    f"{name}: in_features={width} is not a multiple of {WORD}, which kernels need; export with --sparse"
+                    f"{name}: in_features={width} is not a multiple of {WORD}, which kernels need; export without "
+                    "--kernels"
                 )
 
 
@@ -107,7 +108,7 @@ def export(
     drop_signs_of_zeros_(model, layers)
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     check_nonzeros(source, weights)
-    if layers and (settings.sparse or settings.kernels):
+    if layers and settings.kernels:
         check_is_pruned(weights)
     rounded = round_(model, source, settings, is_dense=not layers) if settings.quantise else None
     loaded = _Loaded(source, settings, model, processor, layers, rounded)
@@ -162,16 +163,14 @@ def _write(
                 progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
                 program, genai_config = onnx_plain.build(model, source)
             places = onnx_weights.find(program, model)
-            pruned = list(dict.fromkeys(places[layer].initializer for layer in loaded.layers if layer in places))
-            if settings.sparse:
-                encode_initializers_(program, pruned)
-            elif rounded:
+            if rounded:
                 merged = onnx_weights.stacked(rounded.layers, places)
                 if settings.kernels:
                     use_kernels_(program, list(merged), packed=merged, tables=rounded.tables)
                 else:
                     use_nbits_(program, merged, rounded.tables)
             elif settings.kernels:
+                pruned = list(dict.fromkeys(places[layer].initializer for layer in loaded.layers if layer in places))
                 use_kernels_(program, pruned, half=half)
             progress.say("saving …")
             ir.save(program, temporary / GRAPH, external_data=DATA)

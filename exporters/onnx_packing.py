@@ -1,15 +1,7 @@
-"""Pruned weights of an ONNX graph, packed: unpacked at load by standard operators, or multiplied packed by ours.
+"""Weights of an ONNX graph for this package's operators, which multiply by them as they are packed.
 
-`encode_initializers_` is for storage only: ONNX Runtime folds the decoder at load. The decoder of a weight with E
-elements in row-major order has no `Where`, which ONNX Runtime does not fold in float16, and no `BitShift`, which
-OpenVINO rounds:
-
-    bytes [E/8, 1] ─BitwiseAnd(1, 2, 4 … 128)─► [E/8, 8] ─Reshape─► [E] ─Cast─► bool ─Cast─► bits, int32
-    bits ─CumSum─► · bits = the place of each weight among the nonzeros, counted from 1; 0 for a zero
-    Gather(values = [0, nonzeros…], places) ─Reshape─► the weight
-
-`use_kernels_` is for speed: gblm.BitmaskLinear for pruned weights, gblm.QuantisedLinear for levels of 8 or 4 bits,
-gblm.DenseLinear for the rest (kernels/onnxruntime_op.c). Activations stay in float32.
+gblm.BitmaskLinear is for pruned weights, gblm.QuantisedLinear for levels of 8 or 4 bits, gblm.DenseLinear for the rest
+(kernels/onnxruntime_op.c). Activations stay in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +13,7 @@ import torch
 from onnx_ir.tape import Tape
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.exporters.onnx_weights import Rows, constant, initializer, replace, rows_of, use_rows_, widened
+from gblm_compress.exporters.onnx_weights import Rows, initializer, replace, rows_of, use_rows_, widened
 from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -30,51 +22,6 @@ DOMAIN, VERSION = "gblm", 3
 MASK, VALUES, STARTS, SCALES, LEVELS = ".mask", ".nonzeros", ".starts", ".scales", ".levels"
 ROWS = ".rows"  # suffix of a weight that is stored as [out_features, in_features]
 MAX_WEIGHTS = 8  # of one node
-
-
-def encode_initializers_(program: ir.Model, names: list[str]) -> None:
-    """Replace the named initializers by their packed form and a decoder, in place, if `encode` packs them."""
-    graph = program.graph
-    tape = Tape()
-
-    def shared(name: str, array: Any) -> ir.Value:
-        return constant(graph, f"bitmask_decoder.{name}", array)
-
-    for name in names:
-        dense = graph.initializers[name]
-        assert dense.const_value is not None
-        weight = dense.const_value.numpy()
-        packed = encode(weight)
-        if packed is None:
-            continue
-        mask, values = packed
-        powers = shared("powers", 1 << np.arange(8, dtype=np.uint8))
-        flat = shared("flat", np.array([-1], dtype=np.int64))
-        axis = shared("axis", np.array(0, dtype=np.int64))
-        shape = shared("x".join(map(str, weight.shape)), np.array(weight.shape, dtype=np.int64))
-        chosen = tape.op("Reshape", [tape.op("BitwiseAnd", [initializer(graph, name + MASK, mask), powers]), flat])
-        bits = tape.op("Cast", [tape.op("Cast", [chosen], {"to": ir.DataType.BOOL})], {"to": ir.DataType.INT32})
-        places = tape.op("Mul", [tape.op("CumSum", [bits, axis]), bits])
-        found = tape.op("Gather", [initializer(graph, name + VALUES, values), places], {"axis": 0})
-        decoded = tape.op("Reshape", [found, shape])
-        decoded.shape, decoded.dtype = dense.shape, dense.dtype
-        del graph.initializers[name]
-        dense.replace_all_uses_with(decoded)
-        decoded.name = name
-    graph.insert_before(graph[0], tape.nodes)
-
-
-def encode(weight: Any) -> tuple[Any, Any] | None:
-    """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None if it would not shrink.
-
-    Bit b of byte i marks element 8·i + b, in row-major order, as stored.
-    """
-    alive = weight.reshape(-1) != 0
-    mask = np.packbits(alive, bitorder="little").reshape(-1, 1)
-    values = np.concatenate([np.zeros(1, weight.dtype), weight.reshape(-1)[alive]])
-    if weight.size % 8 or mask.nbytes + values.nbytes >= weight.nbytes:
-        return None
-    return mask, values
 
 
 def use_kernels_(
@@ -140,8 +87,8 @@ def _use_packed(
         if used_by != {"MatMul input 1"} or weight.shape[1] % WORD:
             raise ModelError(
                 f"{name}: {operator} replaces only a MatMul whose in_features is a multiple of {WORD}; this "
-                f"weight has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export with "
-                "--sparse"
+                f"weight has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export without "
+                "--kernels"
             )
         inputs[name] = [initializer(graph, name + suffix, array) for suffix, array in parts(name, weight).items()]
         for matmul, _ in dense.uses():

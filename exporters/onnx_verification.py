@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, STARTS, VALUES
+from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, VALUES
 from gblm_compress.exporters.onnx_rounding import BLOCK_SCALES, BLOCKS, CHANNEL_SCALES, CHANNELS, Blocks, Channels
 from gblm_compress.exporters.onnx_weights import Place
 from gblm_compress.kernels.masks import WORD
@@ -132,10 +131,7 @@ def _decoded(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
             return Blocks(stored(suffix), stored(BLOCK_SCALES), bits, shape[0]).dense_weight().numpy().T
     if name + CHANNELS in initializers:
         return Channels(stored(CHANNELS), stored(CHANNEL_SCALES)).dense_weight().numpy().T
-    if name + STARTS in initializers:
-        return _unpacked("bitmask", mask=stored(MASK), values=stored(VALUES))
-    alive = np.unpackbits(stored(MASK).reshape(-1), bitorder="little").astype(np.int64)
-    return stored(VALUES)[np.cumsum(alive) * alive].reshape(shape)
+    return _unpacked("bitmask", mask=stored(MASK), values=stored(VALUES))
 
 
 def _unpacked(layout: str, **arrays: Any) -> Any:

@@ -203,7 +203,7 @@ class Recipe(Settings):
         if not self.export:
             yield ("prune",), "null without an export leaves nothing to do; list one in 'export'"
         for number, export in enumerate(self.export):
-            asked = {"format": FORMATS[export.format].needs_zeros, "sparse": export.sparse, "kernels": export.kernels}
+            asked = {"format": FORMATS[export.format].needs_zeros, "kernels": export.kernels}
             for key in (key for key, is_asked in asked.items() if is_asked):
                 yield ("export", number, key), f"{export.format if key == 'format' else key} {unpruned}"
         in_torch = any(format.runtime == "torch" for format in self._made.values())

@@ -190,7 +190,6 @@ class ExportSettings(Settings):
         description="ONNX: fused has few large operators, plain has one node per operation. If unset: fused if the "
         "model has such a graph that runs, else plain.",
     )
-    sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: Literal[False, True, "auto"] = Field(
         False,
         description="ONNX: multiply by the packed weights directly, with this package's operators for CPUs. With dtype "
@@ -234,12 +233,8 @@ class ExportSettings(Settings):
                 raise ValueError(f"{name} would do nothing: only format {' or '.join(readers)} reads it")
         if self.quantise and self.dtype not in ("auto", "float32"):
             raise ValueError("quantise computes in float32; give no other dtype")
-        if self.quantise and self.sparse:
-            raise ValueError("quantise writes weights as levels, and sparse as floats; leave one out")
         if self.group and "quantise" in format.reads and not self.quantise:
             raise ValueError("group would do nothing without quantise")
-        if self.sparse and self.kernels:
-            raise ValueError("sparse and kernels store the pruned weights in different ways; choose one")
         return self
 
 

@@ -23,7 +23,6 @@ from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from tests.conftest import export
-from tests.exporters.test_onnx_slim import optimised
 
 PLAIN = {"format": "onnx", "graph": "plain"}
 
@@ -49,11 +48,6 @@ def exported(pruned, tmp_path_factory):
     """A tiny Llama, pruned 2:4 and exported in float32."""
     result, folder = export(pruned("llama", "2:4"), tmp_path_factory.mktemp("onnx") / "onnx", **PLAIN)
     return pruned("llama", "2:4"), folder, result
-
-
-@pytest.fixture(scope="module")
-def sparse(exported, tmp_path_factory):
-    return export(exported[0], tmp_path_factory.mktemp("sparse") / "out", **PLAIN, sparse=True)
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +114,6 @@ def test_another_architecture_in_float16(tiny, tmp_path) -> None:
     assert result.checks["identical_greedy_tokens"] >= result.checks["decided_greedy_tokens"] > 0
 
 
-def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, sparse, tmp_path) -> None:
-    _, dense, dense_result = exported
-    result, packed = sparse
-    onnx.checker.check_model(str(packed.folder / "model.onnx"))
-    saved = (dense.folder / "model.onnx.data").stat().st_size - (packed.folder / "model.onnx.data").stat().st_size
-    weights = result.checks["zeros"] * 2  # half of them are zeros
-    assert saved == pytest.approx(weights * (4 - 4 / 2 - 1 / 8), rel=0.05)
-    sample = {"input_ids": torch.arange(40).reshape(2, 20)}
-    got, expected = (OnnxRuntime(folder, "cpu", 1).predict(sample) for folder in (packed, dense))
-    assert torch.equal(got, expected) and result.checks["zeros"] == dense_result.checks["zeros"]
-    loaded = optimised(packed.folder / "model.onnx", tmp_path)
-    assert "MatMul" in loaded and not {"BitwiseAnd", "CumSum"} & set(loaded)  # ONNX Runtime folds the decoder
-
-
 @needs_operator
 def test_weights_of_one_input_are_one_node(with_kernels) -> None:
     result, packed = with_kernels
@@ -189,7 +169,7 @@ def test_without_a_compiler_kernels_are_refused_and_auto_is_dense_and_says_so(ex
     ("module", "message"),
     [
         (exporter, "not a multiple of 48, which kernels need"),  # before the model is traced
-        (onnx_packing, "multiple of 48; this weight has in_features=64 .* Export with --sparse"),
+        (onnx_packing, "multiple of 48; this weight has in_features=64 .* Export without --kernels"),
     ],
 )
 def test_kernels_take_whole_words(exported, tmp_path, monkeypatch, module, message) -> None:
@@ -200,24 +180,19 @@ def test_kernels_take_whole_words(exported, tmp_path, monkeypatch, module, messa
         export(exported[0], tmp_path / "out", **PLAIN, kernels=True)
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-def test_damaged_initializers_are_errors(kernels: bool) -> None:
+def test_damaged_initializers_are_errors() -> None:
     array = np.zeros((2, 64), np.float32)
     array[1, 2], array[0, 5] = 5.0, 7.0
-    mask, values = onnx_packing.encode(array)
-    assert onnx_packing.encode(np.ones((8, 8), np.float32)) is onnx_packing.encode(np.zeros((3, 3), np.float32)) is None
-    packed, shape = {"mask": mask, "nonzeros": values}, (2, 64)
-    if kernels:
-        held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(array))
-        mask, values, shape = held["mask"].numpy(), held["values"].numpy(), (64, 2)
-        packed = {"mask": mask, "nonzeros": values, "starts": np.array([0, 1])}
+    held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(array))
+    mask, values, shape = held["mask"].numpy(), held["values"].numpy(), (64, 2)
+    packed = {"mask": mask, "nonzeros": values}
 
     def decoded(shape, **changed):
         stored = {f"w.{name}": array for name, array in (packed | changed).items() if array is not None}
         initializers = {name: ir.Value(const_value=ir.tensor(array)) for name, array in stored.items()}
         return onnx_verification.decode(initializers, "w", shape)
 
-    assert np.array_equal(decoded(shape), array.T if kernels else array)
+    assert np.array_equal(decoded(shape), array.T)
     with pytest.raises(VerificationError, match=r"^w: the graph does not hold a weight of \[3, 64\]: "):
         decoded((3, 64))
     for damage in ({"mask": None}, {"mask": mask.astype(np.float32)}, {"nonzeros": None}, {"nonzeros": values[:-1]}):

@@ -253,8 +253,6 @@ def test_products_that_are_traced_as_gemms_are_rounded_too(kind, kernels, layers
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparse": True, "kernels": True}, "choose one"),
-        ({"quantise": "int8", "sparse": True}, "leave one out"),
         ({"quantise": "int8", "kernels": True, "dtype": "float16"}, "give no other dtype"),
         ({"kernels": True, "group": 64}, "group would do nothing without quantise"),
     ],

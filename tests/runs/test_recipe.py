@@ -92,7 +92,7 @@ def test_all_that_needs_a_pruned_model_is_refused_without_one(tmp_path) -> None:
     message = faults_of(
         tmp_path,
         "model: demo\nrecover: {}\nbenchmark: {float_baseline: false}\nexport:\n  - {format: onnx, kernels: auto}\n"
-        "  - {format: int8}\n  - format: bitmask-int8\n  - {format: onnx,\n     sparse: true}\n"
+        "  - {format: int8}\n  - format: bitmask-int8\n  - {format: onnx, quantise: int8,\n     kernels: true}\n"
         "gates:\n  - {max_bytes: 1GB, artefact: pruned}\n",
         "prune=null",
     )
@@ -101,10 +101,10 @@ def test_all_that_needs_a_pruned_model_is_refused_without_one(tmp_path) -> None:
         f"2: recover: {unpruned}, or prune",
         f"5: export.0.kernels: kernels {unpruned}, or prune",
         f"7: export.2.format: bitmask-int8 {unpruned}, or prune",
-        f"9: export.3.sparse: sparse {unpruned}, or prune",
+        f"9: export.3.kernels: kernels {unpruned}, or prune",
         f"3: benchmark.float_baseline: false {unpruned}",
         "11: gates.0.artefact: 'pruned' is not an artefact of the recipe, which makes onnx-kernels, int8, "
-        "bitmask-int8, onnx-sparse",
+        "bitmask-int8, onnx-kernels-quantise-int8",
     ))]  # fmt: skip
 
 
