@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.errors import UsageError
-
 
 @dataclass(frozen=True)
 class Part:
@@ -40,7 +38,7 @@ class Experts(nn.Module):
 
     def __init__(self, fused: nn.Module, parts: tuple[Part, ...]) -> None:
         super().__init__()
-        self.parts, self.every_token = parts, False
+        self.parts = parts
         last = fused.get_parameter(parts[-1].weight)
         self.count = len(last) if last.dim() == 3 else int(fused.num_experts)  # type: ignore[arg-type]
         for expert in range(self.count):
@@ -52,11 +50,6 @@ class Experts(nn.Module):
         rest = copy(fused)
         rest._parameters = {}
         object.__setattr__(self, "rest", rest)  # not as a submodule
-
-    @property
-    def runs_all(self) -> bool:
-        """Whether every expert runs on every token; a traced graph cannot depend on the routing."""
-        return self.every_token or torch.compiler.is_compiling()
 
     def layers(self, expert: int) -> list[nn.Module]:
         return list(getattr(self, str(expert)).values())
@@ -83,7 +76,7 @@ class RoutedExperts(Experts):
         """hidden [tokens, width], index [tokens, k] and weights [tokens, k]; a batch may come first."""
         x, index, weights = hidden.reshape(-1, hidden.shape[-1]), index.flatten(0, -2), weights.flatten(0, -2)
         output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
-        if self.runs_all:
+        if torch.compiler.is_compiling():  # a traced graph cannot depend on the routing: all experts run on all tokens
             total = max(self.count, getattr(self.rest, "total_experts", 0))
             chosen = index[:, :, None] == torch.arange(total, device=index.device)
             shares = (weights[:, :, None] * chosen).sum(1)
@@ -113,7 +106,7 @@ class StackedExperts(Experts):
     def forward(self, hidden: Tensor) -> Tensor:
         outputs = []
         for expert, x in enumerate(hidden.view(self.count, -1, hidden.shape[-1])):
-            if self.runs_all:
+            if torch.compiler.is_compiling():
                 outputs.append(self.run(expert, x))
             else:
                 routed = x.ne(0).any(-1)
@@ -186,18 +179,6 @@ def unfused(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in replaced.items():
             model.set_submodule(name, module)
-
-
-def run_all_(model: nn.Module) -> None:
-    """Run every expert on every token from now on; `UsageError` if the model cannot."""
-    experts = experts_of(model).values()
-    fault = "" if experts else "has no mixture of experts"
-    if any(isinstance(mixture, SortedExperts) for mixture in experts):
-        fault = "gives each expert its own tokens and no others"
-    if fault:
-        raise UsageError(f"{type(model).__name__} {fault}; leave out calibration.experts all")
-    for mixture in experts:
-        mixture.every_token = True
 
 
 def fused_weights(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:

@@ -24,7 +24,7 @@ from gblm_compress.methods.zeros import check_finite, made_zero
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.checkpoint import Checkpoint
-from gblm_compress.models.experts import run_all_, unfused
+from gblm_compress.models.experts import unfused
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import planning, saving
@@ -101,8 +101,6 @@ def prune_in_place(
         samples = generation.calibration_in_place(model, processor, calibration, progress)
     own = [on_device(sample, model.device) for sample in samples]
     with peak_memory(str(model.device)) as memory, unfused(model):
-        if calibration.experts == "all":
-            run_all_(model)
         walked = prune_(model, own, settings, progress)
     return _result((walked, memory.peak_bytes, fingerprint(samples) if samples else None), calibration, start)
 
@@ -164,7 +162,7 @@ def _to_folder(job: PruneJob, output: Path, progress: Progress, resume: bool | N
             place = "on disk, a block at a time in memory" if plan.placement.offload else "in memory"
             does = "resuming" if run.resumed else "pruning"
             progress.say(f"{does} {source.name} in {plan.dtype} on {device}, {place} …")
-            walked, checkpoint = _walk(source, plan, run, calibration.experts == "all", progress)
+            walked, checkpoint = _walk(source, plan, run, progress)
             # The others are done. They do not wait for the first: it may save for longer than their timeout.
             if group.is_first:
                 progress.say("saving …")
@@ -231,17 +229,13 @@ def prune_(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings,
             ) from error
 
 
-def _walk(
-    source: ModelSource, plan: Plan, run: RunFolder, all_experts: bool, progress: Progress
-) -> tuple[Walked, Checkpoint]:
+def _walk(source: ModelSource, plan: Plan, run: RunFolder, progress: Progress) -> tuple[Walked, Checkpoint]:
     """Prune every block and leave it finished in the run folder. The model is released at the end."""
     weights: Weights
     if plan.placement.offload:
         weights = StreamedWeights(source, loading.load_skeleton(source, plan.dtype), str(plan.device))
     else:
         weights = ResidentWeights(loading.load_model(source, plan.dtype, str(plan.device)))
-    if plan.samples and all_experts:
-        run_all_(weights.model)
     checkpoint = saving.stored(source, weights.model, plan.budgets)
     pool = StatePool(run.states, plan.placement.states, plan.device)
     return Walk(plan, weights, run, pool, progress).prune_(), checkpoint
@@ -258,8 +252,6 @@ def _checked(job: PruneJob) -> dict[str, Budget]:
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
         looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
-        if calibration.experts == "all":
-            looks.append(lambda: run_all_(loading.load_skeleton(source)))
     errors.raise_all(errors.collect(looks))
     return budgets
 
@@ -293,8 +285,7 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
     if few := [name for name, layer in layers.items() if layer.by_magnitude]:
         yield (
             f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by "
-            f"magnitude, first {few[0]} (more --samples reach more experts; calibration.experts: all, in a recipe, "
-            "sends every token to all of them)"
+            f"magnitude, first {few[0]} (more --samples reach more experts)"
         )
     survivors = {name: layer.survivors for name, layer in layers.items()}
     if gone := made_zero(survivors, {name: layer.nonzeros for name, layer in layers.items()}):

@@ -59,10 +59,6 @@ class CalibrationSettings(Settings):
     samples: Count = Field(128, description="Number of windows, texts or images.")
     sequence_length: Several = Field(2048, description="Tokens in a window; longer texts are cut to it.")
     seed: Seed = Field(0, description="Random seed for sampling.")
-    experts: Annotated[Literal["routed", "all"], Panel.NO_OPTION] = Field(
-        "routed",
-        description="Mixtures of experts: measure each expert on the tokens that are routed to it, or on all tokens.",
-    )
 
 
 class ResourceSettings(Settings):
