@@ -6,7 +6,7 @@ Needs torch, triton, transformers and what that brings, nothing else: no network
 package.
 
 kernels      y = x Wᵀ for the layers of a LLaMA of 7B and of one of 1B parameters, 1 to 4096 tokens: torch's dense
-             product, the Triton kernels of both layouts, cuSPARSELt, CUTLASS, and dense after unpacking. Each is
+             product, the Triton kernels of both layouts, cuSPARSELt, and dense after unpacking. Each is
              repeated within a CUDA graph over copies of the weight that do not fit the L2 cache together.
 one token    the same layers in float16 and in bfloat16, for decoding one sequence: cuBLAS, as a linear layer and as a
              matrix times a vector, beside Triton on half of the weights, unstructured (bitmask) and 2:4 (sparse24); and
@@ -302,9 +302,9 @@ def packed_ways(bench: Bench, packed: Any, x: Tensor) -> tuple[list[Way], dict[s
     for kernel in sorted({candidate.kernel for candidate in times}):
         best: Candidate = min((c for c in times if c.kernel == kernel), key=lambda c: times[c])
         title = {"triton": f"Triton {layout}", "dense": f"unpack {layout}, dense"}.get(kernel, kernel)
-        operands = cuda_linear.operands(packed, {kernel})
+        copy_ = cuda_linear.for_cusparselt(packed, {kernel})
         calls = [
-            partial(cuda_linear.run, best, x, each, None, cloned_operands(operands))
+            partial(cuda_linear.run, best, x, each, None, copy_.clone())
             for each in copies(bench, size, partial(cloned, packed))
         ]
         ways.append(Way(title, str(best) if best != DENSE else "", size, calls))
@@ -409,40 +409,35 @@ def cloned(packed: Any) -> Any:
     return type(packed)(*(tensors[part.data_ptr()] if isinstance(part, Tensor) else part for part in packed))
 
 
-def cloned_operands(operands: Any) -> Any:
-    """The operands of torch's kernels for one of the copies, in memory of its own."""
-    return operands._replace(cusparselt=operands.cusparselt.clone(), cutlass=operands.cutlass.clone())
-
-
 def copies(bench: Bench, size: int, make: Callable[[], Any]) -> list[Any]:
     """As many copies of a weight as the L2 cache does not hold; two in a dry run."""
     return [make() for _ in range(max(2, ROTATE_BYTES // size) if bench.on_cuda else 2)]
 
 
 def break_even(rows: Rows) -> dict[str, Any]:
-    """For each layer: up to how many tokens the Triton kernels beat dense, and from how many torch's 2:4 kernels do."""
+    """For each layer: up to how many tokens the Triton kernels beat dense, and from how many cuSPARSELt does."""
     result: dict[str, Any] = {}
     for layer in dict.fromkeys(row["layer"] for row in rows):
         of_layer = [row for row in rows if row["layer"] == layer]
 
-        def wins(prefix: tuple[str, ...], of_layer: Rows = of_layer) -> dict[int, bool]:
+        def wins(prefix: str, of_layer: Rows = of_layer) -> dict[int, bool]:
             best: dict[int, float] = {}
             for row in of_layer:
                 if row["execution"].startswith(prefix):
                     best[row["tokens"]] = max(row["over_dense"], best.get(row["tokens"], 0.0))
             return {tokens: best[tokens] > 1 for tokens in sorted(best)}
 
-        triton, two_four = wins(("Triton",)), wins(("cusparselt", "cutlass"))
+        triton, cusparselt = wins("Triton"), wins("cusparselt")
         up_to, from_ = None, None
         for tokens, won in triton.items():
             if not won:
                 break
             up_to = tokens
-        for tokens, won in reversed(two_four.items()):
+        for tokens, won in reversed(cusparselt.items()):
             if not won:
                 break
             from_ = tokens
-        result[layer] = {"triton_wins_up_to_tokens": up_to, "semi_structured_wins_from_tokens": from_}
+        result[layer] = {"triton_wins_up_to_tokens": up_to, "cusparselt_wins_from_tokens": from_}
     return result
 
 

@@ -1,8 +1,8 @@
 """Products with packed weights on CUDA. The fastest kernel for each number of tokens is measured for each shape.
 
-Candidates are the Triton kernels that read packed bytes (up to 64 tokens, in several tilings), torch's kernels for 2:4
-(cuSPARSELt and CUTLASS), and the dense product of the unpacked weight. Each is timed with a flushed L2 cache, for
-powers of two of tokens. The fastest ones are the plan of a shape, which is kept in the cache folder.
+Candidates are the Triton kernels that read packed bytes (up to 64 tokens, in several tilings), cuSPARSELt for 2:4,
+and the dense product of the unpacked weight. Each is timed with a flushed L2 cache, for powers of two of tokens. The
+fastest ones are the plan of a shape, which is kept in the cache folder.
 """
 
 import re
@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from gblm_compress.errors import first_line
 from gblm_compress.kernels import gpu
@@ -24,7 +23,7 @@ from gblm_compress.machine import remembered
 from gblm_compress.progress import Progress
 
 TOKENS = tuple(2**power for power in range(13))  # 1 … 4096; a plan has a word for each
-FEWEST_FOR_TORCH = 8  # tokens; torch's semi-structured kernels would pad fewer to that
+FEWEST_FOR_CUSPARSELT = 8  # tokens; fewer would be padded to that
 # cuSPARSELt reads a copy of the weight in its own format; its speed must be worth those bytes.
 WORTH_A_COPY = 1.1
 AGREEMENT = 0.02  # largest difference from the dense product, as a fraction of its largest value
@@ -34,7 +33,7 @@ _HEAD_START = 10_000_000  # clock cycles that the device waits while the host qu
 
 
 class Candidate(NamedTuple):
-    kernel: str  # "triton", "cusparselt", "cutlass" or "dense"
+    kernel: str  # "triton", "cusparselt" or "dense"
     variant: tuple[int, ...] = ()  # the fields of a `Tiling`, or the number of a cuSPARSELt algorithm
 
     def __str__(self) -> str:
@@ -42,13 +41,6 @@ class Candidate(NamedTuple):
 
 
 DENSE = Candidate("dense")
-
-
-class Operands(NamedTuple):
-    """The inputs of torch's kernels besides a sparse24 weight; empty if not needed."""
-
-    cusparselt: Tensor  # the weight in cuSPARSELt's own format, another 9/16 of the dense bytes
-    cutlass: Tensor  # the positions in CUTLASS's order, 1/16 of the dense bytes; the values are shared
 
 
 def plan(weight: Packed) -> str:
@@ -71,15 +63,15 @@ def _could_run(weight: Packed, word: str, tokens: int) -> bool:
     possible = [str(candidate) for candidate in _possible(weight, tokens)]
     if word.startswith("cusparselt"):
         return "cusparselt" in possible and re.fullmatch(r"cusparselt:\d{1,3}", word) is not None
-    return word in possible and not (word == "cutlass" and _needed_by_cutlass(weight.shape))
+    return word in possible
 
 
 def _possible(weight: Packed, tokens: int) -> list[Candidate]:
     """The candidates for a weight of that layout; the algorithm of cuSPARSELt is searched later."""
     tilings = gpu.tilings(weight.stored, tokens)
     found = [DENSE, *(Candidate("triton", tuple(map(int, tiling))) for tiling in tilings)]
-    if weight.stored == "two of four" and tokens >= FEWEST_FOR_TORCH:
-        found += [Candidate(kernel) for kernel in Operands._fields]
+    if weight.stored == "two of four" and tokens >= FEWEST_FOR_CUSPARSELT:
+        found.append(Candidate("cusparselt"))
     return found
 
 
@@ -99,69 +91,46 @@ def _candidate(word: str) -> Candidate:
     return Candidate(kernel, tuple(int(part) for part in variant.split(",")) if variant else ())
 
 
-def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: Operands) -> Tensor:
-    """x Wᵀ + b [..., rows] as the plan says, for x [..., columns] in the dtype of the weight."""
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, cusparselt: Tensor) -> Tensor:
+    """x Wᵀ + b [..., rows] as the plan says, for x [..., columns] in the dtype of the weight.
+
+    `cusparselt` is the weight in cuSPARSELt's own format; empty if the plan does not need it.
+    """
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], rows)
-    return run(choose(plan, len(flat)), flat, weight, bias, operands).reshape(*x.shape[:-1], rows)
+    return run(choose(plan, len(flat)), flat, weight, bias, cusparselt).reshape(*x.shape[:-1], rows)
 
 
-def run(candidate: Candidate, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands) -> Tensor:
+def run(candidate: Candidate, x: Tensor, weight: Packed, bias: Tensor | None, cusparselt: Tensor) -> Tensor:
     """x Wᵀ + b [tokens, rows] by a candidate, for x [tokens, columns] of at least one token."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if candidate.kernel == "triton":
             return gpu.linear(x, weight, bias, Tiling._make(candidate.variant))
         if candidate.kernel == "dense":
             return torch.nn.functional.linear(x, gpu.expand(weight), bias)
-        if not getattr(operands, candidate.kernel).numel():
+        if not cusparselt.numel():
             raise RuntimeError(
                 f"{candidate} is not prepared: a compiled graph has an older plan; delete the compiler's cache"
             )
         tokens = x.shape[0]
         inputs = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 8)).contiguous().T  # their tiles are 8 tokens wide
-        if candidate.kernel == "cusparselt":
-            y = torch._cslt_sparse_mm(
-                operands.cusparselt, inputs, bias=bias, transpose_result=True, alg_id=candidate.variant[0]
-            )
-        elif bias is None:
-            y = torch._sparse_semi_structured_mm(weight.values, operands.cutlass, inputs).T
-        else:
-            y = torch._sparse_semi_structured_addmm(bias, weight.values, operands.cutlass, inputs).T
+        y = torch._cslt_sparse_mm(cusparselt, inputs, bias=bias, transpose_result=True, alg_id=candidate.variant[0])
         return y[:tokens].contiguous()
 
 
-def operands(weight: Packed, kernels: set[str]) -> Operands:
-    """The operands of the named kernels; RuntimeError if they do not take the shape, dtype or device."""
-    cusparselt = cutlass = weight.values.new_empty(0)
+def for_cusparselt(weight: Packed, kernels: set[str]) -> Tensor:
+    """The weight in cuSPARSELt's own format, another 9/16 of the dense bytes; empty if it is not among these kernels.
+
+    RuntimeError if cuSPARSELt does not take the shape, dtype or device.
+    """
+    if "cusparselt" not in kernels:
+        return weight.values.new_empty(0)
     with torch.cuda.device_of(weight.values):  # type: ignore[no-untyped-call]
-        if "cusparselt" in kernels:
-            dense = gpu.expand(weight)
-            SparseSemiStructuredTensorCUSPARSELT._validate_device_dim_dtype_shape(dense)
-            cusparselt = torch._cslt_compress(dense)
-        if "cutlass" in kernels:
-            cutlass = cutlass_operand(weight.places, weight.shape)
-        return Operands(cusparselt, cutlass)
-
-
-def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The positions of sparse24 [rows, columns / 8] in CUTLASS's order of tiles, [rows, columns / 16] in int16."""
-    rows, columns = shape
-    if needed := _needed_by_cutlass(shape):
-        raise RuntimeError(f"a weight of {rows}×{columns}: CUTLASS needs {needed}")
-    words = positions.contiguous().view(torch.int16)
-    order = _calculate_meta_reordering_scatter_offsets(  # type: ignore[no-untyped-call]
-        rows, columns // 16, torch.int16, positions.device
-    )
-    return torch.empty_like(words).view(-1).scatter_(0, order, words.view(-1)).view(words.shape)
-
-
-def _needed_by_cutlass(shape: tuple[int, int]) -> str:
-    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
-    multiples = limits.sparse_min_rows, limits.sparse_min_cols
-    taken = not any(size % multiple for size, multiple in zip(shape, multiples, strict=True))
-    return "" if taken else "multiples of {} and {}".format(*multiples)
+        dense = gpu.expand(weight)
+        SparseSemiStructuredTensorCUSPARSELT._validate_device_dim_dtype_shape(dense)
+        return torch._cslt_compress(dense)
 
 
 def _measured_plan(weight: Packed) -> str:
@@ -184,11 +153,11 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
     excluded: dict[str, str] = {}
     for candidate in _possible(weight, tokens):
         try:
-            needed = operands(weight, {candidate.kernel})
+            copy = for_cusparselt(weight, {candidate.kernel})
             if candidate.kernel == "cusparselt":
-                found = torch._cslt_sparse_mm_search(needed.cusparselt, x.contiguous().T, transpose_result=True)
+                found = torch._cslt_sparse_mm_search(copy, x.contiguous().T, transpose_result=True)
                 candidate = Candidate("cusparselt", (found,))
-            call = partial(run, candidate, x, weight, None, needed)
+            call = partial(run, candidate, x, weight, None, copy)
             if bool((call() - expected).abs().max() <= AGREEMENT * expected.abs().max()):
                 times[candidate] = milliseconds(call)
             else:

@@ -17,8 +17,8 @@ from gblm_compress.layouts import LAYOUTS, check_described, cpu_linear
 from gblm_compress.layouts.packed import check_tensor
 
 UNPACKED = "dense product of the unpacked weight"
-DERIVED = ("starts", "sums", "cusparselt", "cutlass", "like")
-"""Buffers that `prepare` fills and nothing saves: where values begin, sums of levels by row, `cuda_linear.Operands`,
+DERIVED = ("starts", "sums", "cusparselt", "like")
+"""Buffers that `prepare` fills and nothing saves: where values begin, sums of levels by row, the copy for cuSPARSELt,
 and an empty tensor in the dtype of inputs and outputs. They are empty if the kernels do not read them.
 """
 _LIBRARY: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
@@ -54,7 +54,7 @@ def on_cuda(
 
     held = _held(layout, tensors)
     weight = LAYOUTS[layout].kind.for_gpu(held, layout, shape, x.dtype)
-    return cuda_linear.linear(x, weight, bias, plan, cuda_linear.Operands(held["cusparselt"], held["cutlass"]))
+    return cuda_linear.linear(x, weight, bias, plan, held["cusparselt"])
 
 
 def _shape(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, layout: str, shape: list[int], *_: Any) -> Tensor:
@@ -201,7 +201,7 @@ class PackedLinear(nn.Module):
         from gblm_compress.layouts import cuda_linear
 
         kernel = cuda_linear.choose(self.plan, tokens).kernel
-        words = {"triton": f"{self.layout} Triton", "cusparselt": "cuSPARSELt", "cutlass": "CUTLASS", "dense": UNPACKED}
+        words = {"triton": f"{self.layout} Triton", "cusparselt": "cuSPARSELt", "dense": UNPACKED}
         return words[kernel]
 
     def look_up(self, numbers: Tensor) -> Tensor:
@@ -252,8 +252,8 @@ class PackedLinear(nn.Module):
         elif cuda := self.cuda_kernels():
             weight = self.for_gpu()
             self.plan = cuda.plan(weight)
-            operands = cuda.operands(weight, {candidate.kernel for candidate in cuda.candidates(self.plan)})
-            derived |= {"starts": self.get_buffer("starts"), **operands._asdict()}
+            kernels = {candidate.kernel for candidate in cuda.candidates(self.plan)}
+            derived |= {"starts": self.get_buffer("starts"), "cusparselt": cuda.for_cusparselt(weight, kernels)}
         for name, tensor in {**derived, "like": self.get_buffer("like").to(device)}.items():
             self._buffers[name] = tensor
         self._prepared = True

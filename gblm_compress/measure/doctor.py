@@ -42,7 +42,7 @@ def diagnose() -> list[dict[str, Any]]:
     found.append(finding("sparse CPU kernels", kernels, runs or "bitmask folders run, unpacked and slow", bool(paths)))
     found.append(finding("ONNX Runtime operator", operator, "`export --format onnx --kernels`"))
     for gpu in (gpus := machine.gpus()):
-        sparse = "torch's 2:4 kernels" if float(gpu["compute_capability"]) >= 8.0 else "no 2:4 kernels: 8.0 is needed"
+        sparse = "cuSPARSELt for 2:4" if float(gpu["compute_capability"]) >= 8.0 else "no cuSPARSELt: 8.0 is needed"
         found.append(finding("gpu", f"{gpu['name']}, compute capability {gpu['compute_capability']}", sparse))
     if not gpus:
         without = "without one, semi-structured folders are unpacked for every product"

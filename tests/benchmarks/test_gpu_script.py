@@ -89,10 +89,10 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_break_even(script) -> None:
     measured = {
         "Triton bitmask": {1: 1.5, 4: 0.9, 2: 0.8, 8: 1.2}, "Triton sparse24": {1: 0.5, 2: 1.1},
-        "cutlass": {1: 1.1, 64: 0.9, 256: 1.2}, "cusparselt": {512: 1.3}, "dense": {512: 1.0},
+        "cusparselt": {8: 1.1, 64: 0.9, 256: 1.2, 512: 1.3}, "dense": {512: 1.0},
     }  # fmt: skip
     rows = [
         {"layer": "l", "tokens": tokens, "execution": execution, "over_dense": ratio}
         for execution, ratios in measured.items() for tokens, ratio in ratios.items()
     ]  # fmt: skip
-    assert script.break_even(rows) == {"l": {"triton_wins_up_to_tokens": 2, "semi_structured_wins_from_tokens": 256}}
+    assert script.break_even(rows) == {"l": {"triton_wins_up_to_tokens": 2, "cusparselt_wins_from_tokens": 256}}

@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from gblm_compress import machine
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import DERIVED, UNPACKED, PackedLinear, on_cuda
 from gblm_compress.machine import CACHE_VARIABLE
-from gblm_compress.methods.patterns import Pattern
 from tests.layouts.weights import packed, sparse
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
@@ -69,22 +67,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert alg_id == ALGORITHM and transpose_result and inputs.shape[1] % 8 == 0
         return torch.nn.functional.linear(inputs.T, operand, bias)
 
-    def cutlass(values, order, inputs):
-        called.append("cutlass")
-        assert inputs.shape[1] % 8 == 0
-        rows, columns = values.shape[0], 2 * values.shape[1]
-        places = cuda_linear._calculate_meta_reordering_scatter_offsets(rows, columns // 16, torch.int16, "cpu")
-        positions = order.view(-1)[places].view(order.shape).view(torch.uint8)
-        held = {"values": values, "positions": positions}
-        return LAYOUTS["sparse24"].kind.unpack(held, columns, values.dtype) @ inputs
-
     monkeypatch.setattr(gpu, "linear", linear)
     monkeypatch.setattr(gpu, "expand", expand)
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", cusparselt)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *_, **__: ALGORITHM)
-    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", cutlass)
-    monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", lambda bias, *rest: cutlass(*rest) + bias.unsqueeze(1))
     monkeypatch.setattr(
         cuda_linear.SparseSemiStructuredTensorCUSPARSELT, "_validate_device_dim_dtype_shape", lambda dense: None
     )
@@ -104,18 +91,6 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
     monkeypatch.setattr(cuda_linear, "milliseconds", milliseconds)
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (64, 192), (96, 128)])
-def test_the_cutlass_operand_is_what_torch_makes_of_the_dense_weight(shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weight = (weight * Pattern("2:4").mask(weight.abs(), weight, 0.5)).add(0.0).to(torch.bfloat16)
-    held = packed("sparse24", weight).held
-    theirs, order = sparse_semi_structured_from_dense_cutlass(weight)
-    assert torch.equal(held["values"], theirs)
-    assert torch.equal(cuda_linear.cutlass_operand(held["positions"], shape), order)
-    with pytest.raises(RuntimeError, match="16×64: CUTLASS needs multiples of 32 and 64"):
-        cuda_linear.cutlass_operand(torch.zeros(16, 8, dtype=torch.uint8), (16, 64))
-
-
 @pytest.mark.parametrize("tokens", [1, 5, 8, 31])
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_kernel_computes_the_same_product(calls, tokens: int, bias: bool) -> None:
@@ -124,24 +99,23 @@ def test_every_kernel_computes_the_same_product(calls, tokens: int, bias: bool) 
     x = torch.randn(tokens, 64).to(torch.bfloat16)
     expected = torch.nn.functional.linear(x, weight, given)
     as_read = packed("sparse24", weight).for_gpu()
-    operands = cuda_linear.operands(as_read, {"cusparselt", "cutlass"})
+    copy = cuda_linear.for_cusparselt(as_read, {"cusparselt"})
     tiling = tuple(map(int, gpu.tilings("two of four", tokens)[0]))
-    for candidate in (DENSE, Candidate("triton", tiling), Candidate("cusparselt", (ALGORITHM,)), Candidate("cutlass")):
-        y = cuda_linear.run(candidate, x, as_read, given, operands)
+    for candidate in (DENSE, Candidate("triton", tiling), Candidate("cusparselt", (ALGORITHM,))):
+        y = cuda_linear.run(candidate, x, as_read, given, copy)
         assert y.shape == (tokens, 32) and y.is_contiguous()
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-    assert calls == ["expand", "expand", "triton", "cusparselt", "cutlass"]  # the first for cuSPARSELt's operand
+    assert calls == ["expand", "expand", "triton", "cusparselt"]  # the first for cuSPARSELt's copy
 
 
 def test_the_fastest_runs_and_a_copy_must_be_worth_it() -> None:
-    cslt, cutlass = Candidate("cusparselt", (1,)), Candidate("cutlass")
-    assert cuda_linear.fastest({DENSE: 2.0, cslt: 1.0, cutlass: 1.5}) == cslt
-    assert cuda_linear.fastest({DENSE: 2.0, cslt: 1.0, cutlass: 1.05}) == cutlass
+    cslt = Candidate("cusparselt", (1,))
+    assert cuda_linear.fastest({DENSE: 2.0, cslt: 1.0}) == cslt
     assert cuda_linear.fastest({DENSE: 1.0, cslt: 0.95}) == DENSE
 
 
 def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
-    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
+    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3})
     plan = cuda_linear._measured_plan(as_kernels_read_it(64, 64))
     assert len(plan.split()) == len(TOKENS)
     first = {tokens: Candidate("triton", tuple(map(int, gpu.tilings("two of four", tokens)[0]))) for tokens in (1, 64)}
@@ -155,20 +129,20 @@ def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
 
 FIRST, LAST = 0, -1
 DAMAGED_WORDS = [
-    *((FIRST, word) for word in ("cutlass", "triton", "triton:3,1024,4,0,1")),  # for one token
-    *((LAST, word) for word in ("cusparselt", "cusparselt:-1", "cusparselt:x", "cutlass:1", "dense:1", "fastest")),
+    *((FIRST, word) for word in ("cusparselt:7", "triton", "triton:3,1024,4,0,1")),  # for one token
+    *((LAST, word) for word in ("cusparselt", "cusparselt:-1", "cusparselt:x", "dense:1", "fastest")),
+    (LAST, "cutlass"),  # a kernel that earlier versions had
     (LAST, FIRST),  # a tiling for one token
 ]
 
 
 def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.2})
+    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3})
     weight = as_kernels_read_it(64, 64)
     good = cuda_linear._measured_plan(weight)
-    assert cuda_linear.is_plan(good, weight) and "cutlass" in good
+    assert cuda_linear.is_plan(good, weight) and "cusparselt" in good
     assert not cuda_linear.is_plan(good, as_kernels_read_it(64, 64, "bitmask"))
-    assert not cuda_linear.is_plan(good, as_kernels_read_it(16, 64))  # too few rows for CUTLASS
     damaged: list[Any] = [None, 13, "", good.partition(" ")[2]]
     for at, word in DAMAGED_WORDS:
         words = good.split()
@@ -182,13 +156,13 @@ def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path) -
 
 
 def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypatch) -> None:
-    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
-    weight = as_kernels_read_it(16, 64)  # too few rows for CUTLASS
+    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3})
+    weight = as_kernels_read_it(16, 64)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *_, **__: torch.ones(64, 16).to(torch.bfloat16))
     with pytest.warns(UserWarning, match="cusparselt:7 computes another product on this GPU"):
         times, excluded = cuda_linear.measure(weight, 64)
     assert {candidate.kernel for candidate in times} == {"dense", "triton"}
-    assert excluded["cusparselt:7"] == "another product" and "CUTLASS needs multiples" in excluded["cutlass"]
+    assert excluded == {"cusparselt:7": "another product"}
 
     def fails(*_) -> None:
         raise ValueError("out of resource: shared memory")
@@ -202,7 +176,7 @@ def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypat
 @WITH_KERNELS
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bias: bool) -> None:
-    timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2, "cutlass": 0.4})
+    timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2})
     monkeypatch.setattr(PackedLinear, "cuda_kernels", lambda layer: cuda_linear)
     monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
     weight = packed(layout, two_four(64, 64)).dense_weight()  # the points that it is rounded to are held bit for bit
@@ -213,7 +187,7 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
     needs_more = layer.kind.mask.name == "mask" or layout == "sparse24"
     assert (sum(buffer.nbytes for buffer in layer.buffers()) > layer.packed_bytes) == needs_more
     if layout == "sparse24":
-        assert layer.cusparselt.numel() and not layer.cutlass.numel()  # what no candidate of the plan needs is not held
+        assert layer.cusparselt.numel()
     for shape, kernel in [((64,), "triton"), ((2, 8, 64), "triton"), ((70, 64), "cusparselt"), ((0, 64), None)]:
         calls.clear()
         x = torch.randn(shape).to(torch.bfloat16)
@@ -223,12 +197,11 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
         assert calls == ([kernel] if kernel else [])
 
 
-@pytest.mark.parametrize("kernel", ["cusparselt:7", "cutlass"])
-def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, kernel: str) -> None:
+def test_a_plan_from_elsewhere_whose_copy_was_not_prepared_is_refused(calls) -> None:
     """As a compiled graph that is kept on disk has it, after the kernels were measured anew."""
     layer = PackedLinear.from_dense("sparse24", two_four(64, 64))
-    layer.plan = " ".join([kernel] * len(TOKENS))
-    with pytest.raises(RuntimeError, match=f"{kernel} is not prepared: a compiled graph has an older plan"):
+    layer.plan = " ".join(["cusparselt:7"] * len(TOKENS))
+    with pytest.raises(RuntimeError, match="cusparselt:7 is not prepared: a compiled graph has an older plan"):
         product_on_cuda(layer, torch.randn(8, 64).to(torch.bfloat16))
     assert not calls
 
