@@ -1,4 +1,4 @@
-"""Each rule makes the same numbers of fewer nodes, and leaves what only looks like it."""
+"""Each rule makes the same numbers of other nodes."""
 
 from pathlib import Path
 
@@ -10,9 +10,6 @@ from onnx import numpy_helper
 from onnx.parser import parse_model
 
 from gblm_compress.exporters.onnx_slim import slim_
-
-START, END = np.iinfo(np.int64).min, np.iinfo(np.int64).max
-MATRICES = ["batch", 2, "tokens", 4]
 
 
 def parsed(nodes: str, constants: dict[str, object], shapes: dict[str, list]) -> ir.Model:
@@ -67,29 +64,6 @@ def test_a_norm_is_divided(order, tmp_path) -> None:
     assert optimised(ir.to_proto(program).SerializeToString(), tmp_path) == ["SimplifiedLayerNormalization"]
 
 
-def transposed(last: str, perm: str = "0, 2, 1") -> ir.Model:
-    """The matrices of x transposed as torch's exporter writes it; `last` are the parts of the result's shape."""
-    nodes = f"""shape = Shape (x)
-        first = Slice (shape, start, minus2)
-        tokens = Slice (shape, minus2, minus1)
-        width = Slice (shape, minus1, end)
-        flat_shape = Concat <axis = 0> (minus1, tokens, width)
-        flat = Reshape (x, flat_shape)
-        turned = Transpose <perm = [{perm}]> (flat)
-        last_shape = Concat <axis = 0> ({last})
-        y = Reshape (turned, last_shape)"""
-    numbers = {"start": [START], "minus2": [-2], "minus1": [-1], "end": [END]}
-    return parsed(nodes, numbers, {"x": MATRICES})
-
-
-def test_a_transpose_is_one_node() -> None:
-    program = transposed("first, width, tokens")
-    slim_(program)
-    assert operators(program) == ["Transpose"]
-    x = random(3, 2, 5, 4)
-    np.testing.assert_array_equal(run(program, x=x), x.swapaxes(2, 3))
-
-
 @pytest.mark.parametrize(("turned", "bias", "shared"), [(0, 1, 0), (1, 1, 0), (1, 0, 1), (0, 0, 0)])
 def test_a_gemm_of_a_constant_is_a_matmul(turned: int, bias: int, shared: int) -> None:
     weight, b, x = random(4, 6), random(6), random(3, 4)
@@ -107,30 +81,10 @@ def test_a_gemm_of_a_constant_is_a_matmul(turned: int, bias: int, shared: int) -
     np.testing.assert_allclose(run(program, x=x), expected, rtol=1e-5, atol=1e-5)
 
 
-SCALED, HEADS = "qa = Mul (q, a) kb = Mul (k, b) y = MatMul (qa, kb)", {"q": MATRICES, "k": ["batch", 2, 4, "all"]}
-
-
-def test_queries_are_scaled_and_keys_are_not() -> None:
-    program = parsed(SCALED, {"a": np.float32(0.5), "b": np.float32(0.25)}, HEADS)
+def test_a_gemm_that_scales_stays() -> None:
+    program = parsed("y = Gemm <alpha = 0.5> (x, w)", {"w": random(4, 6)}, {"x": ["tokens", 4]})
     slim_(program)
-    assert operators(program) == ["Mul", "MatMul"] and program.graph[1].inputs[1].name == "k"
-    q, k = random(1, 2, 3, 4), random(1, 2, 4, 6)
-    np.testing.assert_allclose(run(program, q=q, k=k), 0.125 * (q @ k), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        transposed("first, tokens, width"),
-        transposed("first, width, tokens", "0, 1, 2"),
-        parsed("y = Gemm <alpha = 0.5> (x, w)", {"w": random(4, 6)}, {"x": ["tokens", 4]}),
-        parsed(SCALED, {"a": random(4), "b": np.float32(0.25)}, HEADS),  # each column by another number
-    ],
-)
-def test_what_only_looks_like_it_stays(program: ir.Model) -> None:
-    before = ir.to_proto(program).SerializeToString()
-    slim_(program)
-    assert ir.to_proto(program).SerializeToString() == before
+    assert operators(program) == ["Gemm"]
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
