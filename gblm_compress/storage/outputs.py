@@ -9,15 +9,13 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 from rich.filesize import decimal
 from safetensors import SafetensorError
 
@@ -28,8 +26,6 @@ MANIFEST = "gblm_manifest.json"
 FILES, KIND = "files", "kind"  # keys of the manifest: the folder's files and its kind
 
 _LONGEST_NAME = 240  # bytes; file systems take 255, and temporary names beside an output are longer
-_NAMELESS_LOCK_S = 5.0  # an owner writes its process number into a new lock at once
-_FOREIGN_LOCK_S = 86_400.0
 _PROBE = ".gblm-probe-"
 
 
@@ -268,10 +264,10 @@ PAGE = Document("page", ".html", f'{_HEAD}"gblm-compress">\n')
 def _locked(folder: Path) -> Iterator[None]:
     missing = [parent for parent in folder.absolute().parents if not parent.exists()]
     try:
-        with _writable(folder):
-            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-            lock = lock_beside(folder)
-        with lock:
+        with ExitStack() as held:
+            with _writable(folder):
+                folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock_beside(folder))
             yield
     finally:
         for parent in missing:
@@ -279,47 +275,27 @@ def _locked(folder: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def lock_beside(folder: Path, wait_s: float = 0.0) -> AbstractContextManager[object]:
-    """Take a folder's lock, after waiting for at most `wait_s` seconds; the result is a context that releases it.
+@contextmanager
+def lock_beside(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a folder's lock while the `with` runs, after waiting for at most `wait_s` seconds.
 
-    The lock of a dead process on this machine is taken over at once, a lock without a process number after some
-    seconds. A process on another host cannot be looked up; its lock is taken over after a day.
+    The kernel frees the lock of a process that dies.
     """
     place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
     if not place.name:
         raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
     marker = place.parent.resolve() / f".{place.name}.lock"
-    if marker.is_dir():
-        raise UsageError(f"output {str(folder)!r} needs a lock at {str(marker)!r}, which is a folder; move it away")
-    lock = SoftFileLock(marker)
-    while True:
-        try:
-            return lock.acquire(timeout=wait_s)
-        except Timeout as error:
-            with suppress(FileNotFoundError):  # its owner has just gone
-                if fault := _in_use(lock):
-                    raise UsageError(f"output {str(folder)!r} is being written by {fault}") from error
-                marker.unlink()
-
-
-def _in_use(lock: SoftFileLock) -> str | None:
-    """The process of a lock, and the remedy; None if the lock may be taken over."""
-    marker, pid = Path(lock.lock_file), lock.pid
-    age = time.time() - marker.stat().st_mtime
-    host = marker.read_text().splitlines()[1] if pid is not None else ""
-    if pid is not None and host == socket.gethostname():
-        if pid == os.getpid():
-            return f"this command already; give another name (the lock is {marker})"
-        return f"process {pid}; wait, or give another folder (the lock is {marker})"
-    if abs(age) > (_NAMELESS_LOCK_S if pid is None else _FOREIGN_LOCK_S):
-        return None
-    if pid is None:
-        return f"another process; wait, or give another folder (the lock is {marker})"
-    when = f"{age / 3600:.1f} hours old" if age >= 0 else f"dated {-age / 3600:.1f} hours in the future"
-    return (
-        f"process {pid} on the host {host!r}, whose lock is {when}; wait, give another folder, or, if that process "
-        f"has ended, remove the lock {marker}, which is ignored after a day"
-    )
+    lock = FileLock(marker, timeout=wait_s, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"another process is writing to {str(folder)!r}; wait, or give another name") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            marker.unlink()  # while it is held: whoever opened it meanwhile sees that it has gone, and tries again
+        lock.release()
 
 
 def _is_empty(folder: Path) -> bool:
