@@ -103,8 +103,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
     """Give the program a command. An option that is not given leaves its field to a preset or the default."""
     parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     own = [_own(each) for each in command.own.values() if Panel.NO_OPTION not in get_args(each.annotation)]
-    views = {view.name: _own(view) for view in summaries.views(command.name)}
-    flags = [*(each for each in own if each.default is False), *views.values()]
+    flags = [each for each in own if each.default is False]
     parameters += [each for each in own if each not in flags]
     parameters += [option for part in command.parts.values() for option in _options(part)] + flags
     for name, annotation in (("json_", JSON), ("help_all", HELP_ALL)):
@@ -116,7 +115,6 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
         given = {name: arguments[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
         said = dict(given)
         own = {name: given.pop(name) for name in command.own if name in given}
-        shown = {name: given.pop(name) for name in views if name in given}
         positional = [value for name in several for value in own.pop(name)]
         for name, value in given.items():
             if isinstance(value, list):  # of an option that is repeated or has commas
@@ -127,7 +125,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
             raise
-        summaries.show(command.name, result, json_, said, shown)
+        summaries.show(command.name, result, json_, said)
         if failed := getattr(result, "failed_gates", None):
             count = f"{len(failed)} of {len(result.gates)} gates failed"
             raise together(GateError, count, [gate.sentence for gate in failed])
