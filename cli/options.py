@@ -21,7 +21,7 @@ from gblm_compress.settings.fields import MANY, choices_of
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # by their names in JSON; others are text
 METAVARS = {
     "set": "KEY=VALUE", "push_to_hub": "OWNER/NAME", "overrides": "LAYERS=PATTERN[@SPARSITY],...",
-    "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "junit", "summary"), "<path>"),
+    "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "heat_map", "junit", "summary"), "<path>"),
 }  # fmt: skip
 JSON = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
 ALL = "--help-all"
@@ -103,7 +103,8 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
     """Give the program a command. An option that is not given leaves its field to a preset or the default."""
     parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     own = [_own(each) for each in command.own.values() if Panel.NO_OPTION not in get_args(each.annotation)]
-    flags = [each for each in own if each.default is False]
+    views = {view.name: _own(view) for view in summaries.views(command.name)}
+    flags = [*(each for each in own if each.default is False), *views.values()]
     parameters += [each for each in own if each not in flags]
     parameters += [option for part in command.parts.values() for option in _options(part)] + flags
     for name, annotation in (("json_", JSON), ("help_all", HELP_ALL)):
@@ -115,6 +116,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
         given = {name: arguments[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
         said = dict(given)
         own = {name: given.pop(name) for name in command.own if name in given}
+        shown = {name: given.pop(name) for name in views if name in given}
         positional = [value for name in several for value in own.pop(name)]
         for name, value in given.items():
             if isinstance(value, list):  # of an option that is repeated or has commas
@@ -125,7 +127,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
             raise
-        summaries.show(command.name, result, json_, said)
+        summaries.show(command.name, result, json_, said, shown)
         if failed := getattr(result, "failed_gates", None):
             count = f"{len(failed)} of {len(result.gates)} gates failed"
             raise together(GateError, count, [gate.sentence for gate in failed])

@@ -7,9 +7,10 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Annotated, Any
 
 from rich.filesize import decimal
 from rich.table import Table
@@ -31,7 +32,7 @@ TRIALS = ("demo", "tiny")  # models that are small enough to try a command
 PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
-def show(command: str, result: Any, as_json: bool, given: Arguments = None) -> None:
+def show(command: str, result: Any, as_json: bool, given: Arguments = None, views: Arguments = None) -> None:
     """Print a result as JSON or as `parts`. Of several processes that torchrun started, the first prints."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -39,17 +40,27 @@ def show(command: str, result: Any, as_json: bool, given: Arguments = None) -> N
         print(records.as_json(_plain(result)), end="")
         return
     console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
-    for part in parts(command, result, given):
+    for part in parts(command, result, given, views):
         console.show(part)
 
 
-def parts(command: str, result: Any, given: Arguments = None) -> list[Any]:
-    """The tables and sentences that sum up a result, and the next command if the `given` arguments are known."""
+def views(command: str) -> list[Parameter]:
+    """The keywords of a command's summary, which a user may ask for."""
+    return list(signature(SUMMARIES[command]).parameters.values())[1:] if command in SUMMARIES else []
+
+
+def parts(command: str, result: Any, given: Arguments = None, views: Arguments = None) -> list[Any]:
+    """The tables and sentences that sum up a result, and the next command.
+
+    Args:
+        given: the arguments that were given, by name, for the next command; None names none.
+        views: the keywords of the summary.
+    """
     content = result if command in ("run", "report") else _plain(result)
     words: tuple[str, ...] = ()
     if given is not None and "quiet" not in given and command in FOLLOWING:
         words = FOLLOWING[command](content, given)
-    return [*SUMMARIES[command](content), *([NEXT + shlex.join(words)] if words else ())]
+    return [*SUMMARIES[command](content, **(views or {})), *([NEXT + shlex.join(words)] if words else ())]
 
 
 def _plain(result: Any) -> Any:
@@ -239,19 +250,30 @@ def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
     return [f"{line} (batch {', '.join(of)})" for line, of in batches.items()]
 
 
-def inspect(c: dict[str, Any]) -> list[Any]:
+def inspect(
+    c: dict[str, Any], layers: Annotated[bool, "Print the table of every layer too; --json always has it."] = False
+) -> list[Any]:
     columns = (
-        "layer = {name} | shape = {shape[0]}×{shape[1]} | >zeros = {zeros:.2%} | >empty rows = {empty_rows}"
-        " | >empty columns = {empty_columns} | patterns that hold = {holds}"
+        "layer = {name} | shape = {shape[0]}×{shape[1]} | >nonzero = {share:.2%} | >empty rows = {empty_rows}"
+        " | >empty columns = {empty_columns} | >row spread = {row_spread:.3f}"
+        " | >column spread = {column_spread:.3f} | patterns that hold = {holds}"
     )
-    rows = []
-    for layer in c["layers"]:
-        zeros, holds = 1 - layer["nonzeros"] / math.prod(layer["shape"]), ", ".join(layer["patterns"]) or "none"
-        rows.append(layer | {"zeros": zeros, "holds": holds})
+    kinds = (
+        "kind of layer = {kind} | >layers = {layers} | >nonzero = {nonzeros:.2%} | >rows kept = {kept_rows:.2%}"
+        " | >rows gone = {gone_rows:.2%} | >columns kept = {kept_columns:.2%} | >columns gone = {gone_columns:.2%}"
+    )
+    total = f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({c['nonzeros'] / c['weights']:.2%})"
     patterns = Counter(pattern for layer in c["layers"] for pattern in layer["patterns"])
     holding = [f"{pattern} in {number} of {len(c['layers'])} layers" for pattern, number in patterns.items()]
-    total = f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({c['nonzeros'] / c['weights']:.2%})"
-    return [_table(columns, rows), total, f"patterns that hold: {', '.join(holding) or 'none'}"]
+    heat_map = [f"heat map: {c['heat_map']}"] if c["heat_map"] else []
+    found = [total, f"patterns that hold: {', '.join(holding) or 'none'}", _table(kinds, c["kinds"]), *heat_map]
+    if not layers:
+        return [*found, "--layers shows every layer"]
+    rows = []
+    for layer in c["layers"]:
+        share, holds = layer["nonzeros"] / math.prod(layer["shape"]), ", ".join(layer["patterns"]) or "none"
+        rows.append(layer | {"share": share, "holds": holds})
+    return [*found, _table(columns, rows)]
 
 
 def titled(content: Any) -> list[Any]:
@@ -303,7 +325,7 @@ def doctor(c: dict[str, Any]) -> list[Any]:
     return [table(("", "found", "enables"), ((f["subject"], found(f), f["enables"]) for f in c["findings"]))]
 
 
-SUMMARIES: dict[str, Callable[[Any], list[Any]]] = {
+SUMMARIES: dict[str, Callable[..., list[Any]]] = {
     summary.__name__: summary
     for summary in (
         advise, plan, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push,

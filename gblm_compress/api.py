@@ -267,13 +267,23 @@ def benchmark(
         return benchmarking.benchmark(baselines.completed(contest, progress), progress)
 
 
-@command("gblm-compress inspect pruned")
-def inspect(model: Model, *, processor: InMemory = None, quiet: Quiet = False) -> "InspectResult":
+@command("gblm-compress inspect pruned --heat-map zeros.png")
+def inspect(
+    model: Model,
+    heat_map: Annotated[FileName | None, "Draw a PNG of the share of weights that survive in each column."] = None,
+    *,
+    processor: InMemory = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> "InspectResult":
     """Show where the zeros are, and the patterns that they follow."""
+    picture = None if heat_map is None else Path(heat_map)
+    if picture is not None:
+        outputs.HEAT_MAP.check(picture, force)
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.measure import inspection
 
-        return inspection.inspect(source, progress)
+        return inspection.inspect(source, progress, picture, force)
 
 
 @command("gblm-compress run quickstart -o first")

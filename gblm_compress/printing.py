@@ -1,7 +1,9 @@
-"""Safe text on terminals: names from outside cannot move the cursor, add lines, or act as markup."""
+"""Safe text on terminals and figures: names from outside cannot move the cursor, add lines, or act as markup."""
 
 import textwrap
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
@@ -69,3 +71,13 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str | Text]], **optio
     for row in rows:
         made.add_row(*row)
     return made
+
+
+@contextmanager
+def plain_figures() -> Iterator[None]:
+    """Matplotlib draws labels as they are: no formulas, no warnings about missing glyphs."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield

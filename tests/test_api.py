@@ -82,6 +82,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
         if cell["cell_type"] == "code":
             assert not cell["outputs"]
             exec(compile("".join(cell["source"]), f"docs/python.ipynb, cell {number}", "exec"), names)
+    assert (tmp_path / "out" / "survivors.png").is_file()
 
 
 def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
@@ -197,7 +198,7 @@ BOTH_WAYS = {
     "evaluate": (("pruned",), {"baseline": "tiny", "sequence_length": 32, **HELD_OUT}),
     "compare": (("tiny",), {**GRID, **TEXT_OF, **HELD_OUT}),
     "benchmark": (("pruned",), {"baseline": ("tiny",), **RUNNING}),
-    "inspect": (("pruned",), {}),
+    "inspect": (("pruned",), {"heat_map": "map.png"}),
     "run": (("recipe.yaml",), {"set": ("prune={method: magnitude, fit: none}",), "output": "new"}),
     "report": (("run", "run"), {"output": "page.html"}),
     "push": (("run", "bitmask"), {}),

@@ -3,14 +3,13 @@
 import io
 import math
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, product
 from typing import Any, get_args
 
 from gblm_compress.measure.timings import Part
-from gblm_compress.printing import printable
+from gblm_compress.printing import plain_figures, printable
 from gblm_compress.runs.rows import LESS_IS_BETTER, Row, amount
 from gblm_compress.runs.run_report import RunReport
 
@@ -127,24 +126,22 @@ def _recovery(report: RunReport) -> Chart | None:
     return Chart("recovery", "Learning curve", LOSS, drawn(draw, 2.4)) if len(rows) > 1 else None
 
 
+@plain_figures()
 def drawn(draw: Callable[[Any], None], height: float) -> bytes:
-    """A picture, `height` inches high besides its labels: no formulas in these, no warnings about missing glyphs."""
-    import matplotlib
+    """A picture, `height` inches high besides its labels."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(INCHES, 0.7 + height), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
-        if legend := axes.get_legend_handles_labels()[1]:
-            columns = max(1, 56 // (6 + max(map(len, legend))))
-            figure.set_figheight(0.8 + height + 0.2 * math.ceil(len(legend) / columns))
-            figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=DPI, format="png")
-        return picture.getvalue()
+    figure = Figure(figsize=(INCHES, 0.7 + height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    if legend := axes.get_legend_handles_labels()[1]:
+        columns = max(1, 56 // (6 + max(map(len, legend))))
+        figure.set_figheight(0.8 + height + 0.2 * math.ceil(len(legend) / columns))
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=DPI, format="png")
+    return picture.getvalue()
 
 
 def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:

@@ -230,6 +230,8 @@ def test_help_and_misspelt_paths_load_no_torch(tmp_path) -> None:
         evaluate tiny --dataset demo --include-path gone
         benchmark tiny --baseline ./gone
         compare tiny -o mine --calibration demo --dataset demo
+        inspect tiny --heat-map picture.jpg
+        inspect tiny --heat-map picture.png
         run gone.yaml
         run ci-smoke -o mine
         run ci-smoke -o file/below

@@ -59,17 +59,20 @@ def test_what_ran_is_said_once_for_all_batch_sizes_that_ran_it() -> None:
     ]
 
 
-LAYER = {"name": "0.up", "shape": [4, 8], "nonzeros": 16, "patterns": ["2:4"], "empty_rows": 0, "empty_columns": 1}
-LAYERS = [LAYER, LAYER | {"name": "1.up", "patterns": []}]
-INSPECTED = {"layers": LAYERS, "nonzeros": 32, "weights": 64}
+SPREADS = {"row_spread": 0.0, "column_spread": 0.5, "empty_rows": 0, "empty_columns": 1}
+LAYER = {"name": "layers.0.up", "shape": [4, 8], "nonzeros": 16, "patterns": ["2:4"], **SPREADS}
+LINES = dict.fromkeys(("kept_rows", "gone_rows", "kept_columns", "gone_columns"), 0)
+KINDS = [{"kind": "up", "layers": 2, "nonzeros": 0.5, **LINES}]
+LAYERS = [LAYER, LAYER | {"name": "layers.1.up", "patterns": []}]
+INSPECTED = {"layers": LAYERS, "kinds": KINDS, "nonzeros": 32, "weights": 64, "heat_map": None}
 
 
-def test_an_inspection_shows_the_zeros_and_patterns_of_each_layer_and_then_of_all() -> None:
-    *_, first, second, total, patterns = shown(summaries.inspect(INSPECTED), 160)
-    assert first.split() == ["0.up", "4×8", "50.00%", "0", "1", "2:4"] and second.split()[-1] == "none"
-    assert total == "32 of 64 weights are nonzero (50.00%)"
-    assert patterns == "patterns that hold: 2:4 in 1 of 2 layers"
-    assert shown(summaries.inspect(INSPECTED | {"layers": LAYERS[1:]}), 160)[-1] == "patterns that hold: none"
+def test_an_inspection_shows_its_summary_first_and_layers_if_asked_to() -> None:
+    short, long = (shown(summaries.inspect(INSPECTED, layers), 160) for layers in (False, True))
+    assert short[:2] == ["32 of 64 weights are nonzero (50.00%)", "patterns that hold: 2:4 in 1 of 2 layers"]
+    assert short[-1] == "--layers shows every layer" and "layers.1.up" not in " ".join(short)
+    assert long[: len(short) - 1] == short[:-1] and long[-1].startswith("layers.1.up") and long[-1].endswith("none")
+    assert shown(summaries.inspect(INSPECTED | {"layers": LAYERS[1:]}), 160)[1] == "patterns that hold: none"
 
 
 def test_an_export_shows_sizes_with_units() -> None:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "generate": ("dense", f"generate dense -o out.txt --tokens 256 {SHORT}", REPLACES),
     "run": ("dense", "run small.yaml -o out --junit out.xml --summary out.md", ()),
     "report": ("ran", "report ran -o out.html", ()),
+    "heat map": ("pruned", "inspect pruned --heat-map out.png", REPLACES),
 }
 TIMED = (".md", ".json", ".xml", ".html")
 """Records and reports: they hold the time of the work, so that two runs may differ in them."""

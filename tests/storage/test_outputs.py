@@ -242,7 +242,7 @@ DOCUMENTS = {
     "empty.md": "",
     "step_summary_1": "",  # $GITHUB_STEP_SUMMARY
     "notes.md": f"# How I call gblm-compress\n{HEADER}",
-    "kept.txt": "",
+    "kept.png": "",
 }
 
 
@@ -253,7 +253,7 @@ def documents(tmp_path) -> Path:
         (tmp_path / name).write_text(content)
     (tmp_path / "link.md").symlink_to(tmp_path / "own.md")
     os.link(tmp_path / "own.md", tmp_path / "input.md")
-    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "folder.png").mkdir()
     return tmp_path
 
 
@@ -275,11 +275,11 @@ def test_a_document_is_replaced_if_it_begins_as_its_kind_does(name, documents) -
         (outputs.SUMMARY, "own.md", "own.md' is an input of this command"),
         (outputs.SUMMARY, "x" * 300, "more than 240 bytes"),
         (outputs.SUMMARY, f"{'x' * 300}/new.md", "cannot be written: File name too long"),
-        (outputs.TEXT, "thesis.doc", "text .* give a name that ends in .txt"),
-        (outputs.TEXT, "kept.txt", "exists; give another file, or --force"),
-        (outputs.TEXT, "folder.txt", "is a link or not a file"),
-        (outputs.TEXT, "nowhere/own.txt", "there is no folder"),
-        (outputs.TEXT, "kept.txt/own.txt", "there is no folder"),
+        (outputs.HEAT_MAP, "thesis.doc", "heat map .* give a name that ends in .png"),
+        (outputs.HEAT_MAP, "kept.png", "exists; give another file, or --force"),
+        (outputs.HEAT_MAP, "folder.png", "is a link or not a file"),
+        (outputs.HEAT_MAP, "nowhere/map.png", "there is no folder"),
+        (outputs.HEAT_MAP, "kept.png/map.png", "there is no folder"),
     ],
 )
 def test_what_stands_in_the_way_of_a_document(kind, name, message, documents) -> None:
