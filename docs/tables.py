@@ -260,11 +260,6 @@ def without_llama_cpp(columns: dict[str, str]) -> dict[str, str]:
     return {heading: shape for heading, shape in columns.items() if "llama.cpp" not in heading}
 
 
-def without_prompts(columns: dict[str, str]) -> dict[str, str]:
-    """Of measurements before the kernels for prompts changed."""
-    return {heading: shape for heading, shape in without_llama_cpp(columns).items() if "prompt" not in shape}
-
-
 def by_fit(*names: str) -> dict[str, str]:
     columns = {f"`--fit {name}`": name for name in names}
     return {"mask": "`{mask}`"} | across(columns, {"": "{IN[perplexity]:.1f} ({IN[mean_kl]:.2f})"})
@@ -318,7 +313,9 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     "sizes": (
         [row for n in (2, 1) for row in engines("sizes-epyc-zen5-2-cores", n) if row["path"] != "avx2"], SIZES
     ),
-    "sizes-avx2": (engines("sizes-epyc-zen5-avx2", 2), without_prompts(SIZES)),
+    "sizes-avx2": (
+        engines("sizes-epyc-zen5-avx2", 2) + engines("sizes-epyc-zen5-avx2", 1), without_llama_cpp(SIZES)
+    ),
     "kernels-float": (
         [row for row in results("cpu-decode-epyc-zen5-2-cores")["kernels"] if row["tokens"] == 1],
         {
