@@ -115,24 +115,29 @@ class Size:
         tokens, length = first_of(config, ("vocab_size",)) or 0, calibration.sequence_length
         vocabulary = tokens if loading.task_of(source).generates else 0  # other models have few logits
         self.checkpoint = source.bytes_on_disk
-        self.weights = source.bytes_on_disk // stored * itemsize
+        weights = source.bytes_on_disk // stored
+        embeddings = tokens * hidden * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+        self.in_blocks = max(0, weights - embeddings)  # weights, not bytes
+        block = self.in_blocks // blocks
+        self.weights, self.block = weights * itemsize, block * itemsize
         self.outside_blocks = 2 * tokens * hidden * itemsize
-        self.block = self.weights // blocks
-        self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
+        self.gradients = 4 * weights if settings.needs_gradients else 0
         self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
         self._states_of_pruning = (2 + settings.fits_blocks) * place
-        weights, block = self.weights // itemsize, self.block // itemsize
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
         rounds = ROUND_BYTES if settings.rounds > 1 else 0
+        by_block = settings.needs_gradients or bool(settings.needs & (Need.GRAM | Need.REGIONAL))
+        at_once = block if by_block else min(block, hidden * inner)
+        logits = 12 * min(length, LOSS_TOKENS) * vocabulary if settings.needs_gradients else 0  # with their gradients
         at_a_block = (
-            12 * block  # accumulators, gradients, a layer's scores and masks
+            12 * at_once  # accumulators and gradients of a block, or a layer's scores and masks
             + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
             + (self.block if Need.GRAM in settings.block_needs else 0)  # as it was, for the errors of its layers
             + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
             + ((fit_bytes + rounds) * block if settings.fits_blocks else 0)
-            + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
+            + logits
             + self.activations // blocks
         )
         at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
@@ -226,11 +231,12 @@ def cost_of(
     `writing`: seconds and bytes to generate the text, if the model writes it.
     """
     rate, times = cost.operations_per_second(plan.device, getattr(torch, plan.dtype)), passes(plan.settings)
-    weights = loading.count_weights(source)
+    weights, settings = loading.count_weights(source), plan.settings
     handling = READS * 4 * weights / cost.bytes_per_second("cpu")
+    multiplied = weights if settings.needs_gradients or settings.fits_model else size.in_blocks
 
     def seconds(text: CalibrationSettings) -> float:
-        return handling + 2 * weights * text.samples * text.sequence_length / plan.ranks.size * times / rate
+        return handling + 2 * multiplied * text.samples * text.sequence_length / plan.ranks.size * times / rate
 
     takes, memory = seconds(calibration) + writing[0], max(int(writing[1]), size.peak(plan.placement))
     less = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
