@@ -21,8 +21,8 @@ PAGE = ROOT / "docs" / "families.md"
 _HEAD = """\
 # Model families
 
-`make test-families` builds a tiny model of every decoder family that the installed transformers knows, from the
-family's own config class and with random weights, and takes it through every step. This page is its result. A tiny
+`make test-families` builds a tiny model of every decoder family that the installed transformers knows, with random
+weights, and takes it through every step. This page is the result. A tiny
 model shows that a family works, and nothing about speed or quality.
 
 - **prune**: `--method gblm --fit balanced`, at 50 %. At least 90 % of the linear weights in the blocks are pruned,
