@@ -112,12 +112,13 @@ def bandwidth(threads: int) -> float:
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes of a file that a decode step reads: all weights, but of the embedding only one row."""
+    """Bytes of a file that a decode step reads: all weights, but one row of the embedding and of rotary tables."""
     if path.suffix == ".gguf":
         sizes = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors}
         return int(sum(sizes.values()) - ("output.weight" in sizes) * sizes["token_embd.weight"])
     graph = onnx.load(path, load_external_data=False).graph
-    read = {name for node in graph.node if not node.op_type.startswith("Gather") for name in node.input}
+    by_row = ("Gather", "GatherBlockQuantized", "GroupQueryAttention")
+    read = {name for node in graph.node if node.op_type not in by_row for name in node.input}
     return sum(
         next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), len(tensor.raw_data))
         for tensor in graph.initializer
