@@ -72,6 +72,7 @@ PRESETS = {
     "llama-3.2-1b": Shape(2048, 8192, blocks=16, heads=32, kv_heads=8, vocabulary=128256, tied=True),
     "llama-3.2-3b": Shape(3072, 8192, blocks=28, heads=24, kv_heads=8, vocabulary=128256, tied=True),
     "llama-3.1-8b": Shape(4096, 14336, blocks=32, heads=32, kv_heads=8, vocabulary=128256),
+    "llama-3.1-70b": Shape(8192, 28672, blocks=80, heads=64, kv_heads=8, vocabulary=128256),
 }
 
 

@@ -1,0 +1,91 @@
+"""What it takes to prune a large model on a small machine, measured on its first blocks.
+
+    python benchmarks/large.py llama-3.1-70b --work scratch --method wanda --fit fast --json large.json
+
+Makes Llamas of the real shapes with one block and with two, of random bfloat16 weights, and prunes both from disk. What
+the second block adds is what every further block adds, so the time of the whole model follows. `plan` is asked for the
+same prunings before. Peak memory is that of the process, with its libraries. Rows are added to those of `--json`.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ending import exit_after
+from random_llama import PRESETS, Shape, write_random_llama
+
+from gblm_compress.errors import GblmError
+from gblm_compress.machine import environment
+
+
+def told(*words: str) -> dict[str, Any]:
+    """The JSON document that a command of gblm-compress prints."""
+    command = [sys.executable, "-m", "gblm_compress", *words, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise GblmError(f"{' '.join(words)} ended with exit code {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measured(name: str, shape: Shape, work: Path, options: list[str]) -> dict[str, Any]:
+    """Plan and prune a model of that shape. Its folder and the output are removed."""
+    model, output = work / f"{name}-{shape.blocks}", work / "pruned"
+    size = write_random_llama(model, shape)
+    try:
+        planned = told("plan", str(model), *options)
+        pruned = told("prune", str(model), "-o", str(output), *options)
+    finally:
+        for folder in (model, output):
+            shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "blocks": shape.blocks,
+        "checkpoint_bytes": size,
+        "seconds": pruned["seconds"],
+        "planned_seconds": planned["seconds"],
+        "peak_bytes": pruned["peak_memory_bytes"],
+        "planned_bytes": planned["memory_bytes"],
+        "planned_disk_bytes": planned["disk_bytes"],
+    }
+
+
+def main() -> None:
+    """Measure one and two blocks, and say what the whole model takes by that."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for models and outputs")
+    parser.add_argument("--method", default="wanda")
+    parser.add_argument("--fit", default="fast")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--samples", default="16")
+    parser.add_argument("--sequence-length", default="512")
+    parser.add_argument("--memory", default="1GiB", help="so little that the model stays on disk")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    settings = {
+        name: getattr(given, name) for name in ("method", "fit", "pattern", "samples", "sequence_length", "memory")
+    }
+    options = ["--calibration", "demo", "--dtype", "bfloat16"]
+    for name, value in settings.items():
+        options += [f"--{name.replace('_', '-')}", value]
+    shape = PRESETS[given.preset]
+    one, two = (measured(given.preset, replace(shape, blocks=count), given.work, options) for count in (1, 2))
+    a_block = two["seconds"] - one["seconds"]
+    row = {"model": given.preset, **settings, **two}
+    row |= {"seconds_a_block": a_block, "peak_bytes_of_one": one["peak_bytes"]}
+    row |= {"hours_of_all": (one["seconds"] + a_block * (shape.blocks - 1)) / 3600, "all_blocks": shape.blocks}
+    print(json.dumps(row, indent=2))
+    if given.json:
+        rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
+        document = {"environment": environment(), "rows": [*rows, row]}
+        given.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    exit_after(main)
