@@ -384,6 +384,17 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         megabytes(row for part in ("blocks", "large") for row in results("prune-epyc-zen4")["sections"][part]["rows"]),
         {"blocks": "{blocks}", "MB of weights": "{file:,.0f}", "seconds": "{seconds:.0f}", "peak MB": "{peak:.0f}"},
     ),
+    "cost-large": (
+        [
+            row | {"peak": row["peak_bytes"] / 1e9, "most": row["planned_bytes"] / 1e9}
+            for row in results("large-epyc-zen5")["rows"]
+        ],
+        {
+            "model": "{model}", "fit": "{fit}", "s, two blocks": "{seconds:.0f}", "planned": "{planned_seconds:.0f}",
+            "peak GB": "{peak:.1f}", "planned GB": "{most:.1f}", "s, a block": "{seconds_a_block:.0f}",
+            "hours, all blocks": "{hours_of_all:.1f}",
+        },
+    ),
     "vit": (
         images("vit-fashion-mnist", method=METHODS, pattern=("unstructured", "2:4"), zeros=(0.5,), labels=("data",)),
         VISION,

@@ -53,3 +53,18 @@ def test_recover_times_a_training(program, prose, tmp_path, capsys) -> None:
     assert step > 0 and sum(parts.values()) == pytest.approx(step) and all(each >= 0 for each in parts.values())
     assert found["tokens_per_second"] == pytest.approx(64 / step) and all(each > 0 for each in floors.values())
     assert all(line in said for line in ("dense model", "floor: products", "floor: bytes"))
+
+
+def test_a_large_model_is_pruned_by_its_first_blocks_beside_its_plan(program, tmp_path, monkeypatch) -> None:
+    result, work = tmp_path / "result.json", tmp_path / "work"
+    options = ["toy", "--work", work, "--samples", "2", "--sequence-length", "32", "--memory", "1MiB"]
+    with loaded("large", *options, "--json", result) as script:
+        monkeypatch.setitem(script.PRESETS, "toy", script.Shape(64, 128, 5, heads=4, kv_heads=2, vocabulary=512))
+        monkeypatch.setattr(script, "told", lambda *words: json.loads(program(*words, "--json").stdout))
+        script.main()
+    (row,) = json.loads(result.read_text())["rows"]
+    assert (row["model"], row["blocks"], row["all_blocks"], row["fit"]) == ("toy", 2, 5, "fast")
+    assert row["peak_bytes"] > row["checkpoint_bytes"] > 0 and row["planned_bytes"] > 0
+    a_block, whole = row["seconds_a_block"], row["hours_of_all"] * 3600
+    assert whole == pytest.approx(row["seconds"] + 3 * a_block)
+    assert not list(work.iterdir())
