@@ -9,14 +9,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 from torch import nn
 
 from gblm_compress.errors import ModelError, is_out_of_memory
+from gblm_compress.exporters.onnx_weights import constant, initializer
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
@@ -42,6 +46,9 @@ _WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, bu
 # The builder has GroupQueryAttention in float16 for CUDA only; that graph runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
 _OPSET = 21  # of ONNX Runtime 1.20
+# {prefix of a rotary table's name: the operator that makes it}
+TABLES = {"cos_cache": "Cos", "sin_cache": "Sin"}
+_ROUNDINGS = 4  # Float32 roundings that an angle may differ by: programs compute powers differently.
 # Nothing is fetched, no code of a model is run, and every layer has the whole cache. Norms of queries and keys are
 # separate nodes: inside attention they are for CUDA only.
 _OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false", "fuse_qk_norm_gqa=false")
@@ -101,6 +108,8 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
             assert value.shape is not None
             value.shape = ir.Shape([*value.shape[:3], config["model"]["decoder"]["head_size"]])
     _ask_for_no_more(program)
+    turns = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    calculate_rotations_(program, [each.float().cpu().numpy() for each in turns])
     return program, config
 
 
@@ -129,3 +138,51 @@ def _ask_for_no_more(program: ir.Model) -> None:
         while node.inputs and node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
     program.opset_imports[""] = max(needed, _OPSET)
+
+
+def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
+    """Replace the tables of rotary embeddings by the operators that make them, in place; other tables stay.
+
+    The tables of a Llama with 131,072 positions and heads of 64 take 34 MB. ONNX Runtime folds the operators at load.
+    `frequencies` of the model are float32 [pairs] each, in radians a position.
+    """
+    graph = program.graph
+    tape = Tape()
+    angles: dict[tuple[int, bytes], ir.Value] = {}
+    known = list(frequencies)
+
+    def angles_of(positions: int, turns: Any) -> ir.Value:
+        key = positions, turns.tobytes()
+        if key not in angles:
+            zero, one, end = (constant(graph, f"rotations.{n}", np.float32(n)) for n in (0, 1, positions))
+            axis = constant(graph, "rotations.axis", np.array([1]))
+            column = tape.op("Unsqueeze", [tape.op("Range", [zero, end, one]), axis])
+            angles[key] = tape.op("Mul", [column, initializer(graph, f"rotations.turns.{len(angles)}", turns)])
+        return angles[key]
+
+    for table in list(graph.initializers.values()):
+        operator = next((made_by for start, made_by in TABLES.items() if str(table.name).startswith(start)), None)
+        if operator is None or table.const_value is None:
+            continue
+        stored = table.const_value.numpy()
+        turns = next((each for each in known if _makes(stored, operator, each)), None)
+        if turns is None:
+            continue
+        made = tape.op(operator, [angles_of(len(stored), turns)])
+        if table.dtype != ir.DataType.FLOAT:
+            made = tape.op("Cast", [made], {"to": table.dtype})
+        made.shape, made.dtype = table.shape, table.dtype
+        del graph.initializers[str(table.name)]
+        table.replace_all_uses_with(made)
+        made.name = table.name
+    if tape.nodes:
+        graph.insert_before(graph[0], tape.nodes)
+
+
+def _makes(table: Any, operator: str, turns: Any) -> bool:
+    if table.ndim != 2 or turns.shape != table.shape[1:]:
+        return False
+    angles = np.outer(np.arange(len(table), dtype=np.float32), turns)
+    expected = {"Cos": np.cos, "Sin": np.sin}[operator](angles)
+    allowed = np.finfo(table.dtype).eps + _ROUNDINGS * np.finfo(np.float32).eps * angles
+    return bool((np.abs(table - expected) <= allowed).all())

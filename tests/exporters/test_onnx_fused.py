@@ -4,14 +4,20 @@ import json
 from functools import reduce
 from unittest.mock import Mock
 
+import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import transformers
+from onnx import numpy_helper
+from onnx.parser import parse_model
 from torch.nn.utils import prune
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import onnx_fused
+from gblm_compress.exporters.onnx_fused import calculate_rotations_
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import load_runtime
@@ -21,6 +27,7 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from tests.conftest import export, greedy_tokens, saved
 from tests.exporters.test_onnx import assert_computes, needs_operator
+from tests.exporters.test_onnx_slim import optimised
 from tests.families.tiny import tiny_family
 from tests.scripts import python
 
@@ -293,3 +300,44 @@ def test_of_a_folder_genai_loads_the_graph_alone(exported, tmp_path, change, sai
     with pytest.raises(ModelError, match=said) as refused:
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
     assert len(str(refused.value).splitlines()) == 1
+
+
+POSITIONS, PAIRS = 8192, 32
+TURNS = (1 / 10000 ** (np.arange(PAIRS) / PAIRS)).astype(np.float32)
+ANGLES = np.outer(np.arange(POSITIONS, dtype=np.float32), TURNS)
+"""In float32, as in transformers: beyond 4,096 radians each is rounded by up to 4.9e-4."""
+
+
+def with_tables(**tables: np.ndarray) -> ir.Model:
+    """A graph that gives rows of its tables."""
+    gathers = " ".join(f"{name}_rows = Gather ({name}, rows)" for name in tables)
+    outputs = ", ".join(f"{'float16' if a.itemsize == 2 else 'float'}[?, {PAIRS}] {n}_rows" for n, a in tables.items())
+    opset = '<ir_version: 10, opset_import: ["" : 21]>'
+    made = parse_model(f"{opset} tables (int64[rows_] rows) => ({outputs}) {{ {gathers} }}")
+    made.graph.initializer.extend(numpy_helper.from_array(table, name) for name, table in tables.items())
+    return ir.from_proto(made)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 6e-4), (np.float16, 1.1e-3)])
+def test_the_graph_makes_the_tables_and_a_session_holds_them(dtype, tolerance, tmp_path) -> None:
+    cos, sin = np.cos(ANGLES).astype(dtype), np.sin(ANGLES).astype(dtype)
+    made = with_tables(cos_cache=cos, sin_cache=sin, cos_cache_local=cos)
+    calculate_rotations_(made, [TURNS[:7], TURNS])
+    assert max(one.const_value.size for one in made.graph.initializers.values()) == PAIRS
+    assert sum(node.op_type == "Range" for node in made.graph) == 1
+    content = ir.to_proto(made).SerializeToString()
+    assert set(optimised(content, tmp_path)) == {"Gather"}
+    exact = np.outer(np.arange(POSITIONS), TURNS.astype(np.float64))
+    found = onnxruntime.InferenceSession(content).run(None, {"rows": np.arange(POSITIONS)})
+    for one, expected in zip(found, (np.cos(exact), np.sin(exact), np.cos(exact)), strict=True):
+        assert one.dtype == dtype and np.abs(one - expected).max() < tolerance
+
+
+@pytest.mark.parametrize("change", ["scaled", "other frequencies", "one number", "another name"])
+def test_other_tables_stay(change) -> None:
+    table, name = np.cos(ANGLES), "table" if change == "another name" else "cos_cache"
+    table *= np.float32(1.2 if change == "scaled" else 1)
+    table[4711, 0] += 0.01 * (change == "one number")
+    made = with_tables(**{name: table})
+    calculate_rotations_(made, [TURNS * np.float32(1.001)] if change == "other frequencies" else [TURNS])
+    assert list(made.graph.initializers) == [name] and len(made.graph) == 1
