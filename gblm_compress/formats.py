@@ -24,6 +24,7 @@ class Format:
     memory: float = 3.0  # its peak, in copies of the float32 weights
     passes: float = 300.0  # its time, in reads of the float32 weights by a CPU
     layout: str | None = None  # a name in `LAYOUTS`
+    synonyms: tuple[str, ...] = ()
 
     @property
     def runtime(self) -> str:
@@ -43,6 +44,8 @@ def _packed(name: str, layout: Layout) -> Format:
     width = f" in {layout.width} bits" if layout.width else ""
     weights = "packed weights" if layout.needs_zeros else "all weights, zeros included,"
     help = f"{weights}{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
+    pattern = None if layout.width else layout.pattern
+    synonyms = tuple(other for other in (name, pattern) if other and other != layout.format)
     reads = (*(("group",) if layout.width else ()), *(("keep_head",) if layout.tables else ()))
     return Format(
         exporter="gblm_compress.exporters.sparse",
@@ -50,6 +53,7 @@ def _packed(name: str, layout: Layout) -> Format:
         reads=reads,
         passes=1100.0 if layout.width else 300.0,
         layout=name,
+        synonyms=synonyms,
     )
 
 

@@ -31,6 +31,7 @@ class Choice:
     needs: Need = Need.NOTHING  # measured for it
     reads: tuple[str, ...] = ()  # keys of `PruneSettings`; giving one that no choice reads is an error
     passes: float = 0.0  # cost besides its statistics, in forward passes over the calibration text
+    synonyms: tuple[str, ...] = ()  # in other tools and papers
 
     @property
     def keys(self) -> tuple[str, ...]:

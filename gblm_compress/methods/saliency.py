@@ -99,6 +99,7 @@ METHODS: dict[str, Method] = {
         help="magnitude × (input norm + alpha × gradient norm)",
         needs=Need.ACTIVATIONS | Need.GRADIENTS,
         reads=("alpha",),
+        synonyms=("GBLM-Pruner",),
     ),
     "wanda": Method(by_score(wanda), help="magnitude × input norm", needs=Need.ACTIVATIONS),
     "gradient": Method(by_score(gradient), help="magnitude × gradient norm", needs=Need.GRADIENTS),
@@ -108,6 +109,7 @@ METHODS: dict[str, Method] = {
         help="magnitude × (input norm + alpha × norm of the block's own gradient), of Wanda++",
         needs=Need.ACTIVATIONS | Need.REGIONAL,
         reads=("alpha",),
+        synonyms=("Wanda++", "Wanda-pp"),
     ),
-    "obs": Method(obs, help="the choice of SparseGPT", needs=Need.GRAM | Need.FACTOR),
+    "obs": Method(obs, help="the choice of SparseGPT", needs=Need.GRAM | Need.FACTOR, synonyms=("SparseGPT",)),
 }

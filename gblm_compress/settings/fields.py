@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,19 +17,39 @@ from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED,
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """Metadata of a field: its values."""
+    """Metadata of a field: its values, and {name in other tools and papers: our value}."""
 
     values: tuple[str | int, ...]
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, registry: Mapping[str, Any]) -> "OneOf":
+        """The present entries of a registry."""
+        synonyms = {other: name for name, entry in registry.items() for other in getattr(entry, "synonyms", ())}
+        return cls(tuple(registry), synonyms)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.literal_schema(list(self.values))
 
     def closest(self, given: str) -> str | None:
-        """The value with the closest name; None if none is close."""
-        return next(iter(difflib.get_close_matches(given.lower(), map(str, self.values), n=1)), None)
+        """The value with the closest name or synonym; None if none is close."""
+
+        def plain(name: str) -> str:
+            return "".join(letter for letter in name.lower() if letter.isalnum() or letter == "+")
+
+        known = {plain(name): value for name, value in self.synonyms.items()}
+        known |= {plain(str(value)): str(value) for value in self.values}
+        close = difflib.get_close_matches(plain(given), known, n=1)
+        return known[close[0]] if close else None
 
 
-Dtype = Annotated[str, OneOf(("auto", "float32", "float16", "bfloat16"))]
+Dtype = Annotated[
+    str,
+    OneOf(
+        ("auto", "float32", "float16", "bfloat16"),
+        {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"},
+    ),
+]
 SELF = "self"
 """The name of the text that a language model writes for its own pruning or recovery."""
 MANY = 10_000_000  # the largest count; a larger one is a mistake and would exhaust memory

@@ -38,11 +38,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "obs", "fit": "obs"},
 }  # paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774
 
-MethodName = Annotated[str, OneOf(tuple(METHODS))]
-FitName = Annotated[str, OneOf(tuple(FITS))]
-AllocationName = Annotated[str, OneOf(tuple(ALLOCATIONS))]
-PresetName = Annotated[str, OneOf(tuple(PRESETS))]
-QuantiserName = Annotated[str, OneOf(tuple(QUANTISERS))]
+MethodName = Annotated[str, OneOf.of(METHODS)]
+FitName = Annotated[str, OneOf.of(FITS)]
+AllocationName = Annotated[str, OneOf.of(ALLOCATIONS)]
+PresetName = Annotated[str, OneOf.of(PRESETS)]
+QuantiserName = Annotated[str, OneOf.of(QUANTISERS)]
 Group = Annotated[str | int, OneOf((ROW, *GROUPS))]
 GROUP_DEFAULTS = ", ".join(f"{q.group or ROW} with {name}" for name, q in QUANTISERS.items() if q.make is not None)
 GradientNorm = Literal["l1", "l2"]

@@ -124,7 +124,7 @@ class CompareSettings(Settings):
             known = ", ".join((*PRESETS, *METHODS))
             if first in (*FITS, *ALLOCATIONS, *QUANTISERS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
-            elif close := OneOf((*PRESETS, *METHODS)).closest(first):
+            elif close := OneOf.of(PRESETS | METHODS).closest(first):
                 known += f"; did you mean {close!r}?"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; choose from {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}

@@ -29,7 +29,13 @@ from gblm_compress.settings.fields import (
     budget_of,
 )
 
-RuntimeName = Annotated[str, OneOf(("torch", "vllm", "onnxruntime", "genai"))]
+RuntimeName = Annotated[
+    str,
+    OneOf(
+        ("torch", "vllm", "onnxruntime", "genai"),
+        {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"},
+    ),
+]
 
 
 class ComputeSettings(Settings):
@@ -179,7 +185,7 @@ class RecoverSettings(Settings):
 class ExportSettings(Settings):
     """One export."""
 
-    format: Annotated[str, OneOf(tuple(FORMATS))] = Field(description=f"What to write. {describe(FORMATS)}.")
+    format: Annotated[str, OneOf.of(FORMATS)] = Field(description=f"What to write. {describe(FORMATS)}.")
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto: the checkpoint's own.")
     graph: Annotated[Literal["fused", "plain"] | None, Panel.MORE] = Field(
         None,
