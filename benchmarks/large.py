@@ -2,9 +2,9 @@
 
     python benchmarks/large.py llama-3.1-70b --work scratch --method wanda --fit fast --json large.json
 
-Makes Llamas of the real shapes with one block and with two, of random bfloat16 weights, and prunes both from disk. What
-the second block adds is what every further block adds, so the time of the whole model follows. `plan` is asked for the
-same prunings before. Peak memory is that of the process, with its libraries. Rows are added to those of `--json`.
+Makes Llamas of the real shapes with one block and with two, of random bfloat16 weights. `plan` predicts both prunings,
+then `prune` prunes both from disk. Every further block takes as long as the second one, so the time of the whole model
+follows. Peak memory includes the libraries. New rows are added to the file of `--json`.
 """
 
 import argparse

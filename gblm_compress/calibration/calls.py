@@ -251,7 +251,7 @@ def _holds_tensor(value: Any) -> bool:
 
 @contextmanager
 def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
-    """Its hooks stay."""
+    """Compute something else in a module while the `with` runs; its hooks stay."""
     own = vars(module).get("forward")
     module.forward = instead
     try:

@@ -26,7 +26,7 @@ class Rule:
     layer: str  # its name, for messages
     pattern: Pattern
     sparsity: float  # fraction of zeros
-    alpha: float  # factor of the gradient term, scaled to the calibration
+    alpha: float  # factor of the gradient term
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Size:
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
         self._states_of_pruning = (2 + settings.fits_blocks) * place
         products = hidden * (4 * hidden**2 + 2 * hidden * inner + inner**2)  # of a block's weights with Gram matrices
-        # operations of a fit, in float32
+        # operations of the layers' fits, in float32
         self.solving = 2 * ITERATIONS * blocks * products if Need.GRAM in settings.needs else 0
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
         rounds = ROUND_BYTES if settings.rounds > 1 else 0
@@ -238,7 +238,6 @@ def cost_of(
     weights, settings = loading.count_weights(source), plan.settings
     handling = READS * 4 * weights / cost.bytes_per_second("cpu")
     multiplied = weights if settings.needs_gradients or settings.fits_model else size.in_blocks
-
     solving = size.solving / cost.operations_per_second(plan.device, torch.float32)
 
     def seconds(text: CalibrationSettings) -> float:

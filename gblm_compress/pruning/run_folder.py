@@ -84,7 +84,7 @@ class RunFolder(Work):
 
     @property
     def results(self) -> dict[str, LayerResult]:
-        """Of all finished blocks, in the order of the model."""
+        """The results of all finished blocks, in the order of the model."""
         return {name: result for _, block in sorted(self.record.blocks.items()) for name, result in block.items()}
 
     def has_finished(self, block: int) -> bool:

@@ -90,7 +90,7 @@ def _content(folder: Path, kind: Kind) -> dict[str, str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{path: hash of its content} of all files; of what else there is, the path."""
+    """{path: hash of its content} of a folder's files; links and folders have no hash."""
 
     def content(path: Path) -> str:
         is_file = path.is_file() and not path.is_symlink()

@@ -81,7 +81,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def losses_of(student, dense, ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a window: the divergence of the student from the dense model, and the loss on the text."""
+    """The student's divergence from the dense model on a window, and its loss on the text."""
     with torch.no_grad():
         target = dense(ids).logits[0, :-1].log_softmax(-1)
     own = student(ids).logits[0, :-1].log_softmax(-1)
