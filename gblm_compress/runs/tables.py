@@ -42,6 +42,7 @@ NOTES = {
 UNMEASURED = "–"
 SMALL = 0.01
 """A figure without an interval counts as the same if it changes by no more than this fraction."""
+MOST = 4  # figures in a note
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,9 @@ def stages(report: RunReport) -> Table:
 
 def changes(before: RunReport, now: RunReport) -> Table:
     """The changes between two runs, worse figures first; times within one runtime, dtype and batch."""
-    earlier, lines = _by_key(before), []
-    for key, row in _by_key(now).items():
+    earlier, later = _by_key(before), _by_key(now)
+    lines = []
+    for key, row in later.items():
         if (was := earlier.get(key)) and was.value is not None and row.value is not None:
             change, verdict = row.value / was.value - 1 if was.value else None, compared(was, row)
             rank, mark = {"worse": (0, "bad"), "better": (1, "good"), "same": (2, "")}[verdict]
@@ -162,8 +164,12 @@ def changes(before: RunReport, now: RunReport) -> Table:
             lines.append([Cell(row.where), Cell(name_of(row.figure)), *figures, percent, Cell(verdict, rank, mark)])
     lines.sort(key=lambda line: line[-1].value or 0)
     columns = {"artefact": False, "figure": False, "before": True, "now": True, "change": True, "verdict": False}
-    note = "Worse and better: the intervals of both runs do not overlap; without intervals, a change of more than "
-    return Table("This run compared with the previous one", columns, lines, (f"{note}{100 * SMALL:.0f} %.",))
+    notes = ["Worse and better: the intervals of both runs do not overlap; without intervals, a change of more than "
+             f"{100 * SMALL:.0f} %."]  # fmt: skip
+    if gone := [f"{name_of(row.figure)} of {row.artefact}" for key, row in earlier.items() if key not in later]:
+        more = f" and {len(gone) - MOST} more" if len(gone) > MOST else ""
+        notes.append(f"Measured before, but not now or not in the same way: {', '.join(gone[:MOST])}{more}.")
+    return Table("This run compared with the previous one", columns, lines, tuple(notes))
 
 
 def compared(was: Row, now: Row) -> str:

@@ -212,6 +212,8 @@ def test_times_are_compared_in_one_place_and_other_figures_anywhere() -> None:
     assert [(line[0].text, line[1].text) for line in table.rows if line[-1].text == "worse"] == [
         ("pruned", "perplexity"), ("bitmask", "perplexity"),
     ]  # fmt: skip
+    assert "Measured before, but not now or not in the same way: memory of pruned, TTFT of pruned" in table.notes[1]
+    assert len(tables.changes(report(), report()).notes) == 1
     other = tables.changes(report("onnx"), report("bitmask"))
     assert {line[0].text.split(" ")[0] for line in other.rows} == {"dense", "pruned", "semi-structured"}
 
