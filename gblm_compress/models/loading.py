@@ -187,11 +187,20 @@ def config_of(source: ModelSource) -> Any:
 
 
 def save_processor(processor: Any, folder: Path, source: ModelSource | None = None) -> None:
-    """Write a model's processor, with the `Task.companions` of `source`."""
+    """Write a model's processor, so that older libraries can read it, with the `Task.companions` of `source`."""
     processor.save_pretrained(folder)
     if (path := folder / "tokenizer.json").exists():  # indented, it takes twice the bytes
         content = json.loads(path.read_text(encoding="utf-8"))
+        merges = content["model"].get("merges", [])
+        if merges and all(isinstance(merge, list) and not any(" " in part for part in merge) for merge in merges):
+            content["model"]["merges"] = [" ".join(merge) for merge in merges]  # as tokenizers before 0.20 read them
         path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name transformers 5 writes; others do not know it
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = processor.model_input_names  # theirs includes token_type_ids
+        path.write_text(json.dumps(config, indent=2) + "\n")
     if source is None:
         return
     for companion in (path for pattern in task_of(source).companions for path in source.folder.glob(pattern)):

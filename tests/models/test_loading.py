@@ -16,6 +16,7 @@ from gblm_compress.models import loading
 from gblm_compress.models.files import check_tokenizer
 from gblm_compress.models.loading import check_model, choose_device, choose_dtype, load_model, load_processor
 from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.settings import PruneSettings, ResourceSettings
 from tests.conftest import edit_json, edit_weights, prune
 from tests.families.tiny import tiny_family
@@ -159,15 +160,25 @@ def test_no_more_tokens_than_positions(config, is_limited, tmp_path) -> None:
         loading.check_length(ModelSource("m", tmp_path), 513)
 
 
-def test_a_saved_tokenizer_is_the_same_on_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_saved_tokenizer_is_the_same_and_older_clients_read_it(spaced, tmp_path: Path) -> None:
     learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
+    if not spaced:
+        learnt.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["?"])
     learnt.train_from_iterator(["the hares sat in the grass and the hares ate the clover"] * 9, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=learnt, unk_token="?")
     loading.save_processor(tokenizer, tmp_path)
-    assert "\n" not in (tmp_path / "tokenizer.json").read_text().strip()
+    stored = (tmp_path / "tokenizer.json").read_text()
+    merges = json.loads(stored)["model"]["merges"]
+    assert merges and {type(merge) for merge in merges} == {list if spaced else str}
+    assert "\n" not in stored.strip()
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert again("the clover ate")["input_ids"] == tokenizer("the clover ate")["input_ids"]
+    loading.save_processor(byte_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def replace(content: str, replaced: str = "a", kind: str = "String") -> dict:
