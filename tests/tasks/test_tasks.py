@@ -9,7 +9,9 @@ import transformers
 from torch.nn.functional import cross_entropy, pad
 from transformers import BertModel
 
+from gblm_compress.calibration.blocks import layer_statistics
 from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.methods.choices import Need
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
@@ -52,6 +54,10 @@ def drawn(source: ModelSource, text: CalibrationSettings) -> list[Sample]:
     return found
 
 
+def without_padding(found) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": sample["input_ids"][:, : int(sample["attention_mask"].sum())]} for sample in found]
+
+
 @pytest.mark.parametrize(("offload", "memory"), [(False, None), (True, 1)])
 def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text, offload, memory) -> None:
     """gblm of the task as it ships: the gradient of the embedding's product with each sample's direction."""
@@ -61,7 +67,7 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text,
     pruned = load_model(ModelSource("out", tmp_path / "out"))
     assert type(pruned) is BertModel and (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     found = drawn(encoder, text)
-    texts = [{"input_ids": sample["input_ids"][:, : int(sample["attention_mask"].sum())]} for sample in found]
+    texts = without_padding(found)
 
     def loss(ids, sample, model):
         pooled = model(**ids).last_hidden_state[0].mean(0)
@@ -84,6 +90,29 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text,
     full = [{**sample, "attention_mask": torch.ones_like(sample["attention_mask"])} for sample in found]
     prune_(padded, full, **settings)
     assert min(different(without_gradients), different(padded)) > 1e-2
+
+
+def test_statistics_of_a_block_leave_padding_out(encoder, text) -> None:
+    found, model = drawn(encoder, text), load_model(encoder)
+    for name, parameter in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):  # else all tokens have one norm, which has no gradient
+            parameter.detach().uniform_(0, 2, generator=torch.Generator().manual_seed(0))
+    layers, block = prunable_layers(model)[0], replay(model, found, TASK).block(0)
+    texts = without_padding(found)
+    grams, squares = (dict.fromkeys(layers, 0.0) for _ in range(2))
+    for sample in texts:
+        for name, x in families.inputs_of(model, layers, sample).items():
+            grams[name] = grams[name] + x.T @ x
+        output = model(**sample, output_hidden_states=True).hidden_states[1]
+        gradients = torch.autograd.grad(output.norm(), [layer.weight for layer in layers.values()])
+        for name, gradient in zip(layers, gradients, strict=True):
+            squares[name] = squares[name] + gradient.square()
+    norms = activation_norms(block, layers)
+    for name, measured in layer_statistics(block, layers, {}, Need.GRAM | Need.REGIONAL).items():
+        torch.testing.assert_close(measured.gram, grams[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(norms[name], (grams[name].diagonal() / SAMPLES).sqrt(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(measured.regional_norm, (squares[name] / SAMPLES).sqrt(), rtol=1e-3, atol=1e-4)
+    assert block.tokens == sum(sample["input_ids"].shape[1] for sample in texts) / SAMPLES
 
 
 class PaddedLM(CausalLM):
