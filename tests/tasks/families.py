@@ -92,6 +92,12 @@ SCORES = {
 }
 
 
+def share_that_differs(model: Any, masks: dict[str, Any]) -> float:
+    """Of the weights, those that the model keeps and the masks do not, or the other way round."""
+    wrong = [(weight_matrix(model.get_submodule(name)) != 0) != mask for name, mask in masks.items()]
+    return float(torch.cat([each.flatten() for each in wrong]).double().mean())
+
+
 def slow_masks(
     model: Any, samples: list, losses: list, alpha: float = 1.0, method: str = "gblm", power: int = 1
 ) -> dict[str, Any]:

@@ -73,13 +73,7 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text,
 
     losses = [partial(loss, *each) for each in zip(texts, found, strict=True)]
     expected = families.slow_masks(load_model(encoder), texts, losses, 100.0)
-
-    def different(model) -> float:
-        """The share of weights that this model keeps and the expected one does not, or the other way round."""
-        wrong = [(model.get_submodule(name).weight != 0) != mask for name, mask in expected.items()]
-        return float(torch.cat([each.flatten() for each in wrong]).double().mean())
-
-    assert len(expected) == 12 and different(pruned) <= 1e-3
+    assert len(expected) == 12 and families.share_that_differs(pruned, expected) <= 1e-3
     if offload:
         return
     # It would not pass by chance: gradients and what padding adds turn far more of the mask.
@@ -87,7 +81,7 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text,
     families.slow_masks(without_gradients, texts, losses, 0.0)
     full = [{**sample, "attention_mask": torch.ones_like(sample["attention_mask"])} for sample in found]
     prune_(padded, full, **settings)
-    assert min(different(without_gradients), different(padded)) > 1e-2
+    assert all(families.share_that_differs(model, expected) > 1e-2 for model in (without_gradients, padded))
 
 
 def test_statistics_of_a_block_leave_padding_out(encoder, text) -> None:
