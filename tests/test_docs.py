@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import typer.main
@@ -64,16 +65,9 @@ class WorkBegins(Exception):
 def stop_before_work(monkeypatch, tmp_path) -> None:
     """Models and texts need not exist; files and folders that are written are looked for in an empty folder."""
 
-    def begin(*arguments: Any, **settings: Any) -> None:
-        raise WorkBegins
-
-    for module, names in (
-        (finding, ("resolve_model", "outlined")),
-        (pipeline, ("check", "run")),
-        (run_report, ["read"]),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, begin)
+    for module, names in ((finding, "resolve_model outlined"), (pipeline, "check run"), (run_report, "read")):
+        for name in names.split():
+            monkeypatch.setattr(module, name, Mock(side_effect=WorkBegins))
     for module, name in ((tasks, "data_files"), (zero_shot, "check_folder")):
         monkeypatch.setattr(module, name, lambda name: None)
     monkeypatch.chdir(tmp_path)
@@ -129,11 +123,6 @@ def read_by_torchrun(*arguments: str, parser=get_args_parser) -> None:
     read_by_this_program(*given.training_script_args)
 
 
-def read_by_accelerate(verb: str, *arguments: str) -> None:
-    assert verb == "launch"
-    read_by_torchrun(*arguments, parser=launch_command_parser)
-
-
 def read_by_vllm(*arguments: str) -> None:
     """vLLM is not installed here; its tests run with the words that stand in this file."""
     tested = (ROOT / "tests" / "serving" / "test_engine.py").read_text()
@@ -142,7 +131,7 @@ def read_by_vllm(*arguments: str) -> None:
 
 
 READERS = {
-    "accelerate": read_by_accelerate,
+    "accelerate": lambda verb, *arguments: read_by_torchrun(*arguments, parser=launch_command_parser),
     "gblm-compress": read_by_this_program,
     "make": read_by_make,
     "python": read_by_python,
@@ -157,22 +146,18 @@ def test_a_command_is_what_its_program_takes(words: list[str], stop_before_work)
     READERS[words[0]](*words[1:])
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "gblm-compress frobnicate",
-        "gblm-compress prune MODEL -o pruned --pattrn 2:4",
-        "gblm-compress run quickstart --set prune.patern=4:8",
-        "torchrun --nproc-per-node 2 -m gblm_compress prune MODEL -o pruned --fit better",
-        "accelerate launch --multi_gpu -m gblm_compress prune MODEL -o pruned --fit better",
-        "make gone",
-        "make fuzz HOURS=1",
-        "python benchmarks/gone.py",
-        "python benchmarks/gpu.py --gone 1",
-        "pip install gone",
-        "vllm serve bitmask --gone",
-    ],
-)
+WRONG = """\
+gblm-compress prune MODEL -o pruned --pattrn 2:4
+gblm-compress run quickstart --set prune.patern=4:8
+accelerate launch --multi_gpu -m gblm_compress prune MODEL -o pruned --fit better
+make fuzz HOURS=1
+python benchmarks/gpu.py --gone 1
+pip install gone
+vllm serve bitmask --gone
+"""
+
+
+@pytest.mark.parametrize("line", WRONG.splitlines())
 def test_a_wrong_command_is_noticed(line: str, stop_before_work) -> None:
     words = command(line)
     assert words

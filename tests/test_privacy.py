@@ -24,12 +24,3 @@ def reached_into(code: str, own: str) -> list[str]:
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.stem)
 def test_private_names_are_those_of_the_own_room(path: Path) -> None:
     assert not reached_into(path.read_text(), path.parent.name)
-
-
-def test_what_reaches_into_another_room_is_found() -> None:
-    code = (
-        "from gblm_compress.pruning import stage\nfrom gblm_compress.runs import job\n"
-        "from gblm_compress.layouts.packed import _hidden\n"
-        "stage._save()\njob._path()\nmonkeypatch.setattr(stage, '_walk', None)\n"
-    )
-    assert reached_into(code, "runs") == ["pruning._save", "pruning._walk", "layouts._hidden"]
