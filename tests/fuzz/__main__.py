@@ -45,7 +45,7 @@ class Runner:
             cache = folder / "cache" if (folder / "cache").exists() else Path(place)
             done, arguments = example(kind, folder, draw)
             before = _content(folder, kind)
-            outcome = self.server.run(arguments, folder, cache, self.seconds, kind.code)
+            outcome = self.server.run(arguments, folder, cache, self.seconds)
             self.counts[name] += 1
             faults = list(_faults(outcome)) + list(_leftovers(before, _content(folder, kind), outcome))
             assert not faults, f"{name}: {'; '.join(done)}\n{arguments}\n{faults}\n{outcome.stderr[-3000:]}"

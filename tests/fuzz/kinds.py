@@ -67,7 +67,6 @@ class Kind:
     changes: tuple[str, ...] = ()  # folders and files that the commands may write to although they exist
     model: str = "dense"  # the MODEL of the commands
     spoil: Callable[[Path, Draw], str] = spoil
-    code: str = PROGRAM  # what is run with the arguments
 
 
 def words(command: str, model: str) -> list[str]:
@@ -76,19 +75,6 @@ def words(command: str, model: str) -> list[str]:
 
 _DOCUMENTS = ("page.html", "gates.xml", "summary.md")
 _RECORDS = ("ran/.stages/*", "ran/pruned/*", "ran/gblm_manifest.json")
-GENAI = """
-import sys, torch
-from pathlib import Path
-from gblm_compress.errors import GblmError
-from gblm_compress.measure.engines import GenaiRuntime
-from gblm_compress.models.source import ModelSource
-try:
-    GenaiRuntime(ModelSource("onnx", Path("onnx")), "cpu", 1).next_token(torch.arange(4).unsqueeze(0), None)
-except GblmError as error:
-    sys.exit(error.exit_code)
-"""
-"""What a worker of `benchmark` does with genai."""
-
 KINDS: dict[str, Kind] = {
     "dense folder": Kind("dense", ("dense/*",), (MAGNITUDE, f"{WANDA} --memory 1MB", INSPECT, "validate recipe.yaml")),
     "sharded folder": Kind("sharded", ("sharded/*",), (MAGNITUDE,), model="sharded"),
@@ -122,7 +108,6 @@ KINDS: dict[str, Kind] = {
     "checkpoints": Kind("training", (".out.recovery/*",), (f"{RECOVER} --resume",), (".out.recovery",)),
     "documents": Kind("ran", (*_DOCUMENTS, "ran/report.json"), (REPORT, RUN_DOCUMENTED), (*_DOCUMENTS, "ran")),
     "push": Kind("ran", ("ran/report.json", "ran/pruned/*"), ("push ran pruned --json",)),
-    "genai": Kind("onnx", ("onnx/genai_config.json",), ("",), code=GENAI),
     "measurements": Kind("cache", ("cache/measurements.json",), (EVALUATE,), ("cache",), "bitmask"),
     "command line": Kind("dense", (), (PRUNE, EVALUATE, "inspect dense")),
 }

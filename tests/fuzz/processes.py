@@ -57,8 +57,9 @@ class Trials:
     def _run(self, place: Path, *more: str, cache: str = "cache", seconds: float = LONG_ENOUGH) -> Outcome:
         return self.server.run([*self.command, *more], place / "work", place / cache, seconds)
 
-    def _faults(self, place: Path, whole: bool) -> Iterator[str]:
-        """Wrong bytes in the output; if it must be `whole`, also missing files and leftovers."""
+    def _faults(self, place: Path, *outcomes: Outcome, whole: bool = True) -> Iterator[str]:
+        """Tracebacks, and wrong bytes in the output; if it must be `whole`, also missing files and leftovers."""
+        yield from ("a traceback" for outcome in outcomes if "Traceback" in outcome.stderr)
         found = _unlocked(place)
         for path in self.expected.keys() & found.keys():
             if found[path] != self.expected[path] and not path.endswith(TIMED):
@@ -68,46 +69,38 @@ class Trials:
         if whole:
             yield from (f"{path} was left" for path in found.keys() - self.expected.keys())
 
-    def killed(self, pick: random.Random) -> list[str]:
+    def killed(self, pick: random.Random) -> Iterator[str]:
         """Kill the command after a random share of its time; it must then finish, with the bytes of one undisturbed."""
         with self._folder() as place:
-            after = pick.uniform(0.02, 1.0) * self.seconds
-            killed = self._run(place, seconds=after)
-            faults = [f"after the kill: {fault}" for fault in self._faults(place, whole=killed.code == 0)]
+            killed = self._run(place, seconds=pick.uniform(0.02, 1.0) * self.seconds)
+            yield from self._faults(place, whole=killed.code == 0)
             # A kill may come before there is work to go on with, and after the output was in its place.
             for more in ([], *([option] for option in self.again)):
                 outcome = self._run(place, *more)
                 if outcome.code == 0:
                     break
             else:
-                faults.append(f"exit code {outcome.code}: {outcome.stderr[-1000:]}")
-            faults += [*self._faults(place, whole=True), *_tracebacks(outcome)]
-            return [f"{self.name}, killed after {after:.2f} s: {fault}" for fault in faults]
+                yield f"exit code {outcome.code}: {outcome.stderr[-1000:]}"
+            yield from self._faults(place, outcome)
 
-    def paired(self, pick: random.Random) -> list[str]:
+    def paired(self, pick: random.Random) -> Iterator[str]:
         """Run the command twice at once; one must write the output, and the other be refused."""
         with self._folder() as place, ThreadPoolExecutor(2) as pool:
-            delay = pick.uniform(0, self.seconds) if pick.random() < 0.5 else 0.0
             first = pool.submit(self._run, place)
-            time.sleep(delay)
+            time.sleep(pick.choice((0, pick.uniform(0, self.seconds))))
             second = pool.submit(self._run, place, cache="other")
             outcomes = [first.result(), second.result()]
             codes = sorted(outcome.code for outcome in outcomes)
-            faults = [*self._faults(place, whole=True), *_tracebacks(*outcomes)]
+            yield from self._faults(place, *outcomes)
             if 0 not in codes or not set(codes) <= set(FORESEEN):
-                faults.append(f"exit codes {codes}: {' | '.join(outcome.stderr[-500:] for outcome in outcomes)}")
+                yield f"exit codes {codes}: {' | '.join(outcome.stderr[-500:] for outcome in outcomes)}"
             if codes == [0, 0] and "--force" in self.again:
-                faults.append("both wrote")
-            return [f"{self.name}, twice with {delay:.2f} s between: {fault}" for fault in faults]
+                yield "both wrote"
 
 
 def _unlocked(place: Path) -> dict[str, str]:
     found = contents(place / "work")
     return {path: content for path, content in found.items() if not path.endswith(".lock")}
-
-
-def _tracebacks(*outcomes: Outcome) -> list[str]:
-    return ["a traceback" for outcome in outcomes if "Traceback" in outcome.stderr]
 
 
 def main() -> None:
@@ -122,9 +115,10 @@ def main() -> None:
         trials = [Trials(fuzz, name) for name in options.command or COMMANDS]
         for count, kind in ((options.kills, Trials.killed), (options.pairs, Trials.paired)):
             for number in range(count):
-                for fault in kind(trials[number % len(trials)], pick):
+                trial = trials[number % len(trials)]
+                for fault in kind(trial, pick):
                     faults += 1
-                    print(fault)
+                    print(f"{trial.name}, {kind.__name__}: {fault}")
     print(f"{options.kills} kills and {options.pairs} pairs over {len(trials)} commands: {faults} faults")
     sys.exit(faults > 0)
 
