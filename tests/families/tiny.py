@@ -35,9 +35,8 @@ SIZES = {key: value for value, keys in _OF_VALUE.items() for key in keys.split()
 """{key of a config: what it becomes where the class has a number for it}."""
 
 _LINEAR_FIRST = ["linear_attention", "full_attention"]
-_KIMI = {"num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _LINEAR_FIRST}
-_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "num_key_value_heads": 4}
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16}
+_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "num_key_value_heads": 4}
 _CONV_FIRST = {"layer_types": ["conv", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -59,35 +58,30 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "git": {"vision_config": {"num_hidden_layers": 3}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
-    "granitemoehybrid": {"layer_types": _LINEAR_FIRST},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
-    "inkling_text": _INKLING,
-    "inkling2_text": _INKLING,
-    "inkling2_loop_text": _INKLING,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "jetmoe": {"kv_channels": 16},
-    "kimi_linear": _KIMI,
-    "lfm2": _CONV_FIRST,
+    "kimi_linear": {
+        "num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _LINEAR_FIRST,
+    },
     "lfm2_moe": {**_CONV_FIRST, "num_dense_layers": 1},
-    "lfm3": _CONV_FIRST,
     "longcat_flash": {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {"dense_intermediate_size": 96, "shared_intermediate_size": 32},
-    "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
         "moe_shared_expert_intermediate_size": 32, "chunk_size": 16,
     },
     "phi4_multimodal": {"audio_config": {"num_blocks": 3}},
-    "qwen3_5_moe_text": {"layer_types": _LINEAR_FIRST},
-    "qwen3_5_text": {"layer_types": _LINEAR_FIRST},
-    "qwen3_next": {"layer_types": _LINEAR_FIRST},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "zamba": _ZAMBA,
-    "zamba2": _ZAMBA,
     "zaya": {"num_experts_per_tok": 1},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), _INKLING),
+    **dict.fromkeys(("lfm2", "lfm3"), _CONV_FIRST),
+    **dict.fromkeys(
+        ("granitemoehybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), {"layer_types": _LINEAR_FIRST}
+    ),
+    **dict.fromkeys(("zamba", "zamba2"), _ZAMBA),
 }  # fmt: skip
 
 NO_DECODERS = ("xlm", "xlnet")

@@ -24,19 +24,10 @@ ODD_STEPS: list[dict[str, Any]] = [
       for pattern in ({"String": "a"}, {"String": ""}, {"Regex": "."}, {"Regex": "(a+)+$"}, {"Regex": "("})
       for content in ("", "a", "aaaaaaaa", "a" * 1000)),
     *({"type": kind} for kind in ("NFKD", "Strip", "Lowercase", "ByteLevel", "ByteFallback", "Fuse", "?")),
-    {"type": "Prepend", "prepend": "a" * 1000},
     {"type": "Precompiled", "precompiled_charsmap": "////fwAA"},
     {"type": "Split", "pattern": {"Regex": "(a*)*$"}, "behavior": "Isolated", "invert": False},
-    {"type": "Metaspace", "replacement": "aa", "prepend_scheme": "always", "split": True},
-    {
-        "type": "TemplateProcessing", "pair": [], "special_tokens": {},
-        "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 9,
-    },
 ]  # fmt: skip
-PARTS = [
-    ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders"),
-    ("post_processor", "processors"),
-]  # fmt: skip
+PARTS = [("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")]
 ODD_CELLS: list[Any] = ["a" * 10_000, None, b"\xff", 1, 1e400, ["a"], {"text": "a"}, True, ""]
 ODD_TEXTS = ["", "\x00", "null", "{", "[" * 3000, "9" * 5000, "\ufeff", "---\n", "&a [*a]", "!!int x", "- " * 3000]
 
