@@ -136,7 +136,7 @@ DAMAGES: dict[str, dict[str, list[Any]]] = {
     "mask": {
         "the mask takes": [lambda t: t * 0],
         "needs int64": [lambda t: t[1:], lambda t: t.int()],
-        "bits beyond the last of 100 columns": [lambda t: t | (1 << 40)],
+        "4 rows have bits beyond the last of 100 columns": [lambda t: t | (1 << 40), lambda t: t | -(2**63)],
     },
     "positions": {"lack two increasing": [lambda t: t * 0], "needs uint8": [lambda t: t[1:], lambda t: t.int()]},
     "levels": {
