@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ from gblm_compress.models.packed_checkpoint import save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.settings import PruneSettings
-from tests.conftest import ARCHITECTURES, edit_weights, export, prune, saved
+from tests.conftest import ARCHITECTURES, edit_json, edit_weights, export, prune, saved
 from tests.families.tiny import tiny_family
 from tests.scripts import python
 
@@ -228,15 +228,9 @@ def test_saved_again_cast_generated_and_compiled(format, kind, exported, tmp_pat
     torch.testing.assert_close(logits(torch.compile(model, backend="aot_eager")), expected, rtol=1e-3, atol=1e-3)
     narrow = AutoModelForCausalLM.from_pretrained(folder.folder, dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16
-    if format not in QUANTISED:
-        cast = load_model(source, "bfloat16").state_dict()
-        assert all(torch.equal(m.weight, cast[f"{n}.weight"]) for n, m in narrow.named_modules() if hasattr(m, "plan"))
     for one in (narrow, again.to(torch.bfloat16)):  # both are rounded differently in every layer
         difference = (logits(one).float() - expected).abs().max()
         assert difference < 0.05 * expected.abs().max()
-    scales = [name for name in narrow.state_dict() if name.endswith("scales")]
-    assert bool(scales) == (format in QUANTISED)
-    assert all(torch.equal(narrow.state_dict()[name], model.state_dict()[name]) for name in scales)
 
 
 def test_the_kernels_of_all_layers_are_named(exported) -> None:
@@ -270,14 +264,12 @@ def test_a_layer_that_would_be_rounded_too_much_is_packed_exactly(format, export
     assert model.get_submodule(UP).layout == NAMES[format]
 
 
-RESTORED, PREDICTED = "does not restore its weight", "predictions of the reloaded folder and its source differ by"
-
-
 @pytest.mark.parametrize(
     ("format", "method", "message"),
     [
-        *((format, "dense_weight", RESTORED) for format in ("bitmask", "semi-structured", "bitmask-int8", "int8")),
-        ("bitmask", "forward", PREDICTED),
+        ("bitmask", "dense_weight", "does not restore its weight bit for bit"),
+        ("bitmask-int8", "dense_weight", "does not restore its weight within 8e-03 of the largest"),
+        ("bitmask", "forward", "predictions of the reloaded folder and its source differ by"),
     ],
 )
 def test_verification_runs_the_reloaded_folder(format, method, message, exported, tmp_path, monkeypatch) -> None:
@@ -292,8 +284,7 @@ def test_verification_runs_the_reloaded_folder(format, method, message, exported
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_verification_notices_a_wrong_product(tokens, exported, tmp_path, monkeypatch) -> None:
     linear = cpu.Quantised.linear
-    wrong = {tokens: 1.01}
-    monkeypatch.setattr(cpu.Quantised, "linear", lambda self, x: linear(self, x) * wrong.get(len(x), 1.0))
+    monkeypatch.setattr(cpu.Quantised, "linear", lambda self, x: linear(self, x) * (1.01 if len(x) == tokens else 1))
     monkeypatch.setattr(cpu_linear, "crossover", lambda *arguments: cpu_linear.EVERY)
     with pytest.raises(VerificationError, match=r"model\.layers\.0.* is not the product of its weight"):
         export(exported("bitmask-int8")[0], tmp_path / "x", format="bitmask-int8")
@@ -326,55 +317,28 @@ UP = "model.layers.0.mlp.up_proj"  # [128, 64]
 K = "model.layers.1.self_attn.k_proj"  # [32, 64]
 
 
-def replaced(name, change):
-    """A damage of the weights: a tensor is changed, or goes."""
-
-    def edit(tensors) -> None:
-        changed = change(tensors.pop(name))
-        tensors |= {} if changed is None else {name: changed}
-
-    return lambda folder: edit_weights(folder, edit)
-
-
-def described(change):
-    """A damage of `quantization_config`."""
-
-    def damage(folder) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        change(config["quantization_config"])
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return damage
-
-
 EMBEDDINGS = "does not say which layer holds the rows"
-# One for each check on the way of a folder; tests/layouts has more damages of tensors and sizes.
+# Changes of `quantization_config` and of the tensors, one for each check on the way of a folder; tests/layouts has more.
 DAMAGES = {
     "bitmask": [
-        (described(lambda c: c.update(layout=["bitmask"])), r"layout \['bitmask'\] is not known; this version reads"),
-        (described(lambda c: c.update(layers=[UP])), "names no packed layers"),
-        (described(lambda c: c["layers"].pop(UP)), rf"{UP}\.weight: no such tensor"),
-        (described(lambda c: c["layers"].update({UP: None})), rf"layer '{UP}': it is described as None"),
-        (described(lambda c: c["layers"].update(bogus={})), "layer 'bogus': .* has no layer 'bogus'"),
-        (described(lambda c: c["layers"].update({"model.norm": {}})), "'model.norm' is a LlamaRMSNorm; only Linear"),
-        (described(lambda c: c["layers"].update(lm_head={})), "'lm_head' is a Linear; only .* weights of their own"),
-        (
-            described(lambda c: c["layers"][UP].update(bias=True)),
-            rf"'{UP}': it is described .* model's has .* bias False",
-        ),
-        (replaced(f"{UP}.mask", lambda mask: None), rf"'{{folder}}': {UP}\.mask: no such tensor is in the folder"),
-        (replaced("model.norm.weight", lambda weight: None), r"model\.norm\.weight: no such tensor"),
-        (replaced(f"{UP}.mask", lambda mask: torch.full_like(mask, -1)), rf"{UP}\.values: .* mask takes \[8256\]"),
+        (lambda c, t: c.update(layout=["bitmask"]), r"layout \['bitmask'\] is not known; this version reads"),
+        (lambda c, t: c.update(layers=[UP]), "names no packed layers"),
+        (lambda c, t: c["layers"].pop(UP), rf"{UP}\.weight: no such tensor"),
+        (lambda c, t: c["layers"].update({UP: None}), rf"layer '{UP}': it is described as None"),
+        (lambda c, t: c["layers"].update(bogus={}), "layer 'bogus': .* has no layer 'bogus'"),
+        (lambda c, t: c["layers"].update({"model.norm": {}}), "'model.norm' is a LlamaRMSNorm; only Linear"),
+        (lambda c, t: c["layers"].update(lm_head={}), "'lm_head' is a Linear; only .* weights of their own"),
+        (lambda c, t: c["layers"][UP].update(bias=True), rf"'{UP}': it is described .* model's has .* bias False"),
+        (lambda c, t: t.pop(f"{UP}.mask"), rf"'{{folder}}': {UP}\.mask: no such tensor is in the folder"),
+        (lambda c, t: t.pop("model.norm.weight"), r"model\.norm\.weight: no such tensor"),
+        (lambda c, t: t[f"{UP}.mask"].fill_(-1), rf"{UP}\.values: .* mask takes \[8256\]"),
     ],
     "bitmask-int8": [
-        (
-            described(lambda c: c["layers"][UP].update(group=32)),
-            rf"{UP}\.scales: int16 \[128, 1\]; needs int16 \[128, 2",
-        ),
-        (described(lambda c: c.update(embeddings=[UP])), EMBEDDINGS),
-        (described(lambda c: c.update(embeddings={"model.embed_tokens": 5})), EMBEDDINGS),
-        (described(lambda c: c.update(embeddings={"model.embed_tokens": "x"})), "'x' is not among the packed layers"),
-        (described(lambda c: c["embeddings"].update({"model.norm": "lm_head"})), "has no embedding 'model.norm'"),
+        (lambda c, t: c["layers"][UP].update(group=32), rf"{UP}\.scales: int16 \[128, 1\]; needs int16 \[128, 2"),
+        (lambda c, t: c.update(embeddings=[UP]), EMBEDDINGS),
+        (lambda c, t: c.update(embeddings={"model.embed_tokens": 5}), EMBEDDINGS),
+        (lambda c, t: c.update(embeddings={"model.embed_tokens": "x"}), "'x' is not among the packed layers"),
+        (lambda c, t: c["embeddings"].update({"model.norm": "lm_head"}), "has no embedding 'model.norm'"),
     ],
 }
 
@@ -386,7 +350,9 @@ DAMAGES = {
 def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, message, exported, tmp_path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(exported(format, pattern="2:4" if format == "bitmask" else None)[1].folder, folder)
-    damage(folder)
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_weights(folder, partial(damage, described))
+    edit_json(folder / "config.json", quantization_config=described)
     with pytest.raises(ModelError, match=message.replace("{folder}", str(folder))):
         AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ModelError, match="model 'x': "):
@@ -395,23 +361,10 @@ def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, m
 
 def test_a_file_that_changes_under_a_loaded_model_moves_no_kernel(exported, tmp_path) -> None:
     """Loaded tensors are parts of the mapped file; of those the mask alone decides where values are read."""
-    shutil.copytree(exported("bitmask")[1].folder, tmp_path / "copy")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    path = shutil.copytree(exported("bitmask")[1].folder, tmp_path / "copy") / SPARSE_SINGLE
+    model = AutoModelForCausalLM.from_pretrained(path.parent)
     masks = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(".mask")}
-    path = next((tmp_path / "copy").glob("*.safetensors"))
     with path.open("r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
     assert len(masks) == 14 and all(torch.equal(model.get_buffer(name), mask) for name, mask in masks.items())
-    model(input_ids=torch.arange(20).unsqueeze(0))
-
-
-@pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
-def test_zeros_of_either_sign_may_be_stored(format, exported, tmp_path) -> None:
-    """A cast to a narrower dtype makes some: they are weights like others."""
-    shutil.copytree(exported(format)[1].folder, tmp_path / "copy")
-    replaced(f"{UP}.values", lambda values: values * 0)(tmp_path / "copy")
-    replaced(f"{K}.values", lambda values: values * -0.0)(tmp_path / "copy")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
-    for name in (UP, K):
-        layer = model.get_submodule(name)
-        assert not layer.dense_weight().any() and not layer(torch.randn(3, 64)).any()
+    logits(model)

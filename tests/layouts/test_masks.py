@@ -51,6 +51,14 @@ def test_the_bits_are_those_documented() -> None:
     assert held["positions"].tolist() == [[nibbles[0] | nibbles[1] << 4, nibbles[2]]]
 
 
+@pytest.mark.parametrize("layout", EXACT)
+def test_zeros_of_either_sign_may_be_stored(layout: str) -> None:
+    """A cast to a narrower dtype makes some: they are weights like others."""
+    layer = packed(layout, torch.tensor([[1e-9, -1e-9, 0.0, 0.0]])).half()
+    layer.check()
+    assert layer.values.flatten()[:2].tolist() == [0.0, 0.0] and not layer(torch.ones(1, 4).half()).any()
+
+
 def test_same_bits_tells_minus_zero() -> None:
     assert same_bits(torch.tensor([0.0]), torch.tensor([0.0]))
     for other in (torch.tensor([-0.0]), torch.tensor([[0.0]]), torch.tensor([0], dtype=torch.int32)):
