@@ -60,23 +60,22 @@ def test_names_and_dynamic_dimensions(exported) -> None:
     onnx.checker.check_model(str(folder.folder / "model.onnx"))
     assert b"site-packages" not in (folder.folder / "model.onnx").read_bytes()  # paths of this machine
     graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
-
-    def shapes(values):
-        return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
-
-    inputs, outputs = shapes(graph.input), shapes(graph.output)
-    assert inputs["input_ids"] == inputs["position_ids"] == ["batch_size", "sequence_length"]
-    assert inputs["attention_mask"] == ["batch_size", "total_sequence_length"]
-    assert outputs["logits"] == ["batch_size", "sequence_length", 257]
-    for layer in range(2):
-        for kind in ("key", "value"):
-            past = ["batch_size", 2, "past_sequence_length", 16]
-            assert inputs.pop(f"past_key_values.{layer}.{kind}") == past
-            assert outputs.pop(f"present.{layer}.{kind}") == ["batch_size", 2, "total_sequence_length", 16]
-    assert set(inputs) == {"input_ids", "attention_mask", "position_ids"} and set(outputs) == {"logits"}
+    shapes = {
+        value.name: tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.output)
+    }
+    parts = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    past, total = (("batch_size", 2, f"{what}_sequence_length", 16) for what in ("past", "total"))
+    assert shapes == {
+        **dict.fromkeys(("input_ids", "position_ids"), ("batch_size", "sequence_length")),
+        "attention_mask": ("batch_size", "total_sequence_length"),
+        "logits": ("batch_size", "sequence_length", 257),
+        **dict.fromkeys([f"past_key_values.{part}" for part in parts], past),
+        **dict.fromkeys([f"present.{part}" for part in parts], total),
+    }
     decoder = json.loads((folder.folder / "genai_config.json").read_text())["model"]["decoder"]
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 16)
-    assert set(decoder["inputs"]) == {*inputs, "past_key_names", "past_value_names"}
+    assert {"input_ids", "attention_mask", "position_ids"} < decoder["inputs"].keys()
 
 
 def assert_computes(folder: ModelSource, model: nn.Module) -> None:
@@ -115,16 +114,6 @@ def test_another_architecture_in_float16(tiny, tmp_path) -> None:
 
 
 @needs_operator
-def test_weights_of_one_input_are_one_node(with_kernels) -> None:
-    result, packed = with_kernels
-    onnx.checker.check_model(str(packed.folder / "model.onnx"))
-    assert result.checks["identical_greedy_tokens"] == 32
-    graph = onnx.load(packed.folder / "model.onnx", load_external_data=False).graph
-    weights = [len(node.input) // 3 for node in graph.node if node.op_type == "BitmaskLinear"]
-    assert weights == [3, 1, 2, 1] * 2  # q, k and v multiply the same input, as do gate and up
-
-
-@needs_operator
 def test_a_runtime_that_refuses_the_operators_is_named(with_kernels, monkeypatch) -> None:
     class Old(onnxruntime.SessionOptions):
         def register_custom_ops_library(self, path: str) -> None:
@@ -138,21 +127,12 @@ def test_a_runtime_that_refuses_the_operators_is_named(with_kernels, monkeypatch
 
 @needs_operator
 def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path) -> None:
-    """As it is loaded, and as it runs: the width of an input is known no sooner."""
-    model, damaged = onnx.load(with_kernels[1].folder / "model.onnx"), ModelSource("damaged", tmp_path)
-    del model.graph.value_info[:]
-    node = next(node for node in model.graph.node if node.op_type == "BitmaskLinear")
-    twice = onnx.helper.make_node("Concat", [node.input[0]] * 2, ["twice"], axis=-1)
-    model.graph.node.insert(list(model.graph.node).index(node), twice)
-    node.input[0] = "twice"
-    onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(ModelError, match=r"cannot run it .*x must be a tensor .* the last of 64; .* the last of 128"):
-        OnnxRuntime(damaged, "cpu", 1).predict({"input_ids": torch.arange(8).unsqueeze(0)})
+    model = onnx.load(with_kernels[1].folder / "model.onnx")
     starts = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(".starts"))
     starts.CopyFrom(onnx.numpy_helper.from_array(np.zeros(starts.dims, np.int64), starts.name))
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ModelError, match=r"cannot load it .*starts 'model\.layers\.\d.*\.starts' says 0 at row 1;"):
-        OnnxRuntime(damaged, "cpu", 1)
+        OnnxRuntime(ModelSource("damaged", tmp_path), "cpu", 1)
 
 
 def test_without_a_compiler_kernels_are_refused_and_auto_is_dense_and_says_so(exported, tmp_path, monkeypatch) -> None:
@@ -181,23 +161,19 @@ def test_kernels_take_whole_words(exported, tmp_path, monkeypatch, module, messa
 
 
 def test_damaged_initializers_are_errors() -> None:
-    array = np.zeros((2, 64), np.float32)
-    array[1, 2], array[0, 5] = 5.0, 7.0
-    held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(array))
-    mask, values, shape = held["mask"].numpy(), held["values"].numpy(), (64, 2)
-    packed = {"mask": mask, "nonzeros": values}
+    weight = torch.tensor([[0.0, 5.0], [7.0, 0.0]]).repeat(1, 32)
+    mask, values = LAYOUTS["bitmask"].kind.pack(weight).values()
 
-    def decoded(shape, **changed):
-        stored = {f"w.{name}": array for name, array in (packed | changed).items() if array is not None}
-        initializers = {name: ir.Value(const_value=ir.tensor(array)) for name, array in stored.items()}
+    def decoded(shape=(64, 2), **stored):
+        initializers = {f"w.{name}": ir.Value(const_value=ir.tensor(array.numpy())) for name, array in stored.items()}
         return onnx_verification.decode(initializers, "w", shape)
 
-    assert np.array_equal(decoded(shape), array.T)
-    with pytest.raises(VerificationError, match=r"^w: the graph does not hold a weight of \[3, 64\]: "):
-        decoded((3, 64))
-    for damage in ({"mask": None}, {"mask": mask.astype(np.float32)}, {"nonzeros": None}, {"nonzeros": values[:-1]}):
-        with pytest.raises(VerificationError, match=r"^w: the graph does not hold a weight of "):
-            decoded(shape, **damage)
+    assert np.array_equal(decoded(mask=mask, nonzeros=values), weight.T)
+    for damage in ({"shape": (3, 64)}, {"mask": mask.float()}, {"nonzeros": values[:-1]}):
+        with pytest.raises(VerificationError, match=r"^w: the graph does not hold a weight of \["):
+            decoded(**{"mask": mask, "nonzeros": values} | damage)
+    with pytest.raises(VerificationError, match=r"^w: the graph does not hold a weight of \[64, 2\]: "):
+        decoded(mask=mask)
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_model(exported, tmp_path, monkeypatch) -> None:

@@ -318,7 +318,7 @@ K = "model.layers.1.self_attn.k_proj"  # [32, 64]
 
 
 EMBEDDINGS = "does not say which layer holds the rows"
-# Changes of `quantization_config` and of the tensors, one for each check on the way of a folder; tests/layouts has more.
+# Changes of `quantization_config` or of the tensors, one for each check on a folder's way; tests/layouts has more.
 DAMAGES = {
     "bitmask": [
         (lambda c, t: c.update(layout=["bitmask"]), r"layout \['bitmask'\] is not known; this version reads"),
