@@ -35,6 +35,7 @@ SIZES = {key: value for value, keys in _OF_VALUE.items() for key in keys.split()
 """{key of a config: what it becomes where the class has a number for it}."""
 
 _LINEAR_FIRST = ["linear_attention", "full_attention"]
+_HYBRID, _HEADS_OF_16 = {"layer_types": _LINEAR_FIRST}, {"head_dim": 16}
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16}
 _ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "num_key_value_heads": 4}
 _CONV_FIRST = {"layer_types": ["conv", "full_attention"]}
@@ -75,12 +76,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "phi4_multimodal": {"audio_config": {"num_blocks": 3}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zaya": {"num_experts_per_tok": 1},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **dict.fromkeys(("granitemoehybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _HYBRID),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _HEADS_OF_16),
     **dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), _INKLING),
     **dict.fromkeys(("lfm2", "lfm3"), _CONV_FIRST),
-    **dict.fromkeys(
-        ("granitemoehybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), {"layer_types": _LINEAR_FIRST}
-    ),
     **dict.fromkeys(("zamba", "zamba2"), _ZAMBA),
 }  # fmt: skip
 
