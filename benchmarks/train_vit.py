@@ -1,12 +1,13 @@
 r"""Train a small vision transformer on Fashion-MNIST from random weights, for measurements on real images.
 
-    python benchmarks/train_vit.py FOLDER --images /usr/share/datasets/fashion-mnist
+    python benchmarks/fashion_mnist.py images
+    python benchmarks/train_vit.py FOLDER --images images/train.parquet
 
-The images are those of Debian's `dataset-fashion-mnist`: 28×28, one channel, ten classes. The model sees 16 patches of
-7×7 and has 0.2 million weights; `--architecture swin` trains a Swin of as many, which sees 196 patches of 2×2 in its
-first stage and 49 in its second. The last twelfth of the training images is held out, to see how it goes; the 10,000
-test images have no part in it. A folder that is there is left as it is; a training that was broken off goes on from its
-last checkpoint, in FOLDER.training.
+The images have 28×28 pixels, one channel, ten classes. The model sees 16 patches of 7×7 and has 0.2 million weights;
+`--architecture swin` trains a Swin of as many, which sees 196 patches of 2×2 in its first stage and 49 in its second.
+The last twelfth of the training images is held out, to see how it goes; the 10,000 test images have no part in it. A
+folder that is there is left as it is; a training that was broken off goes on from its last checkpoint, in
+FOLDER.training.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def started(architecture: str, checkpoints: Path) -> Any:
 
 
 def train(
-    architecture: str, folder: Path, data: Path, epochs: float, batch: int, rate: float, limit: int | None
+    architecture: str, folder: Path, data: str, epochs: float, batch: int, rate: float, limit: int | None
 ) -> dict[str, float]:
     """Train, and write the model with its image processor as a folder of transformers.
 
@@ -96,7 +97,7 @@ def train(
         The metrics of the images that are held out.
     """
     processor = ViTImageProcessor(size={"height": 28, "width": 28}, image_mean=[0.5], image_std=[0.5])
-    samples = preprocessed(processor, list(images.read(str(data), "calibration", None, seed=0).found[:limit]))
+    samples = preprocessed(processor, list(images.read(data, "calibration", None, seed=0)[0][:limit]))
     learnt = len(samples) - len(samples) // HELD_OUT
     model = started(architecture, training.checkpoints_of(folder))
     trainer = Trainer(
@@ -122,7 +123,7 @@ def main() -> None:
     """Train unless the folder is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--images", required=True, help="The dataset to train on.")
     parser.add_argument("--architecture", choices=CONFIGS, default="vit")
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--batch", type=int, default=128)

@@ -1,6 +1,7 @@
 """What pruning costs an image classifier, by method, pattern and fit: the tables of docs/results/images.md.
 
-    python benchmarks/vit.py MODEL --images /usr/share/datasets/fashion-mnist -o table.json
+    python benchmarks/fashion_mnist.py images
+    python benchmarks/vit.py MODEL --calibration images/train.parquet --dataset images/test.parquet -o table.json
 
 Each row is pruned in memory from the dense model. The metrics are those of the task, with their standard errors.
 """
@@ -43,7 +44,8 @@ def main() -> None:
     """Prune, evaluate, print a row, and write all of them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--images", required=True, help="The dataset to calibrate and to evaluate on.")
+    parser.add_argument("--calibration", required=True, help="The dataset to calibrate on.")
+    parser.add_argument("--dataset", required=True, help="The dataset to evaluate on.")
     parser.add_argument("--samples", type=int, default=128, help="Images to calibrate on.")
     parser.add_argument("--drawn-labels", action="store_true", help="Calibrate as if the data had no labels.")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="As in `compare --methods`.")
@@ -56,10 +58,10 @@ def main() -> None:
     source = resolve_model(options.model, progress)
     dense, task = loading.load_model(source, "float32"), loading.task_of(source)
     with_model = loading.load_processor(source), dense.config
-    drawn = task.calibration(*with_model, options.images, options.samples, 2, 0)
+    drawn = task.calibration(*with_model, options.calibration, options.samples, 2, 0)
     if options.drawn_labels:
         drawn = [{name: value for name, value in sample.items() if name != "labels"} for sample in drawn]
-    samples = list(task.evaluation(*with_model, options.images, 2, None))
+    samples = list(task.evaluation(*with_model, options.dataset, 2, None))
     of_dense = predictions(dense, samples)
     kept = options.output is not None and options.output.exists()
     rows: list[dict[str, Any]] = json.loads(options.output.read_text()) if kept else []

@@ -1,14 +1,11 @@
-"""Classification of images, and their sources: folders, tables, hub datasets, and IDX files such as MNIST's."""
+"""Classification of images, and their sources: folders, tables and hub datasets."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import math
 import os
 import random
-import re
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,12 +30,9 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow may run a program for others, such as EPS
 PARTS = {"calibration": ("train", "training"), "evaluation": ("val", "validation", "valid", "test")}  # sub-folders
 READS = (
-    "a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
-    "'label', or IDX files (…images-idx3-ubyte, also as .gz)"
+    "a folder with a sub-folder of images for each class, or a .parquet file or hub dataset with columns 'image' and "
+    "'label'"
 )
-LARGEST_IDX = 1 << 32  # bytes, all in memory
-_IDX = re.compile(r".*images[-.]idx3-ubyte(\.gz)?")
-_IDX_PARTS = {"calibration": "train-", "evaluation": "t10k-"}
 _SHUFFLED = 1_000  # images of a hub dataset in the buffer for shuffling; its files are shuffled too
 
 
@@ -205,18 +199,17 @@ def _made(size: int, mode: str) -> Image:
 
 
 def data_files(source: str) -> list[Path]:
-    """The local file or folder of images of a source, and the labels beside it; empty for the hub."""
+    """The local file or folder of images of a source; empty for the hub."""
     path = Path(os.path.expanduser(source))
     if source in (*text.NAMED, SELF):
         raise DataError(f"dataset {source!r} is text, but the model takes images; give {READS}")
     if os.path.isdir(path):
-        if not _idx_files(path) and next(_images_below(path), None) is None:
+        if next(_images_below(path), None) is None:
             raise DataError(f"dataset {source!r}: the folder holds no image; give {READS}")
         return [path]
-    if path.suffix == ".parquet" or _IDX.fullmatch(path.name):
+    if path.suffix == ".parquet":
         text.check_file(path, source)
-        labels = _labels_beside(path) if path.suffix != ".parquet" else None
-        return [path] if labels is None else [path, labels]
+        return [path]
     if os.path.exists(path) or path.suffix in text.FILES or source.startswith((".", "/", "~")):
         raise DataError(f"dataset {source!r} {text.found(path)}; give {READS}")
     return []
@@ -228,12 +221,9 @@ def read(source: str, role: text.Role, count: int | None, seed: int) -> tuple[li
     Also the names of the classes in order, if they have names.
     """
     path = next(iter(data_files(source)), None)
-    if path is None or (path.suffix == ".parquet" and path.is_file()):
+    if path is None or path.is_file():
         return _of_rows(path, source, role, count, seed), ()
-    if path.is_dir() and not _idx_files(path):
-        found, classes = _of_folder(path, role)
-    else:
-        found, classes = _of_idx(path, source, role), ()
+    found, classes = _of_folder(path, role)
     return [found[index] for index in _chosen(len(found), count, seed)], classes
 
 
@@ -308,48 +298,3 @@ def _decoded(stored: Path | bytes) -> Image:
 
     content = stored.read_bytes() if isinstance(stored, Path) else stored
     return Image.open(io.BytesIO(content), formats=FORMATS)
-
-
-def _idx_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if _IDX.fullmatch(path.name))
-
-
-def _labels_beside(path: Path) -> Path | None:
-    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
-    names = (f"{name}.gz", name) if path.suffix == ".gz" else (name, f"{name}.gz")
-    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
-
-
-def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
-    from PIL import Image
-
-    if path.is_dir():
-        part = _IDX_PARTS[role]
-        path = next((file for file in _idx_files(path) if file.name.startswith(part)), path)
-        if path.is_dir():
-            raise DataError(f"dataset {source!r} has no part for {role}: no file {part}images-idx3-ubyte")
-    pixels, beside = _idx(path, source, dimensions=3), _labels_beside(path)
-    labels = [None] * len(pixels) if beside is None else _idx(beside, source, dimensions=1).tolist()
-    if beside is not None and len(labels) != len(pixels):
-        counts = f"{len(pixels)} images in {path.name}, {len(labels)} labels in {beside.name}"
-        raise DataError(f"dataset {source!r}: {counts}")
-    numbered = enumerate(zip(pixels, labels, strict=True))
-    return [
-        Picture(f"image {number} of {str(path)!r}", label, partial(Image.fromarray, image))
-        for number, (image, label) in numbered
-    ]
-
-
-def _idx(path: Path, source: str, dimensions: int) -> Any:
-    """The uint8 numbers of an IDX file, which come after bytes 0, 0, 8 (the type), dimensions and big-endian sizes."""
-    import numpy
-
-    where = f"dataset {source!r}: {path.name}"
-    with text.reading(source), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        if file.read(4) != bytes([0, 0, 8, dimensions]):
-            raise DataError(f"{where} is not an IDX file of bytes in {dimensions} dimensions")
-        sizes = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-        numbers, shape = math.prod(sizes), "×".join(map(str, sizes))
-        if not 0 < numbers <= LARGEST_IDX:
-            raise DataError(f"{where} claims to hold {shape} numbers; 1 to {LARGEST_IDX:,} can be read")
-        return numpy.frombuffer(file.read(numbers), numpy.uint8).reshape(sizes)

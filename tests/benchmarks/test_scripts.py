@@ -1,11 +1,14 @@
 """Scripts of `benchmarks/` at toy size; the longer ones have files of their own."""
 
+import gzip
 import json
 from unittest.mock import Mock
 
+import numpy
 import pytest
 
 from gblm_compress.errors import ModelError
+from gblm_compress.tasks import image_classification
 from tests.scripts import loaded
 
 
@@ -31,6 +34,22 @@ def test_calibration_judges_every_text_pattern_and_seed_once(tmp_path, monkeypat
         monkeypatch.setattr(script.gblm_compress, "prune", None)
         script.main()  # nothing is left to do
     assert json.loads(result.read_text()) == found
+
+
+def test_fashion_mnist_becomes_tables_of_images(tmp_path) -> None:
+    """The headers of 16 and 8 bytes are left out."""
+    pixels = numpy.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=numpy.uint8)
+    for part in ("train", "t10k"):
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes([2, 0, 9])))
+        pixels = 255 - pixels
+    with loaded("fashion_mnist", tmp_path / "made", "--source", tmp_path) as script:
+        script.main()
+    for name in ("train", "test"):
+        found, _ = image_classification.read(str(tmp_path / "made" / f"{name}.parquet"), "evaluation", None, 0)
+        assert [one.label for one in found] == [2, 0, 9]
+        assert (numpy.stack([one.read("L") for one in found]) == pixels).all()
+        pixels = 255 - pixels
 
 
 def test_the_bytes_of_a_step_of_recover_are_those_of_each_pass() -> None:

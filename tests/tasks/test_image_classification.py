@@ -1,10 +1,8 @@
 """Models that classify images: families, masks against a slow loop, and what is refused."""
 
-import gzip
 import io
 import os
 import random
-import struct
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -192,11 +190,6 @@ def png(value: int) -> bytes:
     return content.getvalue()
 
 
-def idx(path: Path, numbers: numpy.ndarray) -> None:
-    content = struct.pack(f">4B{numbers.ndim}I", 0, 0, 8, numbers.ndim, *numbers.shape) + numbers.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
 def read(place: object, role: text.Role = "evaluation", count: int | None = None, seed: int = 0) -> list[Picture]:
     return images.read(str(place), role, count, seed)[0]
 
@@ -227,25 +220,6 @@ def test_a_folder_has_a_class_for_each_sub_folder_and_may_have_parts(tmp_path) -
         read(tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_idx_files(tmp_path, suffix) -> None:
-    pixels = numpy.arange(2 * 3 * 5, dtype=numpy.uint8).reshape(2, 3, 5)
-    idx(tmp_path / f"t10k-images-idx3-ubyte{suffix}", pixels)
-    idx(tmp_path / f"t10k-labels-idx1-ubyte{suffix}", numpy.array([7, 3], dtype=numpy.uint8))
-    found = read(tmp_path)
-    assert [one.label for one in found] == [7, 3]
-    assert (numpy.stack([numpy.asarray(one.read("L")) for one in found]) == pixels).all()
-    with pytest.raises(DataError, match="no part for calibration: no file train-images-idx3-ubyte"):
-        read(tmp_path, "calibration")
-    alone = tmp_path / "images-idx3-ubyte"
-    idx(alone, pixels)
-    assert images.data_files(str(alone)) == [alone]
-    assert [one.label for one in read(alone)] == [None, None]
-    idx(labels := tmp_path / "labels-idx1-ubyte", numpy.array([1, 0], dtype=numpy.uint8))
-    assert images.data_files(str(alone)) == [alone, labels]
-    assert [one.label for one in read(alone)] == [1, 0]
-
-
 def test_a_parquet_file(tmp_path) -> None:
     path = tmp_path / "a.parquet"
     stored = [{"bytes": png(value), "path": None} for value in range(200)]
@@ -272,23 +246,12 @@ def test_a_hub_dataset(monkeypatch) -> None:
     assert images.data_files("owner/name:config@split") == []
 
 
-TRAIN, HEAD = "train-images-idx3-ubyte", struct.pack(">4B3I", 0, 0, 8, 3, 2, 3, 5)
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, "the folder holds no image; give a folder with a sub-folder"),
         ({"train/a.txt": b"", "test/a.png": png(0)}, "has no image for calibration: the folder 'train' holds none"),
         ({"cat/a.png": png(0), "b.png": png(0)}, "'b.png' lies beside class folders"),
-        ({TRAIN: b"\0\0\x0d\3" + bytes(12)}, "is not an IDX file of bytes in 3 dimensions"),
-        ({TRAIN: HEAD + bytes(29)}, "cannot be read .cannot reshape array of size 29"),
-        ({TRAIN: HEAD[:4] + struct.pack(">3I", *[1 << 16] * 3)}, "65536×65536 numbers; 1 to 4,294,967,296 can"),
-        ({f"{TRAIN}.gz": b"\x1f\x8b" + bytes(20)}, "cannot be read"),
-        (
-            {TRAIN: HEAD + bytes(30), "train-labels-idx1-ubyte": struct.pack(">4BI", 0, 0, 8, 1, 3) + bytes(3)},
-            "2 images in train-images-idx3-ubyte, 3 labels in train-labels-idx1-ubyte",
-        ),
         ({"a.parquet": table(img=[png(0)])}, "has no column 'image'; it has 'img'"),
         ({"a.parquet": table(image=[3])}, "row 0: its image is int; give the bytes of an image file"),
         ({"a.parquet": table(image=[png(0)], label=[0.5])}, "row 0: its label is float; give a whole number or a name"),
