@@ -3,13 +3,10 @@
 Only the weights that transformers would read count.
 """
 
-import base64
 import hashlib
 import json
-import math
 import re
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -28,7 +25,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SPARSE_SINGLE, SPARSE_INDEX = "gblm_sparse.safetensors", "gblm_sparse.safetensors.index.json"
 SPARSE_METHOD = "gblm_sparse"
 GRAPH = "model.onnx"
-MOST_GROWTH, LONGEST_WORD = 64, 1_000
 _FLOATS = ("float32", "float16", "bfloat16")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 # The files, besides weights or graph, that decide a model's results.
@@ -323,20 +319,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer.json whose steps multiply a text; real ones turn a letter into 18 at most (T5)."""
-    if not (path := folder / "tokenizer.json").exists():
-        return
-    with translated(lambda said: ModelError(f"its tokenizer.json is refused ({said}); copy the original model's")):
-        content = read_json(path, unique=True)
-        encoding = [content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")]
-        for steps in (encoding, content.get("decoder")):
-            if math.prod(map(_growth, _objects(steps)), start=1.0) > MOST_GROWTH:
-                raise ValueError(f"its steps can make a text more than {MOST_GROWTH} times as long")
-        if (content.get("model") or {}).get("max_input_chars_per_word", 0) > LONGEST_WORD:
-            raise ValueError(f"it looks for pieces in words of more than {LONGEST_WORD:,} letters")
-
-
 def _objects(content: Any) -> Iterator[dict[str, Any]]:
     """All objects in JSON, at any depth."""
     left = [content]
@@ -345,24 +327,3 @@ def _objects(content: Any) -> Iterator[dict[str, Any]]:
         if isinstance(part, dict):
             yield part
         left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-
-
-def _growth(step: dict[str, Any]) -> float:
-    """The most letters or tokens that a step of a tokenizer makes of one."""
-    made = 1.0
-    if "pattern" in step and "content" in step:  # a regular expression may match a single letter, or none
-        made = len(step["content"]) / max(1, len(step["pattern"].get("String", "")))
-    elif "prepend" in step:
-        made = len(step["prepend"])
-    elif "precompiled_charsmap" in step:  # a trie, with its length in front, and texts that end in a zero
-        stored = base64.b64decode(step["precompiled_charsmap"] or "")
-        made = max(map(len, stored[4 + int.from_bytes(stored[:4], "little") :].decode(errors="replace").split("\0")))
-    elif step.get("type") == "ByteLevel":
-        made = 2
-    elif "special_tokens" in step:
-        for pieces in (step.get("single") or [], step.get("pair") or []):
-            texts = Counter(piece["Sequence"]["id"] for piece in pieces if "Sequence" in piece)
-            names = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
-            own = sum(len(step["special_tokens"][name]["ids"]) for name in names)
-            made = max(made, own / 16, *texts.values())
-    return max(1.0, made)

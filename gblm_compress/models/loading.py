@@ -10,7 +10,7 @@ from typing import Any
 
 from gblm_compress import tasks
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
-from gblm_compress.models.files import GRAPH, check_tokenizer, shapes_of
+from gblm_compress.models.files import GRAPH, shapes_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
@@ -166,8 +166,6 @@ def load_processor(source: ModelSource) -> Any:
 
     task = task_of(source)
     auto_class = getattr(transformers, task.processor.auto_class)
-    with _named_errors(source):
-        check_tokenizer(source.folder)
     advice = f"its {task.processor.name} cannot be loaded; copy the original model's into the folder"
     with _named_errors(source, advice):
         processor = auto_class.from_pretrained(source.folder, **_SAFELY)

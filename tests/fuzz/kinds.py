@@ -22,7 +22,6 @@ from tests.tasks.families import table
 SHORT = "--sequence-length 16"
 EVALUATE = f"evaluate MODEL --dataset text.txt {SHORT} --max-windows 2 --json --quiet"
 EXPORT = "export pruned -o out --json --quiet --format"
-GENERATE = f"generate dense -o out.txt --tokens 32 {SHORT} --starts text.txt --json --quiet"
 INSPECT = "inspect MODEL --json --quiet"
 PRUNE = f"prune MODEL -o out --calibration text.txt --samples 2 {SHORT} --json --quiet"
 MAGNITUDE, WANDA = f"{PRUNE} --method magnitude", f"{PRUNE} --method wanda"
@@ -87,7 +86,7 @@ KINDS: dict[str, Kind] = {
     "parquet": Kind(
         "dense", ("text.parquet",), tuple(line.replace("text.txt", "text.parquet") for line in (EVALUATE, PRUNE))
     ),
-    "tokenizer": Kind("dense", ("dense/tokenizer.json",), (EVALUATE, WANDA, GENERATE)),
+    "tokenizer": Kind("dense", ("dense/tokenizer.json",), (EVALUATE, WANDA)),
     "extreme weights": Kind(
         "dense",
         ("dense/model.safetensors",),

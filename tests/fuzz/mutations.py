@@ -19,15 +19,6 @@ ODD_VALUES: list[Any] = [
     "demo", "\n", "\x1b[31m", "[/red]", "$x$", "\ud800", "a" * 5000, [], [[]], {}, {"a": {}}, [0] * 100,
 ]  # fmt: skip
 EXTREMES = [1e-8, -1e-8, 1e-42, 1e30, 3e38, float("nan"), float("inf"), float("-inf"), -0.0]
-ODD_STEPS: list[dict[str, Any]] = [
-    *({"type": "Replace", "pattern": pattern, "content": content}
-      for pattern in ({"String": "a"}, {"String": ""}, {"Regex": "."}, {"Regex": "(a+)+$"}, {"Regex": "("})
-      for content in ("", "a", "aaaaaaaa", "a" * 1000)),
-    *({"type": kind} for kind in ("NFKD", "Strip", "Lowercase", "ByteLevel", "ByteFallback", "Fuse", "?")),
-    {"type": "Precompiled", "precompiled_charsmap": "////fwAA"},
-    {"type": "Split", "pattern": {"Regex": "(a*)*$"}, "behavior": "Isolated", "invert": False},
-]  # fmt: skip
-PARTS = [("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")]
 ODD_CELLS: list[Any] = ["a" * 10_000, None, b"\xff", 1, 1e400, ["a"], {"text": "a"}, True, ""]
 ODD_TEXTS = ["", "\x00", "null", "{", "[" * 3000, "9" * 5000, "\ufeff", "---\n", "&a [*a]", "!!int x", "- " * 3000]
 
@@ -41,8 +32,7 @@ def spoil(path: Path, draw: Draw) -> str:
         ".parquet": [_table] * 4,
         **dict.fromkeys((".jsonl", ".txt", ".yaml", ".html", ".md", ".xml"), text),
     }
-    steps = [_steps] * 4 if path.name == "tokenizer.json" else []
-    way = draw(st.sampled_from([_bytes, _bytes, _nature, *by_suffix.get(path.suffix, ()), *steps]))
+    way = draw(st.sampled_from([_bytes, _bytes, _nature, *by_suffix.get(path.suffix, ())]))
     return f"{path.name}: {way(path, draw)}"
 
 
@@ -152,16 +142,6 @@ def extreme(path: Path, draw: Draw) -> str:
     {"all": tensor, "one": tensor.view(-1)[:1], "row": tensor[:1], "column": tensor[..., :1]}[where].fill_(value)
     save_file(tensors, path, metadata={"format": "pt"})
     return f"{path.name}: {where} of {name} = {value}"
-
-
-def _steps(path: Path, draw: Draw) -> str:
-    """Other steps of a tokenizer."""
-    content = json.loads(path.read_text())
-    part, kind = draw(st.sampled_from(PARTS))
-    steps = draw(st.lists(st.sampled_from(ODD_STEPS), min_size=1, max_size=4))
-    content[part] = {"type": "Sequence", kind: steps}
-    path.write_text(json.dumps(content))
-    return f"{part} = {str(steps)[:200]}"
 
 
 def _table(path: Path, draw: Draw) -> str:
