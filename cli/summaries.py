@@ -146,14 +146,6 @@ def advise(c: dict[str, Any]) -> list[Any]:
     return [_table(columns, c["predictions"]), *c["sentences"], *notes]
 
 
-def generate(c: dict[str, Any]) -> list[Any]:
-    facts = {
-        "texts": f"{c['texts']:,}, with {c['words']:,} words in all",
-        "tokens": f"{c['tokens']:,}, in {c['dtype']}, {c['tokens'] / c['seconds']:,.0f} tokens/s",
-    }
-    return [_facts(facts, c | {"folder": c["file"]})]
-
-
 def recover(c: dict[str, Any]) -> list[Any]:
     columns = ">tokens = {tokens:,} | >training loss = {loss:.4f} | >validation loss = {held_out:.4f}{mark}"
     curve = [look | {"mark": " *" if number == c["best"] else ""} for number, look in enumerate(c["curve"])]
@@ -328,7 +320,7 @@ def doctor(c: dict[str, Any]) -> list[Any]:
 SUMMARIES: dict[str, Callable[..., list[Any]]] = {
     summary.__name__: summary
     for summary in (
-        advise, plan, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push,
+        advise, plan, prune, recover, export, evaluate, compare, benchmark, inspect, run, report, push,
         validate, doctor,
     )
 }  # fmt: skip
@@ -419,7 +411,6 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "advise": _advised,
     "plan": _planned,
     "prune": lambda c, given: _evaluate(c["folder"], given["model"], given),
-    "generate": lambda c, given: ("prune", given["model"], "-o", "pruned", "--calibration", c["file"]),
     "recover": lambda c, given: _evaluate(c["folder"], given["teacher"], {}),
     "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
     "export": lambda c, given: _go_on(c["folder"]) or _evaluate(c["folder"], given["model"], {}),

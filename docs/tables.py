@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
 from typing import Any
@@ -153,24 +154,16 @@ def curves() -> list[Row]:
     return beside(rows, "thousands", "model")
 
 
-def trainings(start: str) -> list[Row]:
-    """Evaluations and tasks of the trained models that began from one kind of fit, after those of the dense model."""
-    measured = results("recovery-smollm2-135m")
-    models = {name: model for name, model in measured["models"].items() if ("fit fast" in model) == (start == "fast")}
-    first = next(iter(models.values()))
-    dense = {text: f"{each['baseline_perplexity']:.1f}" for text, each in first["recovered"].items()}
-    dense |= {task["task"]: f"{task['dense_accuracy']:.1%}" for task in first["tasks"]}
+def trainings() -> list[Row]:
+    """Evaluations before and after the training, after those of the dense model."""
+    models = results("recovery-smollm2-135m")["models"]
+    dense = {text: f"{each['baseline_perplexity']:.1f}" for text, each in models["2:4"]["recovered"].items()}
     rows: list[Row] = [dense | {"name": "dense"}]
-    for name, model in models.items():
-        tasks = {task["task"]: f"{task['accuracy']:.1%} ± {task['error']:.1%}" for task in model["tasks"]}
-        for stage in [stage for stage in ("fit fast", "recovered") if stage in model]:
-            row = tasks | {"name": f"{name}, {stage}" if start == "fast" else name}
-            for text, each in model[stage].items():
-                row[text] = "{perplexity:.1f} ± {perplexity_error:.1f} ({fidelity[mean_kl]:.3f})".format(**each)
-            rows.append(row)
-    for row in rows:  # the share of the text that the dense model wrote
-        shares = re.findall(r"(?:written|scenes)\d?\.txt=([\d.]+)", measured["settings"].get(row["name"], ""))
-        row["written"] = sum(map(float, shares)) or None
+    for name, stage in product(("2:4", "50 % unstructured"), ("fit fast", "recovered")):
+        row = {"name": f"{name}, {stage}"}
+        for text, each in models[name][stage].items():
+            row[text] = "{perplexity:.1f} ± {perplexity_error:.1f} ({fidelity[mean_kl]:.3f})".format(**each)
+        rows.append(row)
     return rows
 
 
@@ -457,14 +450,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         },
     ),
     "recover": (
-        trainings("fast"), {"": "{name}", "WikiText-2": "{WikiText-2 test}", "C4": "{C4, another part}"},
-    ),
-    "recover-longer": (
-        trainings("balanced"),
-        {
-            "": "{name}", "written": "{written:.0%}", "WikiText-2": "{WikiText-2 test}", "C4": "{C4, another part}",
-            "LAMBADA": "{local_lambada}", "PIQA": "{local_piqa}", "ARC-Easy": "{local_arc_easy}",
-        },
+        trainings(), {"": "{name}", "WikiText-2": "{WikiText-2 test}", "C4": "{C4, another part}"},
     ),
     "recover-step": (
         [

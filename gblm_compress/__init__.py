@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [  # noqa: F405
-    "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect", "load",
+    "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "inspect", "load",
     "onnxruntime_library", "plan", "prune", "push", "recover", "report", "run",
 ]  # fmt: skip
 if not (Path(__file__).parent / "cli").is_dir():  # a checkout on Windows, where git makes no links

@@ -27,7 +27,6 @@ from gblm_compress.settings import (
     ComputeSettings,
     EvaluateSettings,
     ExportSettings,
-    GenerateSettings,
     Panel,
     PruneSettings,
     RecoverSettings,
@@ -38,7 +37,6 @@ from gblm_compress.storage import outputs
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-    from gblm_compress.calibration.generation import GenerateResult
     from gblm_compress.exporters import ExportResult
     from gblm_compress.measure.benchmarking import BenchmarkResult
     from gblm_compress.measure.evaluation import EvaluateResult
@@ -160,26 +158,6 @@ def recover(
 
         what = recovery.Recovery(source, dense, Path(output), settings, compute.device, force)
         return recovery.recover(what, progress, resume)
-
-
-@command("gblm-compress generate demo -o text.txt --tokens 50k")
-def generate(
-    model: Model,
-    output: Annotated[FileName, "A .txt file to write; it appears only when complete."],
-    *,
-    settings: GenerateSettings,
-    compute: DeviceSettings,
-    processor: InMemory = None,
-    force: Force = False,
-    quiet: Quiet = False,
-) -> "GenerateResult":
-    """Let a model write text for calibration and training. Use it if you lack real text."""
-    outputs.TEXT.check(Path(output), force)
-    texts = [settings.starts] if settings.starts else []
-    with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
-        from gblm_compress.calibration import generation
-
-        return generation.generate(source, Path(output), settings, compute.device, progress, force)
 
 
 @command("gblm-compress export pruned -o onnx --format onnx --kernels --quantise int8")
@@ -410,7 +388,7 @@ def load(
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "Make": (prune, recover, export, run),
     "Measure": (evaluate, benchmark, compare, inspect, advise, plan),
-    "Other": (generate, report, push, validate, schema, doctor),
+    "Other": (report, push, validate, schema, doctor),
 }
 GROUPS: dict[str, tuple[Command, ...]] = {name: tuple(each.command for each in of) for name, of in _FUNCTIONS.items()}
 COMMANDS: tuple[Command, ...] = tuple(command for commands in GROUPS.values() for command in commands)

@@ -40,8 +40,8 @@ TEXT = {"samples": 3, "sequence_length": 32}
 
 def test_the_public_names() -> None:
     assert gblm_compress.__all__ == [
-        "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect",
-        "load", "onnxruntime_library", "plan", "prune", "push", "recover", "report", "run",
+        "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "inspect", "load",
+        "onnxruntime_library", "plan", "prune", "push", "recover", "report", "run",
     ]  # fmt: skip
     assert all(getattr(gblm_compress, name).__doc__ for name in gblm_compress.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
@@ -188,12 +188,10 @@ WANDA = {"method": "wanda", "fit": "none", "pattern": "2:4"}
 RUNNING = {"batch": (1,), "prompt": 8, "generate": 4, "repeats": 5, "runtimes": ("torch",), "device": "cpu"}
 GRID = {"methods": ("magnitude+none",), "patterns": ("2:4",), "seeds": 1, "evaluation_length": 32}
 TRAINING = {"teacher": "tiny", "data": ("prose.txt",), "tokens": 256, "sequence_length": 16, "batch": 2}
-WRITING = {"output": "new.txt", "tokens": 100, "sequence_length": 20, "batch": 4, "device": "cpu"}
 BOTH_WAYS = {
     "prune": (("tiny",), {"output": "new", "ignore": ("*.o_proj",), **WANDA, **TEXT_OF}),
     "plan": (("tiny",), {**WANDA, **TEXT_OF}),
     "recover": (("pruned",), {"output": "new", **TRAINING}),
-    "generate": (("tiny",), WRITING),
     "export": (("pruned",), {"output": "new", "format": "semi-structured"}),
     "evaluate": (("pruned",), {"baseline": "tiny", "sequence_length": 32, **HELD_OUT}),
     "compare": (("tiny",), {**GRID, **TEXT_OF, **HELD_OUT}),

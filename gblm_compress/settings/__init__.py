@@ -13,7 +13,6 @@ from gblm_compress.settings.stages import (
     ComputeSettings,
     EvaluateSettings,
     ExportSettings,
-    GenerateSettings,
     RecoverSettings,
     ResourceSettings,
     Source,
@@ -21,6 +20,6 @@ from gblm_compress.settings.stages import (
 
 __all__ = [
     "GATES", "REGISTRIES", "AdviseSettings", "BenchmarkSettings", "CalibrationSettings", "CompareSettings",
-    "ComputeSettings", "EvaluateSettings", "ExportSettings", "GateSettings", "GenerateSettings", "GradientNorm",
+    "ComputeSettings", "EvaluateSettings", "ExportSettings", "GateSettings", "GradientNorm",
     "OverrideSettings", "Panel", "PruneSettings", "Recipe", "RecoverSettings", "ResourceSettings", "Settings", "Source",
 ]  # fmt: skip

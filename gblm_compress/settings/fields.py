@@ -127,7 +127,6 @@ Memory = Annotated[
 
 
 FILES = ".txt/.raw/.tokens/.jsonl/.parquet file"
-TEXT = f"wikitext2, c4, a hub dataset, 'demo' or a {FILES}"
 DATA = f"wikitext2, c4, a hub dataset, 'demo', a {FILES} (or .csv, for encoders), or a folder of images"
 WHERE_ZEROS_GO = (
     "unstructured (equally many in every output row), unstructured-per-matrix, or N:M (at most N nonzeros in every M "

@@ -11,7 +11,6 @@ from gblm_compress.settings.fields import (
     MANY,
     SELF,
     SPARSITY,
-    TEXT,
     WHERE_ZEROS_GO,
     Count,
     Dtype,
@@ -78,29 +77,6 @@ class ResourceSettings(Settings):
     offload: Annotated[bool | None, Panel.NO_OPTION] = Field(
         None, description="Keep the model on disk, and one block in memory; if unset, only when it does not fit."
     )
-
-
-class GenerateSettings(Settings):
-    """How a model writes text for calibration and training."""
-
-    tokens: Tokens = Field(400_000, description="Tokens to write: 400k, 2M, …")
-    starts: GivenText | None = Field(
-        None,
-        description=f"Three quarters of the pieces begin with words of this text: {TEXT}. If unset, none has "
-        "a given start.",
-    )
-    sequence_length: Count = Field(300, description="Tokens per piece.")
-    batch: Annotated[Count, Panel.MORE] = Field(96, description="Pieces written at once; fewer take less memory.")
-    temperature: Annotated[float, Panel.MORE] = Field(
-        1.0, ge=0.01, le=100, description="Sampling temperature; below 1, likely tokens are drawn more often."
-    )
-    top_k: Annotated[Count, Panel.MORE] = Field(100, description="Draw from this many most likely tokens.")
-    seed: Seed = Field(0, description="Random seed.")
-
-    @property
-    def piece(self) -> int:
-        """Tokens of a piece."""
-        return min(self.sequence_length, self.tokens)
 
 
 class Source(Settings):

@@ -253,7 +253,7 @@ class Document:
             yield write
 
 
-TEXT, HEAT_MAP = Document("text", ".txt"), Document("heat map", ".png")
+HEAT_MAP = Document("heat map", ".png")
 SUMMARY = Document("summary", "", "<!-- gblm-compress -->\n")  # $GITHUB_STEP_SUMMARY has no suffix
 JUNIT = Document("JUnit file", ".xml", "<?xml version='1.0' encoding='utf-8'?>\n<testsuite name=\"gblm-compress: ")
 _HEAD = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content='

@@ -127,7 +127,6 @@ def made(folder: Path, **manifest: Any) -> None:
             {"teacher": "a/dense"},
             "evaluate a/pruned --baseline a/dense --dataset demo --sequence-length 512 --max-windows 16",
         ),
-        ("generate", {"model": "demo"}, "prune demo -o pruned --calibration a/text.txt"),
         ("evaluate", {"model": "a/pruned"}, "export a/pruned -o a/onnx --format onnx --quantise int8 --kernels"),
         ("evaluate", {"model": "a/onnx"}, "benchmark a/onnx --baseline owner/model"),
         (

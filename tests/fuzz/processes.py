@@ -26,7 +26,6 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "recover": ("pruned", f"recover pruned -o out --tokens 2000 --teacher dense --data text.txt {SHORT}", RESUMES),
     "bitmask": ("pruned", f"{EXPORT} bitmask", REPLACES),
     "onnx": ("pruned", f"{EXPORT} onnx --kernels", REPLACES),
-    "generate": ("dense", f"generate dense -o out.txt --tokens 256 {SHORT}", REPLACES),
     "run": ("dense", "run small.yaml -o out --junit out.xml --summary out.md", ()),
     "report": ("ran", "report ran -o out.html", ()),
     "heat map": ("pruned", "inspect pruned --heat-map out.png", REPLACES),

@@ -47,8 +47,6 @@ def test_every_long_command_says_its_cost(tiny, pruned, prose, tmp_path, monkeyp
 
     gblm_compress.evaluate(packed.folder, baseline=dense, dataset=prose, **SHORT)
     assert "; --max-windows " in said()
-    gblm_compress.generate(dense, tmp_path / "text.txt", tokens=64, batch=2, **SHORT)
-    assert "; --tokens " in said()
     gblm_compress.recover(sparse, tmp_path / "out", teacher=dense, data=[str(prose)], tokens=256, batch=2, **SHORT)
     assert "; --tokens " in said()
     gblm_compress.export(sparse, tmp_path / "again", format="bitmask")

@@ -294,7 +294,7 @@ def test_a_document_may_lie_in_the_new_folder_that_a_run_works_in(tmp_path) -> N
     assert names(tmp_path) == [MANIFEST, "summary.md"]
 
 
-@pytest.mark.parametrize("kind", [outputs.SUMMARY, outputs.TEXT])
+@pytest.mark.parametrize("kind", [outputs.SUMMARY, outputs.HEAT_MAP])
 def test_a_file_that_appears_while_a_document_is_made_is_kept(kind, tmp_path) -> None:
     path = tmp_path / f"mine{kind.suffix}"
     with pytest.raises(OutputError, match="exists"), kind.reserved(path) as write:
