@@ -12,7 +12,7 @@ import pytest
 
 from gblm_compress import __version__, errors
 from tests.runs.reports import write_report
-from tests.scripts import ROOT, python
+from tests.scripts import ROOT
 
 LIGHT = """
 import sys
@@ -23,16 +23,6 @@ for line in sys.stdin:
 heavy = {"torch", "transformers", "onnx", "onnxruntime", "datasets", "optimum", "matplotlib", "lm_eval"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
-
-
-def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: Path) -> None:
-    options = "--pattern 2:4 --samples 2 --sequence-length 32 --ignore *.down_proj,*.o_proj --json --quiet"
-    command = ["-m", "gblm_compress", "prune", "tiny", "-o", "pruned", "--calibration", prose]
-    done = python(*command, *options.split(), folder=tmp_path)
-    assert done.stderr == ""
-    result = json.loads(done.stdout)
-    assert result["nonzeros"] * 2 == result["weights"]
-    assert not [name for name in result["layers"] if "down_proj" in name or "o_proj" in name]
 
 
 TWICE_WRONG = "--set prune.pattern=unstructured --set calibration.dataset=./gone.txt"
@@ -50,13 +40,8 @@ TWO_FAULTS = "2 faults dataset './gone.txt': no such file model.layers.0.self_at
         ("compare tiny --patterns 2:4,5:4", 2, "--patterns: pattern '5:4' is not known"),
         ("prune tiny -o x --override '*=2:4,*=unstructured@1.5'", 2, "--override (number 2), sparsity: input should"),
         ("frobnicate", 2, "No such command"),
-        (
-            "recover ./gone --teacher ./lost -o x --data ./gone.txt,demo", 2, "error: 3 faults model './gone': no such "
-            "folder; give a folder, a hub id or 'demo' model './lost': no such folder; give a folder, a hub id or "
-            "'demo' dataset './gone.txt': no such file",
-        ),
+        ("recover ./gone --teacher ./lost -o x --data ./gone.txt,demo", 2, "error: 3 faults model './gone': no such"),
         ("prune tiny -o x --calibration demo", 2, "has 512 positions; sequence length is 2048, give 512 or less"),
-        ("export tiny -o x --format semi-structured", 2, "prune with `--pattern 2:4` first"),
         *((f"{name} ci-smoke {TWICE_WRONG}", 2, TWO_FAULTS) for name in ("run", "validate")),
     ],
 )  # fmt: skip
@@ -78,10 +63,6 @@ def test_a_recipe_is_validated(program, tmp_path) -> None:
     (missing,) = json.loads(done.stdout)["faults"]
     assert done.code == 2 and json.loads(done.stdout)["valid"] is False
     assert missing.endswith("my.yaml:2: prun: unknown key; did you mean 'prune'?") and missing in done.stderr
-    recipe.write_text("model: owner/model\n")
-    done = program("validate", str(recipe))
-    assert done.code == 0, done.stderr
-    assert "not checked before the run, as it is not on this machine yet: model owner/model" in done.stdout
 
 
 def test_a_report_of_two_runs(program, tmp_path) -> None:
@@ -93,17 +74,12 @@ def test_a_report_of_two_runs(program, tmp_path) -> None:
     assert program("report", "now", "-o", "joined.html").code == 0  # its own page may be replaced
 
 
-FOREIGN = "exists and was not written by this program"
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("run mine.yaml --summary mine.yaml", "summary 'mine.yaml' is an input of this command"),
-        ("run ci-smoke --summary card.md", FOREIGN),
         ("run ci-smoke --junit job.sh", "JUnit file 'job.sh': give a name that ends in .xml"),
-        ("report ran -o job.sh", "page 'job.sh': give a name that ends in .html"),
-        ("report ran -o notes.html", FOREIGN),
+        ("report ran -o notes.html", "exists and was not written by this program"),
     ],
 )
 def test_a_file_of_the_user_is_not_replaced_by_a_document(program, tmp_path, line: str, message: str) -> None:

@@ -116,18 +116,16 @@ def test_outputs_that_cannot_be(tmp_path, monkeypatch) -> None:
         with pytest.raises(UsageError, match=message), reserved(tmp_path / name, force=True):
             pass
     assert names(tmp_path) == ["empty", "file", "link"]
-    with pytest.raises(UsageError, match="is not a Unicode name"):
-        check_workable(Path("run-\udcff"), "run")
     monkeypatch.chdir(tmp_path / "empty")
     for folder in (".", "..", "../empty"):
         with pytest.raises(UsageError, match="is the current folder"):
             check_output(Path(folder), force=True)
-    for place, message in (
-        ("out-\udcff", "is not a Unicode name"),
-        ("/proc/new", "/proc/new' cannot be .* in '/proc'"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            check_output(Path(place), force=False)
+    with pytest.raises(UsageError, match="/proc/new' cannot be .* in '/proc'"):
+        check_output(Path("/proc/new"), force=False)
+    with pytest.raises(UsageError, match="is not a Unicode name"):
+        check_output(Path("out-\udcff"), force=False)
+    with pytest.raises(UsageError, match="is not a Unicode name"):
+        check_workable(Path("out-\udcff"), "run")
 
 
 HOLD = """
@@ -239,7 +237,6 @@ def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:
 HEADER = outputs.SUMMARY.header
 DOCUMENTS = {
     "own.md": f"{HEADER}# of the last run\n",
-    "empty.md": "",
     "step_summary_1": "",  # $GITHUB_STEP_SUMMARY
     "notes.md": f"# How I call gblm-compress\n{HEADER}",
     "kept.png": "",
@@ -257,7 +254,7 @@ def documents(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["own.md", "new.md", "empty.md", "step_summary_1"])
+@pytest.mark.parametrize("name", ["own.md", "new.md", "step_summary_1"])
 def test_a_document_is_replaced_if_it_begins_as_its_kind_does(name, documents) -> None:
     path = documents / name
     with outputs.SUMMARY.reserved(path) as write:
