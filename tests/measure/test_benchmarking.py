@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gblm_compress import errors
-from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
+from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.measure import benchmarking
 from gblm_compress.measure.benchmarking import Contest, benchmark, failure
 from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
@@ -123,14 +122,6 @@ def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
             ask({"batch": 1, "seed": 0})
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "message"),
-    [
-        (ModelError("two\nlines"), ModelError, "two\nlines"),
-        (MemoryError(), NotEnoughMemoryError, "memory ran out (MemoryError); give a smaller --batch"),
-        (KeyError("x"), GblmError, "a model cannot be timed (KeyError: 'x')"),
-    ],
-)
-def test_the_kind_of_a_failure(error, kind, message) -> None:
-    answer = failure(error)
-    assert getattr(errors, answer["kind"]) is kind and answer["error"].startswith(message)
+def test_a_lack_of_memory_is_an_error_of_its_kind() -> None:
+    answer = failure(MemoryError())
+    assert answer["kind"] == "NotEnoughMemoryError" and "give a smaller --batch" in answer["error"]

@@ -64,9 +64,7 @@ def test_kept_or_not_the_logits_are_the_same_to_the_bit(tiny, tmp_path, progress
     dense.close()
 
 
-def test_a_disk_that_fills_meanwhile_ends_the_keeping_and_not_the_evaluation(
-    tiny, tmp_path, progress, monkeypatch, read
-) -> None:
+def test_a_disk_that_fills_ends_the_keeping_and_not_the_evaluation(tiny, tmp_path, progress, monkeypatch, read) -> None:
     full = Mock(seek=Mock(return_value=0), write=Mock(side_effect=OSError(errno.ENOSPC, "no space is left")))
     monkeypatch.setattr(evaluation.tempfile, "TemporaryFile", lambda **_: full)
     dense, (window,) = Reference(tiny("llama"), folder=tmp_path), samples(1, LENGTH)
