@@ -37,10 +37,7 @@ def test_a_benchmark_exports_its_baseline_once(tiny, pruned, server, tmp_path) -
     for done in ended:
         assert done.code == 0, done.stderr
         assert [m["model"] for m in json.loads(done.stdout)["measurements"]] == ["dense-onnx-quantise-int8", "onnx"]
-    assert ["kept for later benchmarks in" in done.stderr for done in ended] in (
-        [True, False, False],
-        [False, True, False],
-    )
+    assert sum("kept for later benchmarks in" in done.stderr for done in ended) == 1
     assert "from an earlier benchmark" in ended[2].stderr and len(list((tmp_path / "exports").iterdir())) == 1
 
 
