@@ -95,7 +95,7 @@ def test_an_evaluation_shows_its_data_and_a_note_on_them() -> None:
 
 ON_DEMO = "--dataset demo --sequence-length 512 --max-windows 16"
 FOUND = {
-    "folder": "a/pruned", "file": "a/text.txt", "sample": "window", "ok": True, "nonzeros": 60, "weights": 80,
+    "folder": "a/pruned", "sample": "window", "ok": True, "nonzeros": 60, "weights": 80,
     "predictions": [{"name": "packed, ONNX int8", "kind": "pruned"}],
     "rows": [{"method": name, "pattern": "2:4", "perplexity": value} for name, value in (("gblm", 9), ("wanda", 8))],
 }  # fmt: skip
