@@ -39,6 +39,7 @@ from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.stage import PruneJob, PruneResult
 from gblm_compress.settings import CalibrationSettings, ComputeSettings, ExportSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS
+from gblm_compress.tasks.metrics import mean_kl
 from gblm_compress.tasks.task import Sample, Task
 from tests.forks import RANKS, Outcome, Server
 
@@ -164,6 +165,23 @@ def prose(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def pruning(tiny, tmp_path: Path, prose: Path) -> Callable[..., PruneResult]:
+    """pruning("out", "gpt2", method="wanda"): that tiny model, pruned on prose to that folder of the test's own.
+
+    `kind` may be a source. There is no fit unless one is given.
+    """
+
+    def run(name="out", kind="llama", *, samples=3, offload=None, memory=None, **given) -> PruneResult:
+        text = CalibrationSettings(dataset=str(prose), samples=samples, sequence_length=32)
+        source = tiny(kind) if isinstance(kind, str) else kind
+        settings = {key: given.pop(key) for key in PruneSettings.model_fields if key in given}
+        given["resources"] = ResourceSettings.model_construct(offload=offload, memory=memory)  # any number of bytes
+        return prune(source, tmp_path / name, PruneSettings(**{"fit": "none"} | settings), text, **given)
+
+    return run
+
+
 class Killed(BaseException):
     """Ends a run here and now; nothing in the program catches it."""
 
@@ -242,6 +260,12 @@ def samples(count: int = 3, length: int = 24, seed: int = 0) -> list[Sample]:
     """Random token ids for the tiny models."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(0, VOCABULARY, (1, length), generator=generator)} for _ in range(count)]
+
+
+@torch.no_grad()
+def divergence(dense: nn.Module, pruned: nn.Module, texts: list[Sample]) -> float:
+    """The sum of the mean divergences of the predictions for these texts."""
+    return sum(mean_kl(dense(**sample).logits[0], pruned(**sample).logits[0]) for sample in texts)
 
 
 def greedy_tokens(runtime: Runtime, ids: torch.Tensor, count: int) -> list[int]:

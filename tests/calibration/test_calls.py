@@ -10,7 +10,7 @@ from gblm_compress.calibration.calls import BlockCalls, NoChainError, calls_of
 from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights
-from gblm_compress.models.architecture import find_blocks, prunable_layers
+from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.tasks import TASKS
@@ -20,14 +20,16 @@ from tests.families.tiny import tiny_family
 from tests.tasks import families
 
 
+def called_with(block: int, change):
+    """A function that lets a block of a model be called with what `change` makes of its arguments."""
+    return lambda model: model.model.layers[block].register_forward_pre_hook(change, with_kwargs=True)
+
+
 def with_argument(model, compute) -> None:
     """Give the second block an argument that is computed from (token ids, what the first block gives)."""
-    _, blocks = find_blocks(model)
     seen = {}
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    blocks[1].register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "extra": compute(seen["input_ids"], args[0])}), with_kwargs=True
-    )
+    called_with(1, lambda _, args, more: (args, more | {"extra": compute(seen["input_ids"], args[0])}))(model)
 
 
 def share(model) -> None:
@@ -35,26 +37,13 @@ def share(model) -> None:
     other.mlp.up_proj.weight = one.mlp.up_proj.weight
 
 
-def fill_a_mapping(model) -> None:
-    for block in model.model.layers:
-        block.register_forward_pre_hook(lambda m, a, k: (a, {**k, "shared": {}}), with_kwargs=True)
-
-
-def add_one(model) -> None:
-    model.model.layers[1].register_forward_pre_hook(lambda m, args: (args[0] + 1, *args[1:]))
-
-
-def leave_one_out(model) -> None:
-    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_one, "block 1 does not take the output of the block before it"),
+        (called_with(1, lambda _, args, more: ((args[0] + 1,), more)), "block 1 does not take the output of the block"),
+        (called_with(0, lambda _, args, more: (args, more | {"shared": {}})), "block 0 gets an empty mapping"),
         (share, "blocks 0 and 1 share weights"),
-        (leave_one_out, "a forward pass ran 2 blocks of 3"),
-        (fill_a_mapping, "block 0 gets an empty mapping"),
+        (lambda model: model.model.layers.append(copy.deepcopy(model.model.layers[0])), "ran 2 blocks of 3"),
         (lambda model: with_argument(model, lambda ids, hidden: hidden.sum()), "block 1: its argument 'extra' depends"),
     ],
 )
@@ -110,8 +99,7 @@ def test_a_tensor_that_the_first_block_returns_is_each_samples_own_argument_of_t
     model, ids, given = tiny_model("llama"), samples(3), {}
     model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
     seen = give_beside(model, monkeypatch, lambda: given["input_ids"].sum())
-    _, blocks = find_blocks(model)
-    blocks[1].register_forward_pre_hook(lambda m, a, k: (a, {**k, "extra": seen[-1]}), with_kwargs=True)
+    called_with(1, lambda _, args, more: (args, more | {"extra": seen[-1]}))(model)
     _, second = BlockCalls(ResidentWeights(model), CAUSAL_LM, ids).calls
     assert [int(call.arguments["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
 
@@ -125,16 +113,6 @@ def test_each_sample_has_its_own_arguments_where_they_differ_and_one_memory_wher
     assert [int(call.arguments["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
     cosines = [call.arguments["position_embeddings"][0] for call in second]
     assert cosines[0] is cosines[1] is cosines[2]
-
-
-def inputs_of(model, module, sample) -> list[torch.Tensor]:
-    """What a module gets in a forward pass of the model, each time that it runs."""
-    found: list[torch.Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach().flatten(0, -2)))
-    with torch.no_grad():
-        model(**sample)
-    hook.remove()
-    return found
 
 
 def albert():
@@ -160,8 +138,9 @@ def test_a_weight_that_runs_several_times_is_measured_in_all_of_its_runs(make) -
     measuring = GradientPass(weights, calls, in_memory(), Ranks(), Progress(quiet=True))
     ((_, gradients),) = measuring.norms({0: layers}, "l1")
     for name, layer in layers.items():
-        users = [module for module in model.modules() if getattr(module, "weight", None) is layer.weight]
-        squares = sum(x.square().sum(0) for user in users for one in ids for x in inputs_of(model, user, one))
+        users = {path: one for path, one in model.named_modules() if getattr(one, "weight", None) is layer.weight}
+        inputs = [x for sample in ids for x in families.inputs_of(model, users, sample).values()]
+        squares = sum(x.square().sum(0) for x in inputs)
         torch.testing.assert_close(activations[name], (squares / len(ids)).sqrt(), rtol=1e-4, atol=1e-5)
         of_samples = [torch.autograd.grad(model(**sample).loss, layer.weight)[0] for sample in ids]
         torch.testing.assert_close(gradients[name], torch.stack(of_samples).abs().sum(0), rtol=1e-3, atol=1e-6)

@@ -16,10 +16,10 @@ from gblm_compress.methods import fits
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import block_pruning
-from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.settings import CalibrationSettings
 from gblm_compress.training.fits import How
 from gblm_compress.training.trainer import Plan
-from tests.conftest import prune, saved
+from tests.conftest import saved
 from tests.families.tiny import tiny_family
 
 LAUNCHERS = {
@@ -43,7 +43,7 @@ def arguments(source, output: Path, prose: Path, *more: str) -> list[str]:
         ("forks", {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"}),
     ],
 )
-def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose) -> None:
+def test_two_ranks_agree_with_one_process(start, settings, pair, pruning, tiny, tmp_path, prose) -> None:
     options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
     given = arguments(tiny("llama"), tmp_path / "two", prose, *options)
     if start in LAUNCHERS:
@@ -53,8 +53,7 @@ def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path,
     else:
         done = pair(*given)
     assert done.stdout.count('"folder"') == 1, done.stderr  # the first rank alone reports
-    text = CalibrationSettings(dataset=str(prose), samples=5, sequence_length=32)
-    prune(tiny("llama"), tmp_path / "one", PruneSettings(fit="none", **settings), text)
+    pruning("one", samples=5, **settings)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     differing = sum(int(((one[name] != 0) != (two[name] != 0)).sum()) for name in one)
     assert differing <= 1e-4 * sum(tensor.numel() for tensor in one.values())
@@ -160,7 +159,7 @@ fits.FITS |= {name: replace(fits.FITS[name], apply=fits.none, on_grid=None) for 
     ids=["block", "model-on-a-grid-in-rounds", "experts-in-rounds"],
 )
 def test_two_ranks_fit_as_one_process_does_with_the_same_steps(
-    family, settings, pair, tmp_path, prose, monkeypatch
+    family, settings, pair, pruning, tmp_path, prose, monkeypatch
 ) -> None:
     source = saved(tiny_family(family), tmp_path / family)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
@@ -176,8 +175,7 @@ def test_two_ranks_fit_as_one_process_does_with_the_same_steps(
         return replace(plan(self, samples, name, Ranks(0, 2)), own=range(samples))
 
     monkeypatch.setattr(How, "plan", of_two)
-    text = CalibrationSettings(dataset=str(prose), samples=9, sequence_length=32)
-    prune(source, tmp_path / "one", PruneSettings(method="wanda", **settings), text, dtype="float32")
+    pruning("one", source, samples=9, method="wanda", dtype="float32", **settings)
     dense = load_file(source.folder / "model.safetensors")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():

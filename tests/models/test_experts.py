@@ -13,24 +13,26 @@ KINDS = ("mixtral", "gpt_oss", "nemotron_h", "dbrx", "inkling_text", "jetmoe", "
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
 def test_experts_compute_what_the_fused_ones_do(kind: str, monkeypatch) -> None:
     model = tiny_family(kind)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     ids = torch.arange(48).view(2, 24)
     expected = model(input_ids=ids, use_cache=False).logits
+    expected.square().sum().backward()
     fused = dict(model.named_parameters())
     with unfused(model):
+        model(input_ids=ids, use_cache=False).logits.square().sum().backward()
         for name, (whole, view) in fused_weights(model).items():
-            assert torch.equal(view(fused[whole]), model.get_parameter(name))
-            assert view(fused[whole]).data_ptr() == model.get_parameter(name).data_ptr()
+            own = model.get_parameter(name)
+            assert torch.equal(view(fused[whole]), own) and view(fused[whole]).data_ptr() == own.data_ptr()
+            torch.testing.assert_close(own.grad, view(fused[whole].grad))
         assert experts_of(model) and not any(form_of(module) for module in model.modules())
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
         with monkeypatch.context() as traced:  # then every expert runs on every token
             traced.setattr(torch.compiler, "is_compiling", lambda: True)
             torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
-        next(iter(experts_of(model).values())).layers(0)[-1].weight.zero_()
+        next(iter(experts_of(model).values())).layers(0)[-1].weight.data.zero_()
     assert not experts_of(model), "the fused modules are back"
     changed = model(input_ids=ids, use_cache=False).logits
     assert not torch.equal(changed, expected), "what is written into a layer is written into the fused parameter"

@@ -13,8 +13,7 @@ from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.files import sha256_of
 from gblm_compress.models.grids import GRIDS, read_grids
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import PruneSettings
-from tests.conftest import edit_json, edit_weights, export, flip_a_bit, prune, saved
+from tests.conftest import edit_json, edit_weights, export, flip_a_bit, saved
 from tests.methods.test_fits import points_of
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -36,9 +35,9 @@ def folder(pruned, tmp_path) -> ModelSource:
         ("gpt2", "float32", "int4", 128, 16),
     ],
 )
-def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype, tiny, tmp_path) -> None:
+def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype, pruning, tiny, tmp_path) -> None:
     source = saved(loading.load_model(tiny(kind), dtype), tmp_path / "source")
-    prune(source, tmp_path / "out", PruneSettings(method="magnitude", fit="none", quantise=bits, group=group))
+    pruning("out", source, method="magnitude", quantise=bits, group=group)
     found, layers = read_grids(ModelSource("out", tmp_path / "out")), manifest.read(tmp_path / "out")["layers"]
     assert found.keys() == layers.keys()
     name, grid = next((name, grid) for name, grid in found.items() if "mlp" in name)

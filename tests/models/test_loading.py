@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,13 @@ import tokenizers
 import torch
 import transformers
 
+from gblm_compress.calibration.weights import StreamedWeights
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.models import loading
-from gblm_compress.models.loading import check_model, choose_device, choose_dtype, load_model, load_processor
+from gblm_compress.models.loading import check_model, choose_device, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
-from gblm_compress.settings import PruneSettings, ResourceSettings
-from tests.conftest import edit_json, edit_weights, prune
+from tests.conftest import edit_json, edit_weights
 from tests.families.tiny import tiny_family
 
 
@@ -24,6 +23,13 @@ from tests.families.tiny import tiny_family
 def source(tiny, tmp_path) -> ModelSource:
     """A copy of a tiny Llama, to be spoilt."""
     return ModelSource("m", shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def streamed(source: ModelSource) -> StreamedWeights:
+    return StreamedWeights(source, loading.load_skeleton(source), "cpu")
 
 
 def as_a(architecture: str, model_type: str = "bert"):
@@ -37,9 +43,9 @@ def as_a(architecture: str, model_type: str = "bert"):
             lambda folder: (folder / "model.onnx").write_bytes(b""), lambda source: check_model(source, "prune"),
             r"is an export; prune the .* or remove model\.onnx if",
         ),
-        (
-            lambda folder: edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
-            load_model, r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight",
+        *(
+            (lambda folder: edit_weights(folder, lambda tensors: tensors.pop(UP)), load, f"{said}.*{UP}.*incomplete")
+            for load, said in ((load_model, "lacks 1 tensors"), (streamed, "no tensor"))
         ),
         *((as_a(name), load_model, f"does not know the architecture {name};") for name in ("Martian", "utils")),
         (as_a("BertForMaskedLM"), load_model, "BertForMaskedLM is for fill-mask"),
@@ -68,17 +74,16 @@ def test_a_tokenizer_that_is_missing_or_without_its_vocabulary(source) -> None:
 BAD = "model.norm.weight"
 
 
-@pytest.mark.parametrize("name", [BAD, "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_a_weight_that_is_not_finite_is_named_with_its_file(name, source, tmp_path) -> None:
+@pytest.mark.parametrize("name", [BAD, "model.embed_tokens.weight", UP])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(name, source, pruning) -> None:
     """In memory, and on disk where each tensor is read once for each use."""
     bad = torch.tensor([float("nan"), float("-inf")])
     edit_weights(source.folder, lambda tensors: tensors[name].view(-1)[1:3].copy_(bad))
     message = rf"model\.safetensors': 2 of [\d,]+ values of '{name}' are NaN or infinite; .* fetch the model again"
     with pytest.raises(ModelError, match=message):
         load_model(source)
-    settings = PruneSettings(method="magnitude", fit="none")
     with pytest.raises(ModelError, match=message):
-        prune(source, tmp_path / "out", settings, resources=ResourceSettings(offload=True))
+        pruning("out", source, method="magnitude", offload=True)
 
 
 def test_large_values_and_infinite_masks_are_no_damage(source, tiny, tmp_path) -> None:
@@ -121,7 +126,7 @@ def test_a_config_does_not_choose_what_a_call_returns(source) -> None:
     load_model(source)
 
 
-def test_devices_and_dtypes(monkeypatch, tiny) -> None:
+def test_devices(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu:0") == "cpu"
     with pytest.raises(MissingDependencyError, match="finds no CUDA device"):
@@ -135,27 +140,19 @@ def test_devices_and_dtypes(monkeypatch, tiny) -> None:
     assert choose_device("cuda:1") == "cuda:1"
     with pytest.raises(MissingDependencyError, match="the last of 2 CUDA devices is cuda:1"):
         choose_device("cuda:2")
-    assert choose_dtype("auto", tiny("llama"), "cpu") == "float32"
-    assert choose_dtype("bfloat16", tiny("llama"), "cpu") == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("config", "is_limited"),
-    [
-        ({"n_positions": 512}, True),
-        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}}, True),
-        ({"max_position_embeddings": 512, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, False),
-        ({"max_position_embeddings": 512, "rope_parameters": {"full_attention": {"rope_type": "linear"}}}, False),
-        ({"text_config": {"max_position_embeddings": 512}, "vision_config": {"max_position_embeddings": 64}}, True),
-        ({}, False),
-    ],
-)
-def test_no_more_tokens_than_positions(config, is_limited, tmp_path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "m", **config}))
-    loading.check_length(ModelSource("m", tmp_path), 512)
-    refused = pytest.raises(UsageError, match="'m' has 512 positions; sequence length is 513, give 512 or less")
-    with refused if is_limited else nullcontext():
-        loading.check_length(ModelSource("m", tmp_path), 513)
+def test_no_more_tokens_than_positions_unless_these_are_scaled() -> None:
+    few, more = ({"max_position_embeddings": count} for count in (512, 1024))
+    default, linear = ({"rope_type": kind} for kind in ("default", "linear"))
+    limited = {"n_positions": 512}, few | {"rope_parameters": default}, {"text_config": few, "vision_config": more}
+    for config in limited:
+        loading.check_positions("m", config, 512)
+        with pytest.raises(UsageError, match="'m' has 512 positions; sequence length is 513, give 512 or less"):
+            loading.check_positions("m", config, 513)
+    for scaled in ({"rope_scaling": {"type": "dynamic"}}, {"rope_parameters": {"full_attention": linear}}):
+        loading.check_positions("m", few | scaled, 513)
+    loading.check_positions("m", {}, 513)
 
 
 @pytest.mark.parametrize("spaced", [False, True])

@@ -1,9 +1,9 @@
 """Manifests from anywhere are refused, no name is obeyed on a card, and no model is compared with a stranger."""
 
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,9 +45,8 @@ def test_the_manifest_holds_every_setting_and_an_export_says_where_it_comes_from
     assert loaded["model"].config.num_hidden_layers == 2 and loaded["tokenizer"]("a")["input_ids"]
 
 
-def test_what_is_pruned_already_is_said(folder, tiny, tmp_path) -> None:
-    settings = PruneSettings(method="magnitude", sparsity=0.3, fit="none")
-    again = prune(ModelSource("out", folder), tmp_path / "again", settings)
+def test_what_is_pruned_already_is_said(folder, pruning, tiny, tmp_path) -> None:
+    again = pruning("again", ModelSource("out", folder), method="magnitude", sparsity=0.3)
     assert "out is pruned already (2:4, 50.0 % zeros); zeros stay zeros" in again.warnings[0]
     assert manifest.read(tmp_path / "again")["base_model"]["sha256"] == tiny("llama").fingerprint
 
@@ -148,17 +147,13 @@ def test_the_source_is_a_baseline_wherever_it_lies(folder, tiny, tmp_path) -> No
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [
-        ({}, {"hidden_size": 32}, "hidden_size is 32, the model's 64"),
+        ({"hidden_size": 64}, {"hidden_size": 32}, "hidden_size is 32, the model's 64"),
         ({"architectures": ["Y"]}, {"architectures": ["X"]}, r"architectures is \['X'\], the model's \['Y'\]"),
         ({"text_config": {"num_experts": 4}}, {"text_config": {"num_experts": 8}}, "num_experts is 8, the model's 4"),
     ],
 )
-def test_another_architecture_is_named_by_its_first_difference(ours, theirs, message, tmp_path) -> None:
-    models = []
-    for name, differs in (("model", ours), ("other", theirs)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "m", "hidden_size": 64} | differs))
-        models.append(ModelSource(name, tmp_path / name))
+def test_another_architecture_is_named_by_its_first_difference(ours, theirs, message) -> None:
+    models = (SimpleNamespace(name=name, config=config) for name, config in (("model", ours), ("other", theirs)))
     with pytest.raises(UsageError, match=rf"'other' is not a baseline of 'model': its {message}"):
         check_baseline(*models)
 

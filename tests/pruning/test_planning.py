@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,14 +19,16 @@ from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceS
 from tests.conftest import CAUSAL_LM
 from tests.families.tiny import tiny_family
 
-SETTINGS, TEXT = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
+SETTINGS = PruneSettings(fit="none")
+
+
+def size_of(source: ModelSource, length: int = 64, **settings) -> planning.Size:
+    text = CalibrationSettings(samples=2, sequence_length=length)
+    return planning.Size(source, "float32", SETTINGS.model_copy(update=settings), text)
 
 
 def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(tiny) -> None:
-    def size(length: int = 64, **chosen) -> planning.Size:
-        settings = PruneSettings(**{"method": "wanda", "fit": "none"} | chosen)
-        text = CalibrationSettings(samples=2, sequence_length=length)
-        return planning.Size(tiny("llama"), "float32", settings, text)
+    size = partial(size_of, tiny("llama"), method="wanda", allocation="uniform")
 
     def working(**chosen) -> int:
         return size(**chosen).working
@@ -48,17 +51,11 @@ def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(
 def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
     """Beside what the files weigh, which include the other parts."""
     model = tiny_family("gemma3")
-    model.save_pretrained(tmp_path / "both")
+    for name in ("both", "text"):
+        model.save_pretrained(tmp_path / name)
     text = {**model.config.get_text_config().to_dict(), "architectures": ["Gemma3ForCausalLM"]}
-    assert "text_config" in model.config.to_dict() and text["hidden_size"] == 64
-    (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text(json.dumps(text))
-    weights = "model.safetensors"
-    (tmp_path / "text" / weights).write_bytes((tmp_path / "both" / weights).read_bytes())
-    both, alone = (
-        vars(planning.Size(ModelSource(name, tmp_path / name), "float32", PruneSettings(fit="best"), TEXT))
-        for name in ("both", "text")
-    )
+    both, alone = (vars(size_of(ModelSource(name, tmp_path / name), fit="best")) for name in ("both", "text"))
     assert both == alone
     assert both["outside_blocks"] == 2 * 257 * 64 * 4 and both["block"] == (both["weights"] // 4 - 257 * 64) // 2 * 4
     assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
@@ -66,7 +63,7 @@ def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
 
 @pytest.fixture
 def size(tiny) -> planning.Size:
-    return planning.Size(tiny("llama"), "float32", SETTINGS, TEXT)
+    return size_of(tiny("llama"))
 
 
 def placed(size: planning.Size, **resources) -> planning.Placement:
@@ -87,28 +84,22 @@ def test_processes_on_one_machine_plan_with_their_part_of_its_memory(size, monke
     assert placed(size, memory=10**9).states + size.weights + size.working == 10**9
 
 
-@pytest.mark.parametrize(
-    ("fit", "where", "better"),
-    [
-        *((fit, {}, "balanced") for fit in ("none", "fast", "obs")),
-        ("balanced", {}, "best"),
-        ("best", {}, None),
-        ("balanced", {"offload": True}, None),
-    ],
-)
-def test_the_next_fit_does_more_takes_longer_and_can_run(fit: str, where, better: str | None) -> None:
-    assert planning.better_fit(PruneSettings(fit=fit), **where) == better
-    if better is not None:
-        assert planning.passes(PruneSettings(fit=better)) > planning.passes(PruneSettings(fit=fit))
+def test_the_next_fit_does_more_takes_longer_and_can_run() -> None:
+    for fit, better in (("none", "balanced"), ("fast", "balanced"), ("obs", "balanced"), ("balanced", "best")):
+        now, then = (PruneSettings(fit=name) for name in (fit, better))
+        assert planning.better_fit(now) == better and planning.passes(then) > planning.passes(now)
+    assert planning.better_fit(PruneSettings(fit="best")) is None
+    assert planning.better_fit(PruneSettings(fit="balanced"), offload=True) is None
 
 
 @pytest.mark.parametrize(("rate", "takes", "offers"), [(1e15, "less than a second", False), (1e3, "about ", True)])
-def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, takes, offers, tiny, monkeypatch) -> None:
+def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(
+    rate, takes, offers, size, tiny, monkeypatch
+) -> None:
     monkeypatch.setattr(cost, "operations_per_second", lambda device, dtype: rate)
-    settings, text = PruneSettings(), CalibrationSettings()
     placement = planning.Placement(offload=False, states=0, by_sample=True)
-    plan = planning.Plan(settings, CAUSAL_LM, [], {}, torch.device("cpu"), "float32", "float32", placement, Ranks())
-    _, line = planning.cost_of(tiny("llama"), plan, planning.Size(tiny("llama"), "float32", settings, text), text)
+    plan = planning.Plan(SETTINGS, CAUSAL_LM, [], {}, torch.device("cpu"), "float32", "float32", placement, Ranks())
+    _, line = planning.cost_of(tiny("llama"), plan, size, CalibrationSettings())
     assert line.startswith(f"this takes {takes}") and "GB of memory on this machine" in line
     assert ("--samples 16 --sequence-length 512 take about" in line) == offers
 

@@ -73,16 +73,16 @@ def written(folder: Path, family: str, auto_class: str = "AutoModel") -> ModelSo
 
 
 def inputs_of(model: Any, layers: dict[str, Any], sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What each layer gets in a forward pass of the whole model, [tokens, in_features]."""
-    found = {}
+    """What each layer gets in a forward pass of the whole model, in all of its runs, [tokens, in_features]."""
+    found: dict[str, list[torch.Tensor]] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].detach()}))
+        layer.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(args[0].detach()))
         for name, layer in layers.items()
     ]
     model(**sample)
     for hook in hooks:
         hook.remove()
-    return {name: x.flatten(0, -2) for name, x in found.items()}
+    return {name: torch.cat([x.flatten(0, -2) for x in runs]) for name, runs in found.items()}
 
 
 SCORES = {

@@ -14,12 +14,11 @@ from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.block_pruning import prune_block_
 from gblm_compress.settings import PruneSettings
-from gblm_compress.tasks.metrics import mean_kl
 from gblm_compress.training.fits import How, distil_, reconstruct_, relative_error
 from gblm_compress.training.imitation import Imitation, prediction
 from gblm_compress.training.trainer import Trainer
 from gblm_compress.training.weights import SCALE_RATE, Weights, write_
-from tests.conftest import CAUSAL_LM, prune_, replay, samples
+from tests.conftest import CAUSAL_LM, divergence, prune_, replay, samples
 
 
 def fit(start: torch.Tensor, loss, samples: int, *, epochs: int, rate: float, grids=None, revive: bool = False):
@@ -129,15 +128,6 @@ def test_a_layer_without_survivors_stays_empty() -> None:
     assert torch.equal(fitted, torch.zeros(3)) and best == 0
 
 
-def test_no_gradient_outlives_its_step() -> None:
-    layer = torch.nn.Linear(2, 1)
-    layer.bias.data.zero_()  # so that Adam does not move it
-    weights, plan = Weights({"w": layer}, {}, {"b": layer.bias}), How(1, 0.02, "float32").plan(3, "fit", Ranks())
-    Trainer(layer, weights, lambda some: layer(torch.ones(2)).sum(), plan).run()
-    assert layer.weight.grad is layer.bias.grad is None
-    assert [master.trained.grad for master in weights.masters.values()] == [None, None]
-
-
 def test_relative_error_weighs_every_token_alike() -> None:
     target = torch.tensor([[[1.0, 0.0], [1000.0, 0.0]]])
     small, huge = torch.zeros_like(target), torch.zeros_like(target)
@@ -195,11 +185,6 @@ def test_a_fit_lowers_the_error_of_a_block_through_its_grids(kind: str, compute:
     for _, layers, grids in (fast, balanced) if chosen else ():
         assert on_grids(layers, grids)
     assert all(not torch.equal(balanced[2][name].scales, grid.scales) for name, grid in fast[2].items())
-
-
-@torch.no_grad()
-def divergence(dense, pruned, texts) -> float:
-    return sum(mean_kl(dense(**sample).logits[0], pruned(**sample).logits[0]) for sample in texts)
 
 
 @pytest.mark.parametrize(

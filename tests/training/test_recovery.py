@@ -1,5 +1,6 @@
 """Recovery: against a plain loop, interrupted, on two processes, on grids; what it reads, and what it refuses."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -14,16 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, kl_div, nll_loss
 
-from gblm_compress.api import export
 from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
 from gblm_compress.models import manifest
-from gblm_compress.models.loading import config_of, load_model, load_processor, task_of
+from gblm_compress.models.loading import load_model, load_processor, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import PruneSettings, RecoverSettings
+from gblm_compress.settings import RecoverSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import fingerprint
 from gblm_compress.tasks.text import load_text
@@ -33,8 +33,9 @@ from gblm_compress.training.imitation import Teacher
 from gblm_compress.training.recovery import Recovery, recover
 from gblm_compress.training.texts import grams, windows_of
 from gblm_compress.training.trainer import Trainer
-from tests.conftest import CAUSAL_LM, Killed, edit_json, edit_weights, flip_a_bit, prune, saved
+from tests.conftest import CAUSAL_LM, Killed, edit_json, edit_weights, export, flip_a_bit, saved
 from tests.tasks import families
+from tests.tasks.test_image_classification import config_of, process
 from tests.training.test_block_fits import by_adam, size
 
 SMALL = {"sequence_length": 32, "batch": 2, "tokens": 640, "rate": 0.01}
@@ -192,23 +193,16 @@ def test_the_bytes_of_a_weight_are_those_of_the_documentations_table() -> None:
     assert recovery.bytes_a_weight(torch.float32, 0.5, 1) == 13
 
 
-@pytest.mark.parametrize(
-    ("task", "pruning", "rate"),
-    [
-        ("causal-lm", {"fit": "balanced"}, 0.0007),
-        ("causal-lm", {"fit": "best"}, 0.0007),
-        ("causal-lm", {"fit": None, "update": "reconstruct"}, 0.0007),
-        ("causal-lm", {"fit": "fast", "update": "least-squares"}, 0.002),
-        ("causal-lm", {}, 0.002),
-        ("embedding", {"fit": "balanced"}, 0.003),
-    ],
-)
-def test_the_rate_follows_from_task_and_fit_unless_it_is_given(task, pruning, rate, monkeypatch) -> None:
-    monkeypatch.setattr(recovery.manifest, "read", lambda folder: {"prune": pruning})
-    monkeypatch.setattr(recovery.loading, "task_of", lambda source: TASKS[task])
+def test_the_rate_follows_from_task_and_fit_unless_it_is_given(monkeypatch) -> None:
     source = SimpleNamespace(folder=Path("any"))
-    assert recovery.rate_of(RecoverSettings(), source) == rate
-    assert recovery.rate_of(RecoverSettings(rate=0.1), source) == 0.1
+    for task, fit, rate in (
+        ("causal-lm", "balanced", 0.0007), ("causal-lm", "best", 0.0007), ("causal-lm", "fast", 0.002),
+        ("embedding", "balanced", 0.003),
+    ):  # fmt: skip
+        monkeypatch.setattr(recovery.manifest, "read", lambda folder, fit=fit: {"prune": {"fit": fit}})
+        monkeypatch.setattr(recovery.loading, "task_of", lambda source, task=task: TASKS[task])
+        assert recovery.rate_of(RecoverSettings(), source) == rate
+        assert recovery.rate_of(RecoverSettings(rate=0.1), source) == 0.1
 
 
 def test_a_folder_of_version_0_1_0_is_read_exported_and_recovered(train, sparse, tmp_path) -> None:
@@ -219,7 +213,7 @@ def test_a_folder_of_version_0_1_0_is_read_exported_and_recovered(train, sparse,
     result = train("recovered", source=ModelSource("old", old), rate=None)
     assert result.rate == 0.0007 and result.after < result.before
     for name in (old, tmp_path / "recovered"):
-        export(str(name), str(tmp_path / f"{name.name}-exported"), format="bitmask", quiet=True)
+        export(ModelSource("m", name), tmp_path / f"{name.name}-exported", format="bitmask")
     assert manifest.read(tmp_path / "recovered-exported")["prune"]["guidance"] == 0.5
 
 
@@ -234,7 +228,7 @@ def test_the_disk_must_hold_what_finds_no_room_in_memory(train, sparse, tmp_path
     monkeypatch.setattr(recovery, "SHARE_FOR_STATES", 0)
     with pytest.raises(OutputError, match="may be needed for .* the dense model's predictions"):
         train("in-files", short)
-    free += len(windows.used) * 32 * config_of(sparse).hidden_size * 4
+    free += len(windows.used) * 32 * sparse.config["hidden_size"] * 4
     train("in-files", short)
 
 
@@ -298,11 +292,9 @@ def two_texts(tmp_path):
     """two_texts(200, 20): the names of two files of that many letters."""
 
     def write(*lengths: int) -> list[Path]:
-        prose, paths, begin = load_text("demo", "calibration"), [], 0
-        for length in lengths:
-            paths.append(tmp_path / f"{length}.txt")
-            paths[-1].write_text(prose[begin : begin + length])
-            begin += length
+        prose, paths = io.StringIO(load_text("demo", "calibration")), [tmp_path / f"{n}.txt" for n in lengths]
+        for path, length in zip(paths, lengths, strict=True):
+            path.write_text(prose.read(length))
         return paths
 
     return write
@@ -392,12 +384,6 @@ def test_tokens_and_weights_of_texts_are_read_and_checked() -> None:
     assert [(text.dataset, text.weight) for text in found] == [("a=b.txt", 1000), ("a=b.txt", 1)]
 
 
-def test_the_command_says_what_it_brought(program, sparse, tiny, tmp_path, prose) -> None:
-    done = program(*command(sparse, tiny("llama"), tmp_path / "out", prose))
-    assert done.code == 0, done.stderr
-    assert "validation loss" in done.stdout and "the weights after" in done.stdout
-
-
 def test_a_model_is_trained_on_what_the_dense_one_writes(train, tiny, tmp_path) -> None:
     done = train(data="self")
     settings, windows = windows_for(tiny("llama"), "self")
@@ -416,16 +402,14 @@ def of_texts(tmp_path, prose) -> tuple[ModelSource, tuple[str, ...]]:
 def of_images(tmp_path, prose) -> tuple[ModelSource, tuple[str, ...]]:
     generator = numpy.random.default_rng(0)
     for number in range(128):
-        place = tmp_path / "images" / str(number % 2) / f"{number}.png"
+        place = tmp_path / "images" / f"class {number % 2}" / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=numpy.uint8)).save(place)
-    config = transformers.ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
-        initializer_range=0.3,
-    )  # fmt: skip
+    config = config_of("vit")
+    config.initializer_range = 0.3
     torch.manual_seed(0)
     source = saved(transformers.ViTForImageClassification(config), tmp_path / "vit")
-    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(source.folder)
+    process(source.folder)
     return source, (str(tmp_path / "images"),)
 
 
@@ -437,10 +421,10 @@ def distance(task, dense, pruned) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("made", [of_texts, of_images])
-def test_encoders_and_classifiers_learn_the_dense_output(made, train, tmp_path, prose) -> None:
+def test_encoders_and_classifiers_learn_the_dense_output(made, train, pruning, tmp_path, prose) -> None:
     """The first look is the mean over samples one by one, without padding; training lowers it and keeps the zeros."""
     (source, data), more = made(tmp_path, prose), {"tokens": 16_384, "batch": 16, "rate": 0.003}
-    prune(source, tmp_path / "pruned", PruneSettings(method="magnitude", fit="none", sparsity=0.7))
+    pruning("pruned", source, method="magnitude", sparsity=0.7)
     pruned = ModelSource("pruned", tmp_path / "pruned")
     result = train(source=pruned, teacher=source, data=data, **more)
     task, dense, sparse = task_of(source), load_model(source, "float32"), load_model(pruned, "float32")
