@@ -37,29 +37,22 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-@pytest.mark.parametrize("length", [2, 7, 128, 130, 300])
+@pytest.mark.parametrize(("length", "new"), [(2, 2), (7, 7), (128, 128), (130, 130), (300, 300), (150, 1)])
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float | None, exact) -> None:
-    inputs = heads(length)
-    got = attention(LAYER, *inputs, None, scaling=scale)[0]
-    expected = by_definition(*inputs, scale or 0.25)  # 0.25 = 1/√16
+def test_is_causal_attention_and_so_are_its_gradients(length, new, samples, scale, exact, monkeypatch) -> None:
+    """Of one new token, the others are in the cache."""
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
+    inputs = [torch.cat([x + number for number in range(samples)]) for x in heads(length)]
+    query, key, value = inputs
+    got = attention(LAYER, query[:, :, -new:], key, value, None, scaling=scale)[0]
+    expected = by_definition(*inputs, scale or 0.25)[:, -new:]  # 0.25 = 1/√16
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
     assert got.is_contiguous()  # as torch's; some models take a view of it
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
     gradients = torch.autograd.grad(got, inputs, upstream)
     exact_ones = torch.autograd.grad(expected, inputs, upstream.double())
     torch.testing.assert_close(gradients, exact_ones, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("new", [150, 1])  # tokens; of one, the others are in the cache
-@pytest.mark.parametrize("samples", [1, 3])
-def test_samples_do_not_see_each_other_and_one_new_token_sees_its_cache(new, samples, exact, monkeypatch) -> None:
-    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
-    each = [[x + number for x in heads(150)] for number in range(samples)]
-    query, key, value = (torch.cat(kind) for kind in zip(*each, strict=True))
-    got = attention(LAYER, query[:, :, -new:], key, value, None)[0]
-    for number, inputs in enumerate(each):
-        torch.testing.assert_close(got[[number]].double(), by_definition(*inputs, 0.25)[:, -new:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -106,35 +106,20 @@ def test_a_sample_takes_its_cache_and_its_logits(tiny) -> None:
     assert bytes_of_sample(config, 20, "bfloat16") == expected
 
 
-def test_progress_counts_every_token_of_a_sample_and_the_model_keeps_its_own_settings(capsys, monkeypatch) -> None:
+def test_progress_counts_every_token_of_a_sample(capsys, monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.progress.PLAIN_LINE_EVERY_S", 0.0)
-    model = tiny_model("llama")
-    before = model.generation_config
-    written(Progress(), model, count=4, length=6, batch=2)
-    assert model.generation_config is before
+    written(Progress(), count=4, length=6, batch=2)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"writing: {step}/10 steps" for step in range(1, 10)]
 
 
-@pytest.mark.parametrize(
-    ("settings", "given", "message"),
-    [
-        (EvaluateSettings, {"dataset": "self"}, "'self' is the model's own text"),
-        (RecoverSettings, {"disjoint_from": ("self",)}, "'self' is the model's own text"),
-    ],
-)
-def test_settings_without_a_meaning_are_refused(settings, given, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(**given)
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ("embedding", r"'self' is text that a causal language model writes; for this .* a \.txt"),
-        ("image-classification", "'self' is text, but the model takes images"),
-    ],
-)
-def test_tasks_without_a_writing_model_ask_for_data(task: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        TASKS[task].data_files("self")
+def test_the_models_own_text_is_no_evaluation_and_other_tasks_have_none() -> None:
+    for settings, given in ((EvaluateSettings, {"dataset": "self"}), (RecoverSettings, {"disjoint_from": ("self",)})):
+        with pytest.raises(ValueError, match="'self' is the model's own text"):
+            settings(**given)
+    for task, message in (
+        ("embedding", r" that a causal language model writes; for this .* a \.txt"),
+        ("image-classification", ", but the model takes images"),
+    ):
+        with pytest.raises(DataError, match=f"'self' is text{message}"):
+            TASKS[task].data_files("self")

@@ -1,12 +1,9 @@
 """The registries: what their entries declare, and that a new entry is all that a new choice takes."""
 
-import json
-import re
 from dataclasses import fields
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from gblm_compress.methods.allocation import ALLOCATIONS, DenseLayer
@@ -48,27 +45,16 @@ def test_declared_needs_are_what_is_read(kind: str, name: str) -> None:
             CALLS[kind](name, weight, Statistics(**given | {field: None}))
 
 
-def names_in(schema: dict) -> list[str]:
-    """The names that a key may have, where it may be unset too."""
-    return next(kind["enum"] for kind in schema.get("anyOf", [schema]) if "enum" in kind)
-
-
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
 def test_an_entry_is_all_that_settings_know_of_a_choice(kind: str, name: str) -> None:
-    entry, schema = REGISTRIES[kind][name], PruneSettings.model_json_schema()["properties"]
-    assert names_in(schema[kind]) == list(REGISTRIES[kind])
-    assert f"{name}: {entry.help}" in schema[kind]["description"] and "|" not in entry.help
+    entry, schema = REGISTRIES[kind][name], PruneSettings.model_json_schema()["properties"][kind]
+    assert {"enum": list(REGISTRIES[kind])}.items() <= schema.get("anyOf", [schema])[0].items()  # one may be unset
+    assert f"{name}: {entry.help}" in schema["description"] and "|" not in entry.help
     settings = PruneSettings(**{"method": "magnitude", "fit": "none", kind: name})
     assert settings.needs == entry.needs
     assert settings.needs_text == bool(entry.needs)
     assert set(entry.keys) == settings.read <= set(PruneSettings.model_fields)
     assert planning.passes(settings) >= 1 + entry.passes
-
-
-@pytest.mark.parametrize("kind", REGISTRIES)
-def test_an_unknown_name_is_refused_with_the_known_ones(kind: str) -> None:
-    with pytest.raises(ValidationError, match=re.escape(f"'{list(REGISTRIES[kind])[-1]}'")):
-        PruneSettings(**{kind: "wandb"})
 
 
 TOYS = """
@@ -120,13 +106,6 @@ def test_the_method_of_the_page_prunes(tmp_path, prose) -> None:
 
 
 def test_choices_from_outside_are_told_with_the_others() -> None:
-    help = " ".join(python("-c", TOYS, "prune", "--help-all").stdout.replace("│", " ").split())
-    schema = json.loads(python("-c", TOYS, "schema").stdout)["$defs"]["PruneSettings"]["properties"]
-    for kind, told in (
-        ("method", "last: the last inputs"), ("fit", "double: twice as much"), ("allocation", "first: the first more"),
-    ):  # fmt: skip
-        assert told in help and told in schema[kind]["description"]
-        assert told.partition(":")[0] in names_in(schema[kind])
     for options, message in (
         ("--method lats", "did you mean 'last'?"),
         ("--method wanda --alpha 3", "only method gblm, regional or last reads it"),

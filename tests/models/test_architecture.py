@@ -60,16 +60,9 @@ def test_routers_are_left_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("router", ["gate", "MoEGate", "DeepseekTopkRouter", "TopKGate"])
 def test_a_router_is_told_by_its_name_or_its_class(router: str) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            chooser = type(router, (nn.Module,), {})()
-            chooser.inner = nn.Linear(4, 4)
-            self.add_module("gate" if router == "gate" else "choose", chooser)
-            self.up, self.gate_up = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    model = nn.Module()
-    model.layers = nn.ModuleList([Block()])
+    chooser = type(router, (nn.ModuleDict,), {})({"inner": nn.Linear(4, 4)})
+    block = {"gate" if router == "gate" else "choose": chooser, "up": nn.Linear(4, 4), "gate_up": nn.Linear(4, 4)}
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(block)])})
     assert list(prunable_layers(model)[0]) == ["layers.0.up", "layers.0.gate_up"]
 
 
