@@ -56,15 +56,11 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`make test-fast` leaves the slow files out. In `make test` they start first: a long one would end alone."""
-
-    def place(item: pytest.Item) -> int:
-        name = item.path.stem.removeprefix("test_")
-        return SLOW.index(name) if name in SLOW else len(SLOW)
-
+    places = {f"test_{name}": place for place, name in enumerate(SLOW)}
     for item in items:
-        if place(item) < len(SLOW):
+        if item.path.stem in places:
             item.add_marker("slow")
-    items.sort(key=place)
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,16 +17,17 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
 
 
-def python(
-    *arguments: Any, folder: Path = ROOT, code: int = 0, **environment: str
-) -> "subprocess.CompletedProcess[str]":
-    """Run Python with this package in a folder; it must end with that exit code."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )  # fmt: skip
+def run(*command: Any, folder: Path = ROOT, code: int = 0, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a folder; it must end with that exit code."""
+    variables = os.environ | environment
+    done = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, env=variables)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def python(*arguments: Any, **more: Any) -> "subprocess.CompletedProcess[str]":
+    """Run Python with this package."""
+    return run(sys.executable, *arguments, **{"PYTHONPATH": str(ROOT)} | more)
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """The wheel, as a user has it: built, installed into an environment of its own, and run there."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import gblm_compress
-from tests.scripts import ROOT
+from tests.scripts import ROOT, run
 
 SOURCES = ("gblm_compress", "cli", "exporters", "recipes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 LIBRARY = f"gblm_compress/kernels/_bitmask{EXTENSION_SUFFIXES[-1]}"
@@ -24,11 +22,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is
 
 
 def _done(*command: str | Path, cwd: Path, **more: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    environment |= more
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run(*command, folder=cwd, PYTHONPATH="", HF_HUB_OFFLINE="1", **more).stdout
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,4 @@ def test_a_random_llama_is_whole_and_computes(tmp_path) -> None:
     assert model.dtype == torch.bfloat16 and sum(p.nbytes for p in model.parameters()) == total
     linear = {n: m for n, m in model.model.layers[2].named_modules() if isinstance(m, torch.nn.Linear)}
     assert {name: tuple(layer.weight.shape) for name, layer in linear.items()} == shape.matrices()
-    ids = samples(1, 512)[0]["input_ids"]
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert torch.isfinite(model(**samples(1, 512)[0]).logits).all()

@@ -81,22 +81,14 @@ def _leftovers(before: dict[str, str], after: dict[str, str], outcome: Outcome) 
 
 
 def _content(folder: Path, kind: Kind) -> dict[str, str]:
-    """`contents` of the inputs, and the names alone of new paths at the top."""
-    return {
-        path: content
-        for path, content in contents(folder).items()
-        if path.partition("/")[0] not in kind.changes and not path.startswith("out/")
-    }
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """{path: hash of its content} of a folder's files; links and folders have no hash."""
-
-    def content(path: Path) -> str:
-        is_file = path.is_file() and not path.is_symlink()
-        return hashlib.sha256(path.read_bytes()).hexdigest() if is_file else "no file"
-
-    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*")}
+    """{path: hash of its content} of the inputs, and of new paths at the top; links and folders have no hash."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if name.partition("/")[0] not in kind.changes and not name.startswith("out/"):
+            is_file = path.is_file() and not path.is_symlink()
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else "no file"
+    return found
 
 
 @contextmanager
