@@ -5,8 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -20,18 +20,8 @@ WORKFLOW = yaml.safe_load((ROOT / "docs" / "examples" / "github-workflow.yml").r
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the action's steps are written for bash")
 
 
-@dataclass
-class Job:
-    """What a run of the steps left; `codes` is {name of the step: exit status}, up to the one that failed."""
-
-    codes: dict[str, int]
-    log: str
-    summary: str
-    outputs: str
-
-
-def run(folder: Path, **given: str) -> Job:
-    """Carry out the shell steps, of which a failing one ends the job."""
+def run(folder: Path, **given: str) -> SimpleNamespace:
+    """What the shell steps leave, of which a failing one ends the job; `codes` is {name of a step: exit status}."""
     inputs = {name: entry.get("default", "") for name, entry in ACTION["inputs"].items()} | given
     values = {f"inputs.{name}": value for name, value in inputs.items()} | {"github.action_path": str(ROOT)}
     tools = folder / "bin"
@@ -45,7 +35,7 @@ def run(folder: Path, **given: str) -> Job:
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     paths = {"PATH": f"{tools}:{os.environ['PATH']}", "RUNNER_TEMP": str(folder), "PYTHONPATH": search}
     fixed = os.environ | paths | {"HF_HUB_OFFLINE": "1"} | {name: str(path) for name, path in files.items()}
-    job = Job({}, "", "", "")
+    job = SimpleNamespace(codes={}, log="")
     for step in (step for step in ACTION["runs"]["steps"] if "run" in step):
         assert step["shell"] == "bash" and "${{" not in step["run"]  # values are never part of a script
         own = {key: values[re.fullmatch(r"\$\{\{ (.*) \}\}", text)[1]] for key, text in step["env"].items()}

@@ -52,10 +52,15 @@ def config_of(family: str) -> Any:
     return CONFIG_MAPPING[family](**SIZES | FAMILIES[family])
 
 
-def encoder(family: str, auto_class: str = "AutoModel", labels: int = 3) -> Any:
-    """A model whose weights are large enough for its outputs to depend visibly on the input."""
+def encoder(family: str, auto_class: str = "AutoModel") -> Any:
+    """A model with three labels, if it has any."""
     config = config_of(family)
-    config.num_labels = labels
+    config.num_labels = 3
+    return random_model(config, auto_class)
+
+
+def random_model(config: Any, auto_class: str) -> Any:
+    """A model whose weights are large enough for its outputs to depend visibly on the input."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32).eval()
