@@ -25,6 +25,10 @@ EXPORT = "export pruned -o out --json --quiet --format"
 INSPECT = "inspect MODEL --json --quiet"
 PRUNE = f"prune MODEL -o out --calibration text.txt --samples 2 {SHORT} --json --quiet"
 MAGNITUDE, WANDA = f"{PRUNE} --method magnitude", f"{PRUNE} --method wanda"
+FITTED = (
+    *(f"{PRUNE} --fit {fit}" for fit in ("none --quantise int8", "none --quantise int4", "fast", "obs")),
+    f"{MAGNITUDE} --quantise int4",
+)
 PRUNED = (f"{EXPORT} bitmask", f"{EXPORT} semi-structured", EVALUATE, MAGNITUDE)
 RECOVER = (
     f"recover pruned -o out --teacher dense --data text.txt {SHORT} --tokens 64 --batch 2 --rate 0.001 --json --quiet"
@@ -87,20 +91,7 @@ KINDS: dict[str, Kind] = {
         "dense", ("text.parquet",), tuple(line.replace("text.txt", "text.parquet") for line in (EVALUATE, PRUNE))
     ),
     "tokenizer": Kind("dense", ("dense/tokenizer.json",), (EVALUATE, WANDA)),
-    "extreme weights": Kind(
-        "dense",
-        ("dense/model.safetensors",),
-        (
-            f"{PRUNE} --fit none --quantise int8",
-            f"{PRUNE} --fit none --quantise int4",
-            f"{PRUNE} --fit fast",
-            f"{PRUNE} --fit obs",
-            f"{MAGNITUDE} --quantise int4",
-            EVALUATE,
-            INSPECT,
-        ),
-        spoil=extreme,
-    ),
+    "extreme weights": Kind("dense", ("dense/model.safetensors",), (*FITTED, EVALUATE, INSPECT), spoil=extreme),
     "extreme pruned weights": Kind(
         "pruned", ("pruned/model.safetensors",), (*PRUNED, f"{EXPORT} bitmask-int8", INSPECT), (), "pruned", extreme
     ),
