@@ -64,42 +64,23 @@ def test_only_the_first_block_computes_while_calls_are_recorded() -> None:
     assert all("forward" not in vars(block) for block in model.model.layers)
 
 
-def give_beside(model, monkeypatch, compute) -> list:
-    """Let blocks return what `compute` gives beside the hidden states, and the model unpack it, as Bamba does.
-
-    Returns the list of the values that the model receives.
-    """
-    seen = []
-
-    def unpack(module, args):
-        if isinstance(args[0], tuple):
-            seen.append(args[0][1])
-            return args[0][0]
-        return None
-
-    for block in model.model.layers:
-        monkeypatch.setattr(block, "forward", lambda *a, run=block.forward, **k: (run(*a, **k), compute()))
-    for module in (*model.model.layers, model.model.norm):
-        module.register_forward_pre_hook(unpack)
-    return seen
-
-
-def test_what_blocks_return_beside_the_hidden_states_is_given_back(monkeypatch) -> None:
-    model, ids = tiny_model("llama"), samples()
-    expected = replay(model, ids)
-    expected.advance(0)
-    seen = give_beside(model, monkeypatch, lambda: "weights")
-    got = replay(model, ids)
-    got.advance(0)
-    assert all(torch.equal(one, other) for one, other in zip(got.hidden, expected.hidden, strict=True))
-    assert seen and set(seen) == {"weights"}
+def test_what_blocks_return_beside_the_hidden_states_is_given_back() -> None:
+    """Bamba's blocks return a tuple, and the model unpacks it."""
+    model, ids = tiny_family("bamba"), samples()
+    states = replay(model, ids)
+    states.advance(0)
+    states.advance(1)
+    for hidden, sample in zip(states.hidden, ids, strict=True):
+        assert torch.equal(hidden[0], families.inputs_of(model, {"": model.model.final_layernorm}, sample)[""])
 
 
 def test_a_tensor_that_the_first_block_returns_is_each_samples_own_argument_of_the_next(monkeypatch) -> None:
     model, ids, given = tiny_model("llama"), samples(3), {}
     model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
-    seen = give_beside(model, monkeypatch, lambda: given["input_ids"].sum())
-    called_with(1, lambda _, args, more: (args, more | {"extra": seen[-1]}))(model)
+    block = model.model.layers[0]
+    monkeypatch.setattr(block, "forward", lambda *a, run=block.forward, **k: (run(*a, **k), given["input_ids"].sum()))
+    called_with(1, lambda _, args, more: (args[0][:1], more | {"extra": args[0][1]}))(model)
+    model.model.norm.register_forward_pre_hook(lambda _, args: args[0][:1])
     _, second = BlockCalls(ResidentWeights(model), CAUSAL_LM, ids).calls
     assert [int(call.arguments["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
 

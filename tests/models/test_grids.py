@@ -80,13 +80,10 @@ def test_damage_is_found_and_named(folder, change, message: str) -> None:
 
 
 def test_shapes_are_those_of_the_manifest(folder) -> None:
-    path = folder.folder / manifest.MANIFEST
     content = manifest.read(folder.folder)
     content["layers"][LAYER]["shape"] = [1, 1]
-    edit_json(path, layers=content["layers"])
-    with pytest.raises(ModelError, match=rf"{LAYER}.scales: .* needs .*\[1, 1\]"):
-        grids.verify(folder)
-    edit_json(path, prune=content["prune"] | {"quantise": "none", "group": None}, grids_sha256=None)
+    content["prune"] |= {"quantise": "none", "group": None}
+    edit_json(folder.folder / manifest.MANIFEST, **content | {"grids_sha256": None})
     with pytest.raises(VerificationError, match=rf"{LAYER}.* shape \[128, 64\], the manifest says \[1, 1\]"):
         grids.verify(folder)
 

@@ -386,11 +386,9 @@ def test_tokens_and_weights_of_texts_are_read_and_checked() -> None:
 
 def test_a_model_is_trained_on_what_the_dense_one_writes(train, tiny, tmp_path) -> None:
     done = train(data="self")
-    settings, windows = windows_for(tiny("llama"), "self")
+    _, windows = windows_for(tiny("llama"), "self")
     assert manifest.read(tmp_path / "out")["recovery"]["text"] == fingerprint(windows.samples)
     assert done.tokens == 640 and len(windows.samples) == 21 and windows.passes() <= 1
-    assert all(window["input_ids"][0, 0] == 256 for window in windows.samples)
-    assert [source.dataset for source in settings.data] == ["self"]
 
 
 def of_texts(tmp_path, prose) -> tuple[ModelSource, tuple[str, ...]]:
