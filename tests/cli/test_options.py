@@ -98,10 +98,6 @@ def test_help_names_options_by_panel_and_an_example(declared) -> None:
     assert ("--help-all" in short) == (short != text) == bool(rare)
     assert declared.example and short.endswith(f"\nExample:\n  {declared.example}\n")
     assert declared.example.split()[:2] == ["gblm-compress", declared.name]
-    if declared.name == "prune":
-        panels = ["Arguments", "Common", "Method", "Fit", "Resources", "Example"]
-        assert re.findall(r"^(\w+):$", text, re.MULTILINE) == panels
-        assert text.index("Fit:") < text.index("--rounds") < text.index("Resources:") < text.index("--memory")
 
 
 def test_the_help_of_the_program_has_a_line_for_each_command_in_its_group() -> None:

@@ -79,10 +79,8 @@ def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypa
 def test_weights_are_timed_against_those_of_the_same_kind_and_arithmetic(tiny, tmp_path, checks, lane) -> None:
     models = []
     for number, found in enumerate((checks[0], *checks)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+        folder = shutil.copytree(tiny("llama").folder, tmp_path / str(number))
         (folder / "model.onnx").touch()
-        shutil.copy(tiny("llama").folder / "config.json", folder)
         edit_json(folder / "config.json", dtype="float16")
         manifest = {"kind": "export", "base_model": {"name": "tiny", "sha256": tiny("llama").fingerprint}}
         (folder / "gblm_manifest.json").write_text(json.dumps(manifest | {"checks": {"dtype": "float16", **found}}))

@@ -20,10 +20,6 @@ tags: [pruned, sparse, gblm-compress]
 # demo
 
 | left dense | head: 1 layer, 100 weights |
-
-```python
-AutoModelForCausalLM.from_pretrained(folder)
-```
 """
 
 
@@ -56,7 +52,7 @@ def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tiny, tm
     found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
     assert found["piqa", "acc"] == 0.6 and found["unknown", "perplexity"] == 24
     assert card.data.base_model is None and card.data.library_name == "transformers" and "pruned" in card.data.tags
-    for part in ("left dense", "from_pretrained", "## Measured", "2.00× as fast", "a CPU, 2 threads"):
+    for part in ("left dense", "## Measured", "2.00× as fast", "a CPU, 2 threads"):
         assert part in card.text
 
 
@@ -77,7 +73,6 @@ def linked(path: Path) -> None:
         ("README.md", Path.unlink, ModelError, "model card '.*README.md' is missing"),
         ("README.md", linked, ModelError, "model card '.*README.md' is missing, a link"),
         ("README.md", lambda path: path.write_bytes(b"\xff"), ModelError, "is not UTF-8"),
-        ("README.md", lambda path: path.write_text("---\na: [\n---\n"), ModelError, "are not metadata that the hub"),
         ("README.md", lambda path: path.write_text("---\ntags: 5\n---\n"), ModelError, "are not metadata that the hub"),
     ],
 )

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from gblm_compress.errors import UsageError
-from gblm_compress.storage.records import as_json, read_json, read_sealed, write_file, write_sealed
+from gblm_compress.errors import OutputError
+from gblm_compress.storage.records import as_json, read_json, read_sealed, write_sealed
 
 
 def test_json_is_valid_whatever_was_measured() -> None:
@@ -27,17 +27,11 @@ def test_json_that_is_no_object(content, tmp_path) -> None:
             read_json(tmp_path / name)
 
 
-def test_write_text_is_whole_or_nothing(tmp_path) -> None:
-    write_file(tmp_path / "x", "content")
-    assert (tmp_path / "x").read_text() == "content"
-    with pytest.raises(UsageError, match="cannot be written"):
-        write_file(tmp_path / "gone" / "x", "content")
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
 def test_a_sealed_record_is_read_only_as_it_was_written(tmp_path) -> None:
     write_sealed(tmp_path / "x.json", {"a": [1, 2.5], "b": "é"})
     assert read_sealed(tmp_path / "x.json") == {"a": [1, 2.5], "b": "é"}
     (tmp_path / "x.json").write_text((tmp_path / "x.json").read_text().replace("2.5", "2.6"))
     with pytest.raises(ValueError, match="hash"):
         read_sealed(tmp_path / "x.json")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_sealed(tmp_path / "gone" / "x.json", {})
