@@ -125,7 +125,7 @@ def test_a_model_and_texts_in_memory_give_what_files_give(tiny, tmp_path) -> Non
     assert len(weights) == 1
 
 
-def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path) -> None:
+def test_texts_in_memory_are_a_file_in_the_cache(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("GBLM_COMPRESS_CACHE", str(tmp_path))
     first = Path(text_file(["a", "b"]))
     assert [json.loads(line) for line in first.read_text().splitlines()] == [{"text": "a"}, {"text": "b"}]
@@ -217,8 +217,7 @@ def spelt(keywords: dict[str, object]) -> Iterator[str]:
     """Keywords of Python as options of the command line."""
     for name, value in keywords.items():
         yield f"--{name.replace('_', '-')}"
-        if value is not True:
-            yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @pytest.mark.parametrize("name", sorted({each.name for each in api.COMMANDS} - {"advise"}))  # it has its own test

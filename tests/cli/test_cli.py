@@ -104,8 +104,8 @@ def interrupted(start: str, folder: Path, *arguments: str) -> "subprocess.Comple
 @pytest.mark.parametrize("made", ["pass", "raise ValueError('as pydantic makes of it')"])
 def test_interruption_while_modules_are_imported(start, module, arguments, made, tmp_path) -> None:
     """A module that interrupts its own import stands before the real one, in a process of its own."""
-    interrupts = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
-    (tmp_path / f"{module}.py").write_text(interrupts + f"finally:\n    {made}\n")
+    interrupts = "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / f"{module}.py").write_text(f"{interrupts}finally: {made}\n")
     ended = interrupted(start, tmp_path, *arguments)
     assert ended.returncode == 130 and ended.stdout == ""
     *before, last = ended.stderr.splitlines()
@@ -115,11 +115,8 @@ def test_interruption_while_modules_are_imported(start, module, arguments, made,
 
 def test_the_second_interruption_ends_the_process_at_once(tmp_path) -> None:
     """The first is still being cleaned up after."""
-    (tmp_path / "pydantic.py").write_text(
-        "import os, signal, time\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
-        "finally:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
-    )
+    interrupts = "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    (tmp_path / "pydantic.py").write_text(f"import os, signal, time\ntry: {interrupts}\nfinally: {interrupts}\n")
     ended = interrupted(SCRIPT, tmp_path, "--help")
     assert ended.returncode == -signal.SIGINT and ended.stderr == ""
 

@@ -103,12 +103,11 @@ def write_report(run: Path, **changes) -> None:
     records.write_file(run / REPORT, records.as_json(report(**changes).as_dict()))
 
 
-def write_artefact(run: Path, model: Path, card: str, name: str = "bitmask") -> Path:
-    """An artefact of such a run: the files of a model, a card, and the record of its export."""
-    folder, record = shutil.copytree(model, run / name), record_path(f"export {name}", run)
+def write_artefact(run: Path, model: Path, card: str) -> None:
+    """The artefact of such a run: the files of a model, a card, and the record of its export."""
+    folder, record = shutil.copytree(model, run / "bitmask"), record_path("export bitmask", run)
     (folder / "README.md").write_text(card)
     (folder / "gblm_manifest.json").write_text("{}")
     record.parent.mkdir()
-    content = ModelSource(name, folder).fingerprint
+    content = ModelSource("bitmask", folder).fingerprint
     records.write_sealed(record, {"key": "", "content": content, "seconds": 1.0, "result": {}})
-    return folder
