@@ -11,9 +11,7 @@ from tests.families.tiny import tiny_family
 
 BUILD, PRUNE = "build", "prune"
 STEPS = (BUILD, PRUNE, "offload", "bitmask", "onnx")
-LEAST = 0.9
-"""The share of the linear weights in the blocks, routers apart, that must be pruned."""
-
+LEAST = 0.9  # of the linear weights in the blocks, routers apart, must be pruned
 _APART = ("head", "embedding tied", "router", "outside the blocks")
 _TEXT = "The quick brown fox jumps over the lazy dog. 0123456789 Pack my box with five dozen liquor jugs!\n" * 40
 

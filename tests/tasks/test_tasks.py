@@ -60,8 +60,8 @@ def without_padding(found) -> list[dict[str, torch.Tensor]]:
 def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text, offload, memory) -> None:
     """gblm of the task as it ships: the gradient of the embedding's product with each sample's direction."""
     resources = ResourceSettings.model_construct(offload=offload, memory=memory)
-    settings = {"method": "gblm", "alpha": 100.0, "allocation": "uniform", "fit": "none"}
-    prune(encoder, tmp_path / "out", PruneSettings(**settings), text, resources=resources, device="cpu")
+    settings = PruneSettings(method="gblm", alpha=100.0, allocation="uniform", fit="none")
+    prune(encoder, tmp_path / "out", settings, text, resources=resources, device="cpu")
     pruned = load_model(ModelSource("out", tmp_path / "out"))
     assert type(pruned) is BertModel and (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     found = drawn(encoder, text)
@@ -74,14 +74,6 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(encoder, tmp_path, text,
     losses = [partial(loss, *each) for each in zip(texts, found, strict=True)]
     expected = families.slow_masks(load_model(encoder), texts, losses, 100.0)
     assert len(expected) == 12 and families.share_that_differs(pruned, expected) <= 1e-3
-    if offload:
-        return
-    # It would not pass by chance: gradients and what padding adds turn far more of the mask.
-    without_gradients, padded = load_model(encoder), load_model(encoder)
-    families.slow_masks(without_gradients, texts, losses, 0.0)
-    full = [{**sample, "attention_mask": torch.ones_like(sample["attention_mask"])} for sample in found]
-    prune_(padded, full, **settings)
-    assert all(families.share_that_differs(model, expected) > 1e-2 for model in (without_gradients, padded))
 
 
 def test_statistics_of_a_block_leave_padding_out(encoder, text) -> None:
