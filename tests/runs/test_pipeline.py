@@ -231,9 +231,6 @@ def test_own_text_is_trained_on_and_the_recovered_model_exported(tmp_path) -> No
     names = ["prune", "recover", "export bitmask", "evaluate recovered", "evaluate bitmask"]
     assert [stage.name for stage in result.stages] == names
     assert redone(pipeline.run(smoke(*changes), output, QUIET)) == set()
-    manifest = json.loads((output / "recovered" / "gblm_manifest.json").read_text())
-    assert manifest["calibration"]["dataset"] == "self"
-    assert [source["dataset"] for source in manifest["recovery"]["settings"]["data"]] == ["demo", "self"]
     manifest = json.loads((output / "bitmask" / "gblm_manifest.json").read_text())
     assert manifest["source_sha256"] == ModelSource("", output / "recovered").fingerprint
     curve, looks = result.stages[1].result["curve"], result.find("held_out_loss")
