@@ -233,17 +233,10 @@ def test_the_disk_must_hold_what_finds_no_room_in_memory(train, sparse, tmp_path
 
 
 def test_another_number_of_processes_goes_on(pair, train, pruned, tiny, tmp_path, prose, monkeypatch) -> None:
-    source, threads = pruned(quantise="int8"), "import torch; torch.set_num_threads(2)"
-    change = "from gblm_compress.training import checkpoints, recovery, trainer\n"
-    change += "recovery.faster_dtype = lambda device, group: 'float32'"
-    dies = (
-        "import os; trainer.CHECKPOINT_SECONDS = 0.0\n"
-        "save, done = checkpoints.Checkpoints.save, []\n"
-        "def dying(self, *args):\n"
-        "    save(self, *args), done.append(1)\n"
-        "    if len(done) == 5: os._exit(9)\n"
-        "checkpoints.Checkpoints.save = dying"
-    )
+    change = "from tests.training.test_recovery import dying, pytest, recovery, torch\n"
+    change += "recovery.faster_dtype = lambda device, group: 'float32'\n"
+    dies, threads = "dying(pytest.MonkeyPatch(), 5)", "torch.set_num_threads(2)"
+    source = pruned(quantise="int8")
     expected = train("whole", source=source)
 
     def check(name: str, curve: list[float]) -> None:
@@ -251,15 +244,14 @@ def test_another_number_of_processes_goes_on(pair, train, pruned, tiny, tmp_path
         got, whole = weights(tmp_path / name), weights(tmp_path / "whole")
         assert all(torch.allclose(got[key].float(), whole[key].float(), rtol=1e-2, atol=1e-3) for key in whole)
 
-    assert pair(*command(source, tiny("llama"), tmp_path / "by one", prose), change=f"{change}\n{dies}").code != 0
+    assert pair(*command(source, tiny("llama"), tmp_path / "by one", prose), change=change + dies).code != 0
     assert len([*(tmp_path / ".by one.recovery").glob("state-5.*of2.safetensors")]) == 2
     check("by one", [look.held_out for look in train("by one", source=source, resume=True).curve])
     with monkeypatch.context() as patch, pytest.raises(Killed):
         dying(patch, 5)
         train("by two", source=source)
-    done = pair(
-        *command(source, tiny("llama"), tmp_path / "by two", prose), "--resume", "--json", change=f"{change}\n{threads}"
-    )
+    given = command(source, tiny("llama"), tmp_path / "by two", prose)
+    done = pair(*given, "--resume", "--json", change=change + threads)
     assert done.code == 0, done.stderr
     other = json.loads(done.stdout)
     assert (other["tokens"], other["trained"]) == (expected.tokens, expected.trained)
