@@ -7,28 +7,19 @@ import onnx
 import pytest
 import torch
 
-from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters.onnx_plain import note_limit
-from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.measure.benchmarking import Contest, benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxForward, OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import (
-    BenchmarkSettings,
-    CalibrationSettings,
-    ComputeSettings,
-    EvaluateSettings,
-    PruneSettings,
-)
+from gblm_compress.settings import BenchmarkSettings, ComputeSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from tests.conftest import export, prune
 from tests.measure.test_onnx_runtime import CONCAT, PRESENT, STATE, runtime
 from tests.tasks import families
-
-TEXT = CalibrationSettings(dataset="demo", samples=4, sequence_length=32)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +32,7 @@ def exported(tmp_path_factory):
         if task == "embedding":
             (dense.folder / "1_Pooling").mkdir()
             (dense.folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-        prune(dense, folder / "pruned", PruneSettings(method="wanda", fit="none"), TEXT, device="cpu")
+        prune(dense, folder / "pruned", PruneSettings(method="magnitude", fit="none"))
         pruned = ModelSource("pruned", folder / "pruned")
         found[task] = pruned, export(pruned, folder / "onnx", format="onnx")[1]
     return found
@@ -118,17 +109,6 @@ def test_forward_passes_in_fewer_bits(exported, tmp_path, kind: str, operator: s
     assert result.bytes < 0.75 * full.bytes_on_disk
     with pytest.raises(UsageError, match="group would do nothing: int8 of a model without decoding has a scale for"):
         export(pruned, tmp_path / "out", format="onnx", quantise="int8", group=32)
-
-
-def test_a_wrong_prediction_fails_verification(exported, monkeypatch) -> None:
-    pruned, onnx_folder = exported["embedding"]
-    sample = loading.task_of(pruned).probe(loading.load_processor(pruned), loading.config_of(pruned))
-    given = onnx_folder, loading.load_model(pruned), sample, "float32", [], {}
-    assert verify(*given)["logits_relative_difference"] < 1e-4
-    original = OnnxForward.predict
-    monkeypatch.setattr(OnnxForward, "predict", lambda self, sample: 1.01 * original(self, sample))
-    with pytest.raises(VerificationError, match="differ by"):
-        verify(*given)
 
 
 IDS = torch.arange(300).remainder(7).unsqueeze(0)
