@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -89,28 +90,21 @@ def set_weight_attrs(parameter: nn.Parameter, attributes: dict[str, Any]) -> Non
         setattr(parameter, name, value)
 
 
-def register_quantization_config(name: str) -> Any:
-    return lambda config: METHODS.setdefault(name, config)
-
-
 def install(monkeypatch: Any) -> None:
     """Put these modules where vLLM's would be."""
     contents: dict[str, dict[str, Any]] = {
-        "vllm": {},
+        **{name: {} for name in ("vllm", "vllm.model_executor", LAYERS)},
         "vllm.logger": {"init_logger": Logger},
-        "vllm.model_executor": {},
         "vllm.model_executor.utils": {"set_weight_attrs": set_weight_attrs},
-        LAYERS: {},
         f"{LAYERS}.linear": {
             "LinearBase": LinearBase,
             "LinearMethodBase": object,
             "UnquantizedLinearMethod": UnquantizedLinearMethod,
         },
-        f"{LAYERS}.quantization": {"register_quantization_config": register_quantization_config},
+        f"{LAYERS}.quantization": {"register_quantization_config": lambda name: partial(METHODS.setdefault, name)},
         f"{LAYERS}.quantization.base_config": {"QuantizationConfig": Config, "QuantizeMethodBase": object},
     }
     METHODS.clear()
-    monkeypatch.delitem(sys.modules, "gblm_compress.serving.vllm_layers", raising=False)
     for name, content in contents.items():
         module = ModuleType(name)
         module.__dict__.update(content)

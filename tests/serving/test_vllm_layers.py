@@ -33,7 +33,6 @@ def matrix(rows: int, seed: int = 0, columns: int = COLUMNS) -> Tensor:
 
 WEIGHTS = {"q": matrix(32, 1), "k": matrix(16, 2), "v": matrix(16, 3)}
 OUTLIERS = torch.tensor([1.0, *[0.0, 0.03] * 35, 0.0]).repeat(8, 1)
-RANK_1_OF_4 = {"rank": 1, "ranks": 4, "row_parallel": True}
 
 
 def packed(layout: str, weight: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -156,14 +155,9 @@ def test_a_dense_part_has_scales_for_as_many_columns_as_the_packed_ones(config, 
 @LAYOUT_NAMES
 def test_a_damaged_part_is_refused_before_it_is_cut(config, layout: str) -> None:
     tensors, first = packed(layout, matrix(8)), LAYOUTS[layout].kind.names[0]
-    for name, damage in [
-        ("values", lambda t: t * float("nan")),
-        ("values", lambda t: t[:-1]),
-        (first, lambda t: t.flatten()[:0]),
-        (first, lambda t: t.flatten()[0]),
-    ]:
+    for damage in ({"values": tensors["values"] * float("nan")}, {first: tensors[first].flatten()[0]}):
         with pytest.raises(ModelError):
-            down(config, layout, matrix(8)).load(None, **{**tensors, name: damage(tensors[name])})
+            down(config, layout, matrix(8)).load(None, **tensors | damage)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +166,9 @@ def test_a_damaged_part_is_refused_before_it_is_cut(config, layout: str) -> None
         ("bitmask-int4", {}, OUTLIERS, "was left dense, and the bitmask-int4 layout would change it by .* %"),
         ("bitmask", {}, matrix(8, columns=40), f"40 columns; the model's has {COLUMNS}"),
         ("sparse24", {}, torch.ones(8, COLUMNS), "not 2:4"),
-        ("sparse24", RANK_1_OF_4, None, f"^{DOWN}: the matrix is not 2:4: in_features=18 is not a multiple of 4$"),
         ("bitmask", {"rows": 12}, None, f"^{DOWN}: vLLM cannot slice 8 rows of the folder into 12 of its layer$"),
     ],
-    ids=["rounded too much", "width", "not 2:4", "groups cut in two", "rows"],
+    ids=["rounded too much", "width", "not 2:4", "rows"],
 )
 def test_a_part_that_does_not_fit_is_refused(config, layout: str, options: Any, dense: Any, message: str) -> None:
     tensors = packed(layout, matrix(8)) if dense is None else {"weight": dense}
