@@ -56,8 +56,8 @@ class Case:
     def products(self) -> list[np.ndarray]:
         """What a graph that is taken must compute; an error where nobody could."""
         roles, _, restored = OPERATORS[self.operator]
-        x, given = self.tensors["x"].astype(np.float64), [self.tensors[name] for name in self.inputs[1:]]
-        x = _rounded(x) if self.operator == "QuantisedLinear" else x
+        x, *given = (self.tensors[name] for name in self.inputs)
+        x = _rounded(x) if self.operator == "QuantisedLinear" else x.astype(np.float64)
         return [x @ restored(*given[at : at + len(roles)]).T for at in range(0, len(given), len(roles))]
 
 
