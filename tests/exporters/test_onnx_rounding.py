@@ -26,12 +26,6 @@ from tests.scripts import python
 pytestmark = needs_operator
 WIDTHS = {"int8": 8, "int4": 4}
 ON_KERNELS = {"format": "onnx", "kernels": True}
-WAYS = {
-    "int8": {"quantise": "int8"},
-    "int8 by 32": {"quantise": "int8", "group": 32},
-    "int4": {"quantise": "int4"},
-    "dense": {"quantise": "int8"},
-}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -49,14 +43,16 @@ def weights_in(folder: ModelSource) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_graph_computes_with_the_numbers_of_the_file(tiny, pruned, tmp_path, way: str) -> None:
-    source = tiny("llama") if way == "dense" else pruned()
-    settings = {**ON_KERNELS, **WAYS[way]}
-    result, folder = export(source, tmp_path / "out", **settings)
-    assert result.checks["weights"] == settings["quantise"] and result.checks["logits_relative_difference"] < 1e-3
+@pytest.mark.parametrize(
+    ("is_dense", "quantise", "group"),
+    [(False, "int8", None), (False, "int8", 32), (False, "int4", None), (True, "int8", None)],
+)
+def test_the_graph_computes_with_the_numbers_of_the_file(tiny, pruned, tmp_path, is_dense, quantise, group) -> None:
+    source = tiny("llama") if is_dense else pruned()
+    result, folder = export(source, tmp_path / "out", **ON_KERNELS, quantise=quantise, group=group)
+    assert result.checks["weights"] == quantise and result.checks["logits_relative_difference"] < 1e-3
     model = load_model(source, "float32")
-    round_(model, source, ExportSettings(**settings), is_dense=way == "dense")
+    round_(model, source, ExportSettings(**ON_KERNELS, quantise=quantise, group=group), is_dense=is_dense)
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     expected = {row.tobytes() for layer in layers for row in layer.weight.detach().numpy()}
     assert {row.tobytes() for weight in weights_in(folder) for row in weight.astype(np.float32)} == expected
@@ -65,7 +61,7 @@ def test_the_graph_computes_with_the_numbers_of_the_file(tiny, pruned, tmp_path,
     assert table.data_type == onnx.TensorProto.INT8
     assert {node.op_type for node in graph.node if table.name in node.input} == {"Gather", "QuantisedLinear"}
     masks = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT64 and len(t.dims) == 2]
-    assert ({tuple(mask.dims) for mask in masks} == {(0, 0)}) == (way == "dense")
+    assert ({tuple(mask.dims) for mask in masks} == {(0, 0)}) == is_dense
 
 
 def test_layers_of_which_rounding_moved_much_are_named(pruned, monkeypatch) -> None:

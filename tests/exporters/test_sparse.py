@@ -82,13 +82,8 @@ def dense_again(model, source: ModelSource):
     return dense
 
 
-@pytest.mark.parametrize(
-    ("format", "kind"),
-    [
-        *(("bitmask", kind) for kind in (*ARCHITECTURES, *FAMILIES)),
-        *(("semi-structured", kind) for kind in ("llama", "gpt2", *FAMILIES)),
-    ],
-)
+@pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *FAMILIES])
 def test_from_pretrained_gives_the_sparse_model(format, kind, exported) -> None:
     source, folder, checks = exported(format, kind)
     model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
@@ -136,10 +131,7 @@ def test_transformers_alone_finds_no_weights_rather_than_random_ones(exported, t
         model.save_pretrained = lambda place, size=shard_size, **more: save(place, max_shard_size=size, **more)
         save_packed(model, tmp_path / folder)
         assert (tmp_path / folder / SPARSE_INDEX).exists() == (folder == "sharded")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
-        assert torch.equal(logits(again), logits(model))
-        again.save_pretrained(tmp_path / "again")  # with ordinary names, which this package reads too
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / folder)), logits(model))
     code = (
         "from transformers import AutoModelForCausalLM\n"
         "for folder in ('whole', 'sharded'):\n"

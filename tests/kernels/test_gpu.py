@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gblm_compress.layouts import LAYOUTS
-from tests.layouts.weights import packed, sparse
+from tests.layouts.weights import EXACT, packed, sparse
 from tests.scripts import python
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
@@ -106,11 +106,7 @@ def compiled(tmp_path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("layout", "dtype", "tokens"),
-    [
-        *((layout, torch.bfloat16, 1) for layout in LAYOUTS),
-        ("bitmask", torch.float16, 64),
-        ("sparse24", torch.float16, 64),
-    ],
+    [*((layout, torch.bfloat16, 1) for layout in LAYOUTS), *((layout, torch.float16, 64) for layout in EXACT)],
 )
 def test_every_kernel_compiles_for_an_h100(compiled, layout: str, dtype: torch.dtype, tokens: int) -> None:
     from gblm_compress.kernels import gpu

@@ -52,13 +52,10 @@ DAMAGES = {
         (with_another_of_half_precision, "the values of weight 0 and weight 1 are of different types"),
         (changed("mask0", np.full((2, 1), -1)), "starts 'starts0' says 1 at row 1; the rows before it have 64 bits"),
         (changed("mask0", np.zeros((2, 0), np.int64)), r"mask 'mask0' has shape \[2, 0\]; it needs at least one row"),
-        (changed("mask0", np.zeros((2, 1), np.int32)), "mask 'mask0' must be a tensor of int64 with 2 dimensions"),
         (changed("starts0", np.array([0])), "starts 'starts0' has 1 elements; the mask has 2 rows"),
         (changed("values0", np.zeros(64, np.float32)), "values 'values0' has 64 elements; .* 2 bits, which takes 66"),
-        (changed("values0", np.zeros((1, 66), np.float32)), "values 'values0' must be a tensor of float or float16 w"),
         (lambda case: case.variable.add("values0"), "values 'values0' must be a constant initializer"),
         (lambda case: case.inputs.extend(case.inputs[1:] * 8), "of 1 to 8 weights, .* it has 28 inputs and 1 outputs"),
-        (changed("x", np.array(1.0, np.float32)), "with 1 to 8 dim.* 0 dimensions, the last of 0"),
         (changed("x", np.zeros((3, 65), np.float32)), "the last of 64; .* 2 dimensions, the last of 65"),
     ],
     "DenseLinear": [
@@ -69,11 +66,9 @@ DAMAGES = {
     "QuantisedLinear": [
         (changed("mask0", np.ones((2, 1025), np.int64)), r"mask 'mask0' has shape \[2, 1025\]; it .* 1 to 1024 words"),
         (changed("values0", np.zeros(67, np.uint8)), "values beside levels 'levels0' have 67 .*; the mask takes 66"),
-        (changed("values0", np.zeros(66, np.int16)), "values 'values0' must be a tensor of int8 or uint8 with 1 dim"),
         (changed("levels0", np.zeros(15, np.int8)), "levels 'levels0' have 15 elements; values of int8 need none"),
         (changed("scales0", np.zeros((2, 3), np.float16)), r"scales 'scales0' have shape \[2, 3\]; 2 rows of 64"),
         (changed("scales0", np.zeros((2, 1), np.float32)), "scales 'scales0' must be a tensor of float16 with 2 dim"),
-        (changed("mask0", np.zeros((0, 0), np.int64)), "values 'values0' must be a tensor of int8 with 2 dimensions"),
         (lambda case: case.inputs.pop(), "mask, values, scales and levels of 1 to 8 weights, .* it has 4 inputs and 1"),
     ],
 }

@@ -35,11 +35,9 @@ def as_kernels_read_it(rows: int, columns: int, layout: str = "sparse24") -> "Pa
 
 
 def dense_of(weight: "Packed") -> Tensor:
-    mask = LAYOUTS[weight.layout].kind.mask.name
-    held = {"scales": weight.scales, "levels": weight.levels, "values": weight.values}
-    if mask:
-        held[mask] = weight.places
-    return LAYOUTS[weight.layout].kind.unpack(held, weight.shape[1], weight.dtype)
+    kind = LAYOUTS[weight.layout].kind
+    held = {"scales": weight.scales, "levels": weight.levels, "values": weight.values, kind.mask.name: weight.places}
+    return kind.unpack(held, weight.shape[1], weight.dtype)
 
 
 def product_on_cuda(layer: PackedLinear, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from tests.scripts import ROOT, blocks, python
 LINE, FILE = blocks("python", page=ROOT / "docs" / "adding-a-layout.md")
 USE = """
 import json
-import sys
 from pathlib import Path
 
 from gblm_compress.layouts import LAYOUTS, Layout
@@ -18,20 +17,11 @@ LINE
 import torch
 from transformers import AutoModelForCausalLM
 
-from gblm_compress.cli.app import main
+import gblm_compress
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import build_tiny
 
-build_tiny("llama", Path("tiny"))
-for arguments in (
-    ["prune", "tiny", "-o", "pruned", "--method", "magnitude", "--fit", "none", "--pattern", "2:4", "--quiet"],
-    ["export", "pruned", "-o", "packed", "--format", "toy-int8", "--quiet"],
-):
-    sys.argv = ["gblm-compress", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, end.code
+gblm_compress.prune("tiny", "pruned", method="magnitude", fit="none", pattern="2:4", quiet=True)
+gblm_compress.export("pruned", "packed", format="toy-int8", quiet=True)
 dense, packed = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("pruned", "packed"))
 layer, weight = packed.model.layers[0].mlp.up_proj, dense.model.layers[0].mlp.up_proj.weight
 assert (layer.layout, layer.kernel(1)) == ("toy", "dense product of the unpacked weight")

@@ -51,7 +51,6 @@ def test_the_product_is_that_of_the_dense_layer(kernels: str, layout: str, dtype
 def test_only_packed_weights_are_held(layout: str) -> None:
     dense, packed = pair(layout, 512, 640)
     assert not [name for name, _ in packed.named_parameters() if "weight" in name]
-    assert packed.packed_bytes < 0.55 * dense.weight.nbytes
     assert sum(buffer.nbytes for buffer in packed.buffers()) < 0.6 * dense.weight.nbytes
     empty = PackedLinear(layout, **packed.description(), dtype=torch.float32)
     assert [tensor.shape for tensor in packed.held.values()] == [tensor.shape for tensor in empty.held.values()]
@@ -124,13 +123,8 @@ def test_a_layer_filled_by_hand_is_checked_before_a_kernel_reads_it(layout: str)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        *(
-            ({"shape": shape}, "does not fit a matrix")
-            for shape in ((0, 8), (8,), (8, 8, 8), (8.0, 8), (True, 8), "88")
-        ),
-        ({"nonzeros": -1}, "nonzeros -1 is impossible"),
-        ({"nonzeros": True}, "nonzeros True is impossible"),
-        ({"nonzeros": 32 * 8 + 1}, "nonzeros 257 is impossible"),
+        *(({"shape": shape}, "not fit a matrix") for shape in ((0, 8), (8,), (8, 8, 8), (8.0, 8), (True, 8), "88")),
+        *(({"nonzeros": count}, f"nonzeros {count} is impossible") for count in (-1, True, 32 * 8 + 1)),
         ({"scales": 2}, "it is described as .*unexpected keyword argument 'scales' .*a newer gblm-compress may have"),
         ({"dtype": 2}, "it is described as .*multiple values for keyword argument 'dtype'"),
         ({"layout": "sparse24"}, "unexpected keyword argument 'nonzeros' for the sparse24 layout"),

