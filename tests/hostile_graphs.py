@@ -100,10 +100,6 @@ def _random_mask(numbers: np.random.Generator, rows: int, words: int) -> np.ndar
     return np.packbits(alive, axis=1, bitorder="little").view(np.int64)
 
 
-def _dense_weight(numbers: np.random.Generator, rows: int, words: int, dtype: Any) -> list[np.ndarray]:
-    return [numbers.normal(size=(rows, words * 64)).astype(dtype)]
-
-
 def _bitmask_weight(numbers: np.random.Generator, rows: int, words: int, dtype: Any) -> list[np.ndarray]:
     mask = _random_mask(numbers, rows, words)
     counts = _alive(mask).sum(1)
@@ -130,7 +126,10 @@ def _quantised_weight(numbers: np.random.Generator, rows: int, words: int, _: An
 
 
 OPERATORS: dict[str, tuple[tuple[str, ...], Callable[..., list[np.ndarray]], Callable[..., np.ndarray]]] = {
-    "DenseLinear": (("weight",), _dense_weight, lambda weight: weight.astype(np.float64)),
+    "DenseLinear": (
+        ("weight",), lambda numbers, rows, words, dtype: [numbers.normal(size=(rows, words * 64)).astype(dtype)],
+        lambda weight: weight.astype(np.float64),
+    ),
     "BitmaskLinear": (
         ("mask", "values", "starts"), _bitmask_weight, lambda mask, values, starts: _scattered(mask, values[:-PADDING]),
     ),

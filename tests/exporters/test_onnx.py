@@ -145,18 +145,13 @@ def test_without_a_compiler_kernels_are_refused_and_auto_is_dense_and_says_so(ex
 
 
 @needs_operator
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (exporter, "not a multiple of 48, which kernels need"),  # before the model is traced
-        (onnx_packing, "multiple of 48; this weight has in_features=64 .* Export without --kernels"),
-    ],
-)
-def test_kernels_take_whole_words(exported, tmp_path, monkeypatch, module, message) -> None:
-    monkeypatch.setattr(module, "WORD", 48)
-    if module is exporter:
-        monkeypatch.setattr(onnx_plain, "_trace", None)
-    with pytest.raises(ModelError, match=message):
+def test_kernels_take_whole_words(exported, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(onnx_packing, "WORD", 48)
+    with pytest.raises(ModelError, match="multiple of 48; this weight has in_features=64 .* Export without --kernels"):
+        export(exported[0], tmp_path / "out", **PLAIN, kernels=True)
+    monkeypatch.setattr(exporter, "WORD", 48)
+    monkeypatch.setattr(onnx_plain, "_trace", None)
+    with pytest.raises(ModelError, match="not a multiple of 48, which kernels need"):  # before the model is traced
         export(exported[0], tmp_path / "out", **PLAIN, kernels=True)
 
 

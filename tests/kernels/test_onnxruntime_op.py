@@ -153,20 +153,15 @@ def test_sessions_of_several_threads(library: str) -> None:
         assert set(pool.map(lambda case: run(case, library), [sound_case(pick) for _ in range(64)])) == {""}
 
 
-class OrtApiBase(ctypes.Structure):
-    """As ONNX Runtime's C header has it: what an interface of that version is, and the version of the library."""
-
-    _fields_ = [("GetApi", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)), ("GetVersionString", ctypes.c_void_p)]
-
-
 def test_a_runtime_that_is_too_old_is_told_what_is_needed(library: str) -> None:
     """One that has the interface of version 16, of which CreateStatus is the first function, and no later one."""
     said: list[tuple[int, bytes]] = []
-    create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
-    create = create_status(lambda *status: said.append(status) or 1234)
+    create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(lambda *new: said.append(new) or 1234)
     interface = ctypes.cast(create, ctypes.c_void_p)
-    get_api = OrtApiBase._fields_[0][1](lambda version: ctypes.addressof(interface) if version <= 16 else None)
-    assert ctypes.CDLL(library).RegisterCustomOps(None, ctypes.byref(OrtApiBase(get_api, None))) == 1234
+    of_version = {version: ctypes.addressof(interface) for version in range(17)}
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(of_version.get)
+    base = (ctypes.c_void_p * 2)(ctypes.cast(get_api, ctypes.c_void_p).value)  # GetApi and GetVersionString
+    assert ctypes.CDLL(library).RegisterCustomOps(None, base) == 1234
     assert said == [(1, b"gblm: needs ONNX Runtime 1.17 or newer")]  # 1 is ORT_FAIL
 
 

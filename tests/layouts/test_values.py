@@ -1,5 +1,6 @@
 """Kinds of values: what lies where, what is restored and refused, and layers that are stacked and cut."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,25 +42,18 @@ def test_places_lie_as_documented(seed: int, rows: int, columns: int, density: f
     assert torch.equal(unpack_places(words(keep), values), places)
 
 
-def packed_in_a_model(weight: Tensor, layout: str, **options: Any) -> tuple[tuple[list[str], dict[str, Tensor]], Any]:
-    """What `pack_` says of a model of one layer, and the packed layer."""
-    model: Any = torch.nn.Module()
-    model.layer, model.config = torch.nn.Linear(*reversed(weight.shape), bias=False), type("Config", (), {})()
-    model.layer.weight.data = weight
-    return pack_(model, ["layer"], layout, **options), model.layer
-
-
 @QUANTISED
 @pytest.mark.parametrize("factor", [1e-8, 1e-36, 1e30])
 def test_weights_whose_scales_float16_does_not_hold(layout: str, factor: float) -> None:
     """Too small ones are packed exactly, and too large ones are an error of the layer."""
-    weight = sparse(layout, 8, 64) * factor
+    weight, model = sparse(layout, 8, 64) * factor, torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+    model[0].weight.data, model.config = weight, SimpleNamespace()
     if factor > 1:
-        with pytest.raises(ModelError, match=r"^layer\.scales: some are negative or .* the weights are too large"):
-            packed_in_a_model(weight, layout)
+        with pytest.raises(ModelError, match=r"^0\.scales: some are negative or .* the weights are too large"):
+            pack_(model, ["0"], layout)
     else:
-        said, layer = packed_in_a_model(weight, layout)
-        assert said == (["layer"], {}) and layer.layout == "bitmask" and torch.equal(layer.dense_weight(), weight)
+        assert pack_(model, ["0"], layout) == (["0"], {})
+        assert model[0].layout == "bitmask" and torch.equal(model[0].dense_weight(), weight)
 
 
 @QUANTISED

@@ -27,15 +27,7 @@ class LinearBase(nn.Module):
     """
 
     def __init__(
-        self,
-        config: Any,
-        prefix: str,
-        parts: list[tuple[Any, int, int]],
-        columns: int,
-        rank: int = 0,
-        ranks: int = 1,
-        row_parallel: bool = False,
-        dtype: torch.dtype = torch.float32,
+        self, config, prefix, parts, columns, rank=0, ranks=1, row_parallel=False, dtype=torch.float32
     ) -> None:
         super().__init__()
         self.rank, self.ranks, self.row_parallel = rank, ranks, row_parallel

@@ -144,9 +144,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("kind", WIDE)
 def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str) -> None:
-    """Columns of the Llama's `down_proj` are cut inside a word of the mask: 100 to each rank. GPT-2's q, k and v are one
-    layer in the folder too, and have biases.
-    """
+    """A Llama's `down_proj` is cut inside a word of the mask; a GPT-2's q, k and v are one layer in the folder too."""
     made = exported(small(kind, tmp_path / "small"), tmp_path)
     requests = [script.Request(request.prompt[:60], request.tokens) for request in script.requests(8)]
     with script.Server(made["dense"], tmp_path / "dense.log", (*EXACT, "--enforce-eager")) as server:
