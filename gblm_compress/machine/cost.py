@@ -1,23 +1,17 @@
 """Time and memory of a long command, predicted from its operations and short trials on this machine."""
 
-import math
 from timeit import repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-LONG_SECONDS = 600.0  # a longer run is offered a smaller one
-OFFERED_SECONDS = 300.0  # of the smaller run
 TRIAL = 1 << 28  # bytes that the trial of the memory's speed reads, more than any cache holds
 
 
-def sentence(seconds: float, memory: float, smaller: str = "", takes: float = 0.0) -> str:
-    """`memory` is added to the program's own. With the options `smaller`, the command `takes` fewer seconds."""
-    line = f"this takes {words(seconds)} and at most {with_program(memory) / 1e9:.1f} GB of memory on this machine"
-    if smaller and seconds > LONG_SECONDS and takes < seconds / 2:
-        line += f"; {smaller} take {words(takes)}"
-    return line
+def sentence(seconds: float, memory: float) -> str:
+    """`memory` is added to the program's own."""
+    return f"this takes {words(seconds)} and at most {with_program(memory) / 1e9:.1f} GB of memory on this machine"
 
 
 def with_program(memory: float) -> int:
@@ -25,13 +19,6 @@ def with_program(memory: float) -> int:
     import psutil
 
     return max(int(memory), TRIAL) + int(psutil.Process().memory_info().rss)
-
-
-def fewer(amount: int, seconds: float) -> int:
-    """A round part of `amount` that takes about `OFFERED_SECONDS`, if all of it takes `seconds`."""
-    share = max(1.0, amount * OFFERED_SECONDS / seconds)
-    digit = 10 ** int(math.log10(share))
-    return int(share // digit * digit)
 
 
 def words(seconds: float) -> str:

@@ -189,7 +189,6 @@ def _benchmark_lane(
     measurements = []
     for number, batch in enumerate(settings.batch):
         base_ttft, base_tpot = _times(runs[batch, 0], settings)
-        tokens = [[run.get("tokens") for run in runs[batch, index]] for index in range(len(workers))]
         for index, (source, (_, facts), final) in enumerate(zip(contenders, workers, finals, strict=True)):
             ttft, tpot = _times(runs[batch, index], settings)
             prefill_kernels, *decode_kernels = facts["kernels"][number]
@@ -209,7 +208,6 @@ def _benchmark_lane(
                     decode_kernels=decode_kernels[0] if decode_kernels else None,
                     prefill_speedup=Speedup.of(base_ttft, ttft) if index else None,
                     decode_speedup=Speedup.of(base_tpot, tpot) if index and base_tpot and tpot else None,
-                    same_tokens_as_baseline=tokens[0] == tokens[index] if index and tpot else None,
                 )
             )
     return measurements
@@ -320,12 +318,9 @@ def generate(runtime: Runtime, config: Any, batch: int, prompt: int, generate: i
     start = time.perf_counter()
     token, cache = runtime.next_token(ids, None)
     first = time.perf_counter()
-    tokens = [token]
     for _ in range(generate - 1):
         token, cache = runtime.next_token(token, cache)
-        tokens.append(token)
-    times = {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
-    return {**times, "tokens": torch.cat(tokens, dim=1).tolist()}
+    return {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
 
 
 if __name__ == "__main__":

@@ -230,8 +230,7 @@ def _estimate(models: list[ModelSource], samples: Sequence[Sample], dtype: str, 
     seconds = 2 * weights * sum(lengths) * len(models) / cost.operations_per_second(device, kind)
     held = [2 * model.bytes_on_disk if model.is_export else weights * kind.itemsize for model in models]
     logits = LOGIT_BYTES * task.judged_values(loading.config_of(folders[0]), max(lengths))
-    windows = cost.fewer(len(samples), seconds)
-    return cost.sentence(seconds, sum(held) + logits, f"--max-windows {windows}", seconds * windows / len(samples))
+    return cost.sentence(seconds, sum(held) + logits)
 
 
 def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:

@@ -57,5 +57,4 @@ class Measurement:
     decode_kernels: dict[str, int] | None
     prefill_speedup: Speedup | None = None
     decode_speedup: Speedup | None = None
-    same_tokens_as_baseline: bool | None = None
     step_ms: dict[Part, float] = field(default_factory=dict)  # of each part of a profiled step without a prompt

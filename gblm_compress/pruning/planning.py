@@ -14,7 +14,7 @@ from gblm_compress.machine import cost
 from gblm_compress.machine.memory import free_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Need
-from gblm_compress.methods.fits import BLOCK_EPOCHS, FITS, MODEL_EPOCHS
+from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
@@ -32,7 +32,6 @@ FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, b
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
 ITERATIONS = 20  # of all rows of a least squares fit, on average (20.1 on SmolLM2 at 50 %, 8,192 tokens)
 READS = 400  # reads of the float32 weights by a CPU while it ranks, saves and verifies them, for any text
-SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
 
 
 @dataclass(frozen=True)
@@ -206,14 +205,6 @@ def _measuring(needs: Need) -> float:
     return 2.0 * bool(needs & Need.BLOCKS) + 3.0 * (Need.REGIONAL in needs) + 1.0 * (Need.GRAM in needs)
 
 
-def better_fit(settings: PruneSettings, offload: bool = False) -> str | None:
-    """The next better fit, if any."""
-    fit = FITS[settings.fit]
-    if fit.fits_block:
-        return None if fit.fits_model or offload else "best"
-    return "balanced"
-
-
 @dataclass(frozen=True)
 class PlanResult(records.Result):
     model: str
@@ -239,13 +230,9 @@ def cost_of(
     handling = READS * 4 * weights / cost.bytes_per_second("cpu")
     multiplied = weights if settings.needs_gradients or settings.fits_model else size.in_blocks
     solving = size.solving / cost.operations_per_second(plan.device, torch.float32)
-
-    def seconds(text: CalibrationSettings) -> float:
-        one = 2 * multiplied * text.samples * text.sequence_length / plan.ranks.size / rate
-        return handling + one * times + max(0.0, solving - one)  # one pass is counted for the solution
-
-    takes, memory = seconds(calibration) + writing[0], max(int(writing[1]), size.peak(plan.placement))
-    less = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
+    one = 2 * multiplied * calibration.samples * calibration.sequence_length / plan.ranks.size / rate
+    computing = one * times + max(0.0, solving - one)  # one pass is counted for the solution
+    takes, memory = handling + computing + writing[0], max(int(writing[1]), size.peak(plan.placement))
     result = PlanResult(
         model=source.name,
         weights=int(weights),
@@ -257,4 +244,4 @@ def cost_of(
         memory_bytes=cost.with_program(memory),
         disk_bytes=size.on_disk(plan.settings, plan.placement, finished=0),
     )
-    return result, cost.sentence(takes, memory, less, seconds(calibration.model_copy(update=SMALL)))
+    return result, cost.sentence(takes, memory)

@@ -19,7 +19,7 @@ from gblm_compress.calibration.weights import ResidentWeights, StatePool, Stream
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import free_memory, peak_memory
 from gblm_compress.methods.allocation import Budget
-from gblm_compress.methods.patterns import DENSE, UNSTRUCTURED, Pattern
+from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.methods.zeros import check_finite, made_zero
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
@@ -108,17 +108,17 @@ def prune_in_place(
 def _result(
     done: _Done, calibration: CalibrationSettings, start: float, folder: str | None = None, notes: Sequence[str] = ()
 ) -> PruneResult:
-    (walked, peak, read), seconds = done, time.perf_counter() - start
+    walked, peak, read = done
     weights = sum(math.prod(layer.shape) for layer in walked.layers.values())
     return PruneResult(
         folder=folder,
         layers=walked.layers,
         left_dense=walked.left_dense,
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
         peak_memory_bytes=peak,
         calibration_fingerprint=read,
         grid=walked.plan.settings.grid,
-        warnings=(*notes, *_notes(walked, calibration, seconds)),
+        warnings=(*notes, *_notes(walked, calibration)),
         nonzeros=sum(layer.nonzeros for layer in walked.layers.values()),
         weights=weights,
         linear_weights=weights + sum(dense.weights for dense in walked.left_dense.values()),
@@ -269,8 +269,8 @@ def _pruned_before(source: ModelSource) -> list[str]:
     ]
 
 
-def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> Iterator[str]:
-    plan, settings, layers = walked.plan, walked.plan.settings, walked.layers
+def _notes(walked: Walked, calibration: CalibrationSettings) -> Iterator[str]:
+    settings, layers = walked.plan.settings, walked.layers
     size = (calibration.samples, calibration.sequence_length)
     if settings.method == "gblm" and settings.fit == "none" and size != PUBLISHED_CALIBRATION:
         yield (
@@ -294,22 +294,6 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
             f"{zeroed:,} of {sum(survivors.values()):,} survivors became zero by rounding, so fewer weights "
             f"are left than the budget allows; most in {worst} ({share:.1%} of its own)"
         )
-    asked = settings.uniform_budget.sparsity
-    narrow = [name for name, layer in layers.items() if layer.shape[1] * (1 - asked) < 1]
-    if narrow and settings.pattern == UNSTRUCTURED:
-        yield (
-            f"a row keeps at least one weight, which is more than sparsity {asked:g} allows in {len(narrow)} layers, "
-            f"first {narrow[0]}"
-        )
-    dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
-    weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense
-    uniform = weights * (1 - settings.uniform_budget.sparsity)
-    extra = sum(layer.nonzeros for layer in layers.values()) + dense - uniform
-    if settings.overrides and extra > 0:
-        yield (
-            f"the exceptions keep {extra:,.0f} more weights than {settings.pattern} everywhere would "
-            f"({100 * extra / uniform:.1f} %)"
-        )
     free = {name: layer.pattern for name, layer in layers.items()} | dict.fromkeys(walked.exceptions, DENSE)
     found = {pattern for name, pattern in free.items() if not settings.is_exception(name)}
     if found - {settings.pattern}:
@@ -317,11 +301,4 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
         yield (
             f"allocation {settings.allocation} gave layers the patterns {patterns}; give --allocation uniform to keep "
             f"{settings.pattern} everywhere"
-        )
-    better = planning.better_fit(settings, plan.placement.offload)
-    cost = planning.passes(settings.model_copy(update={"fit": better})) / planning.passes(settings) if better else 0.0
-    if cost > 1:
-        yield (
-            f"--fit {better} fits the surviving weights further and gives a better model at the same size; it takes "
-            f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"
         )

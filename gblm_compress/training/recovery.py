@@ -249,9 +249,7 @@ class Recovery:
         looked = (LOOKS + 1) * len(windows.held_out) * settings.sequence_length
         operations = loading.count_weights(self.teacher) * (8 * trained + 2 * looked) / self.group.size
         seconds = operations / cost.operations_per_second(self.device, compute)
-        memory = memory_needed(self.source, self.teacher, settings, compute)
-        tokens = cost.fewer(trained, seconds)
-        return cost.sentence(seconds, memory, f"--tokens {tokens}", seconds * tokens / max(1, trained))
+        return cost.sentence(seconds, memory_needed(self.source, self.teacher, settings, compute))
 
     def _pool(self, windows: Windows, config: Any, compute: str, store: Checkpoints) -> StatePool | None:
         """Storage for the dense model's predictions; None if no window is read twice. Checks the disk space."""

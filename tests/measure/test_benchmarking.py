@@ -50,7 +50,6 @@ def test_dense_and_pruned_are_timed_in_one_run(tiny, program, tmp_path) -> None:
         assert m["peak_memory_bytes"] > 50e6 and m["load_seconds"] > 0
         assert m["prefill_kernels"] == m["decode_kernels"] == {"dense": 15}  # 7 in each of two blocks, and the head
         assert (m["decode_speedup"] is None) == (m["model"] == dense)
-    assert [m["same_tokens_as_baseline"] for m in found["measurements"]] == 2 * [None, False, True]
     assert {"cpu", "cores", "packages", "threads", "device", "busy_cores"} <= set(found["environment"])
 
 
