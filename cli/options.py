@@ -4,8 +4,6 @@ A keyword of a command's summary is an option too; it changes only the output.
 """
 
 import re
-import sys
-from collections.abc import Mapping
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args
 
@@ -25,8 +23,6 @@ METAVARS = {
 }  # fmt: skip
 JSON = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
 ALL = "--help-all"
-# Some versions of Typer carry their own click: take the class from the module of its exceptions.
-NoSuchOption: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
 COMMON = ("Arguments", Panel.COMMON.value)
 
 
@@ -59,9 +55,6 @@ class Group(TyperGroup):
 class PanelCommand(TyperCommand):
     """A command whose help lists the options by panel, as plain text, and ends with an example."""
 
-    renamed: Mapping[str, list[str]] = {}
-    """{the option of a field in other commands: its option here}."""
-
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
@@ -83,9 +76,6 @@ class PanelCommand(TyperCommand):
         """UsageError lists all missing arguments, and the example."""
         try:
             return super().parse_args(ctx, list(args))
-        except NoSuchOption as error:
-            error.possibilities = self.renamed.get(error.option_name) or error.possibilities
-            raise
         except typer.BadParameter as error:
             given = self.make_parser(ctx).parse_args(args=list(args))[0]
             required = [each for each in self.get_params(ctx) if each.required]
@@ -135,10 +125,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
     described: Any = called
     described.__signature__ = Signature(parameters)
     described.__doc__ = (command.function.__doc__ or "").partition("\n\n")[0]
-    names = {field: name for part in command.parts.values() for field, name in part.names.items() if field != name}
-    renamed = {flag_of(field): [flag_of(name)] for field, name in names.items()}
-    kind = type("Command", (PanelCommand,), {"renamed": renamed})
-    made = program.command(command.name, cls=kind, epilog=command.example, rich_help_panel=group)
+    made = program.command(command.name, cls=PanelCommand, epilog=command.example, rich_help_panel=group)
     made(described)
 
 

@@ -283,9 +283,9 @@ def run(
             raise UsageError(f"set={list(changes)} changes a recipe from a file; change the mapping itself")
         if output is None:
             raise UsageError("a recipe in memory has no name; give the output folder")
-        content, folder, inputs = recipe_of(recipe), Path(output), []
+        content, folder = recipe_of(recipe), Path(output)
     else:
-        inputs = [path := find_recipe(str(recipe))]
+        path = find_recipe(str(recipe))
         content, folder = load_recipe(path, tuple(set)), Path(output or Path("runs") / path.stem)
     from gblm_compress.runs import report as documents
 
@@ -293,7 +293,7 @@ def run(
     asked = ((junit, outputs.JUNIT, documents.junit), (summary, outputs.SUMMARY, documents.markdown))
     with ExitStack() as stack:
         written = [
-            (stack.enter_context(kind.reserved(Path(name), inputs=inputs)), content_of)
+            (stack.enter_context(kind.reserved(Path(name))), content_of)
             for name, kind, content_of in asked
             if name is not None
         ]

@@ -80,9 +80,6 @@ class Command:
         return filled
 
     def _meant(self, name: str, known: Iterable[str]) -> str:
-        for part in self.parts.values():
-            if name in part.names:
-                return f"it is called {part.names[name]!r} here"
         close = difflib.get_close_matches(name, [*known, *self.own], n=1)
         return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 

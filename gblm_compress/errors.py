@@ -130,9 +130,8 @@ def raise_all(faults: list[GblmError]) -> None:
         raise several
 
 
-def together(kind: type[E], title: str, messages: list[str], shown: int | None = None) -> E:
-    """One error whose message lists several faults, at most `shown` of them."""
-    more = [f"… and {len(messages) - shown} more"] if shown is not None and len(messages) > shown else []
-    error = kind("\n".join([title, *messages[:shown], *more]))
+def together(kind: type[E], title: str, messages: list[str]) -> E:
+    """One error whose message lists several faults."""
+    error = kind("\n".join([title, *messages]))
     error.faults = tuple(messages)
     return error

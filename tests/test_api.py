@@ -145,7 +145,7 @@ def test_texts_in_memory_are_a_file_in_the_cache(monkeypatch, tmp_path) -> None:
         (lambda model, _: gblm_compress.export("tiny", "x"), "export: format: missing"),
         (lambda model, _: gblm_compress.run({"model": "tiny", "prun": 1}, "x"), "unknown key; did you mean 'prune'"),
         (lambda model, _: gblm_compress.advise("tiny", pattern="2:4", sparsity=0.6), "contradicts pattern 2:4"),
-        (lambda model, _: gblm_compress.prune("tiny", "x", dataset="demo"), "dataset: unknown; it is called"),
+        (lambda model, _: gblm_compress.prune("tiny", "x", dataset="demo"), "dataset: unknown; known are"),
         (lambda model, _: gblm_compress.compare("tiny", "x", seed=7, calibration={"samples": 7}),
          r"seed: unknown; did you mean 'seeds'.*calibration: input should be"),
         (lambda model, _: gblm_compress.run({"model": "tiny"}, "x", set=["prune.alpha=50"]), "changes a recipe from"),

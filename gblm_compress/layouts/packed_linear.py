@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS, check_described, cpu_linear
-from gblm_compress.layouts.packed import check_tensor
+from gblm_compress.layouts.packed import check_tensor, share_moved
 
 UNPACKED = "dense product of the unpacked weight"
 DERIVED = ("starts", "sums", "cusparselt", "like")
@@ -223,7 +223,7 @@ class PackedLinear(nn.Module):
 
     def error(self, weight: Tensor) -> float:
         """The share of that matrix that rounding moved: Σ |W - weight| / Σ |weight|."""
-        return self.kind.error(self.dense_weight(), weight)
+        return share_moved(self.dense_weight(), weight)
 
     @property
     def largest_error(self) -> float:

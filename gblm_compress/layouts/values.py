@@ -15,7 +15,7 @@ from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import PADDING, WORD, bits, starts_of, word_counts, words
 from gblm_compress.layouts.masks import Mask, Shape
-from gblm_compress.layouts.packed import DTYPES, MOVES_MUCH, check_tensor, same_bits, share_moved
+from gblm_compress.layouts.packed import DTYPES, MOVES_MUCH, check_tensor, same_bits
 from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
 
 Held = Mapping[str, Tensor]
@@ -96,9 +96,6 @@ class Floats:
         if not self.tolerance:
             return same_bits(restored, weight)
         return bool((restored - weight).abs().max() <= self.tolerance * weight.abs().max())
-
-    def error(self, restored: Tensor, weight: Tensor) -> float:
-        return share_moved(restored, weight)
 
     def sizes_of_words(self, mask: Tensor) -> Tensor:
         """How many values each word of a mask [rows, words] has."""

@@ -104,23 +104,9 @@ def find_here(name: str) -> ModelSource | None:
     elif name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(path):
         raise ModelError(f"model {name!r}: no such folder; give a folder, a hub id or '{DEMO}'")
     else:
-        _check_hub_id(name)
         return None
     files.check_folder(source.folder)
     return source
-
-
-def _check_hub_id(name: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        rule = str(error).partition(":")[0]
-        raise ModelError(
-            f"model {name!r}: no such folder, and it is not a valid name on the hub ({rule}); give a folder, a "
-            f"hub id such as owner/name, or '{DEMO}'"
-        ) from error
 
 
 def _is_demo(name: str) -> bool:

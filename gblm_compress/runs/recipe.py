@@ -23,7 +23,6 @@ from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.settings import Recipe
 from gblm_compress.settings.fields import choices_of
 
-MOST_FAULTS = 100  # in one message
 SHIPPED = Path(recipes.__path__[0])
 MAX_BYTES, MAX_KEYS = 64 * 1024, 16
 KINDS = ("map", "seq", "str", "null", "bool", "int", "float", "timestamp", "merge", "value")  # of untagged values
@@ -97,7 +96,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
 
 def _all_of(messages: list[str]) -> RecipeError:
     count = "1 fault" if len(messages) == 1 else f"{len(messages)} faults"
-    return errors.together(RecipeError, f"{count} in the recipe", messages, MOST_FAULTS)
+    return errors.together(RecipeError, f"{count} in the recipe", messages)
 
 
 def schema() -> dict[str, Any]:

@@ -43,7 +43,7 @@ class ReportResult:
 
 def report(folders: Sequence[Path], output: Path) -> ReportResult:
     """Write the page of the last run; with two runs, it has their differences."""
-    with outputs.PAGE.reserved(output, inputs=folders) as write:
+    with outputs.PAGE.reserved(output) as write:
         if len(folders) not in (1, 2):
             raise UsageError("give one folder that `gblm-compress run` wrote, or two to compare them, the newest last")
         runs = [run_report.read(folder) for folder in folders]

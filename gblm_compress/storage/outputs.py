@@ -208,8 +208,8 @@ class Document:
     suffix: str  # of its files' names; "" for any
     header: str = ""  # its first characters; a file that begins so is ours, and is replaced without `force`
 
-    def check(self, path: Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
-        """Refuse a file that has another suffix, is an input, may not be replaced, or cannot be written."""
+    def check(self, path: Path, force: bool = False) -> None:
+        """Refuse a file that has another suffix, may not be replaced, or cannot be written."""
         named = f"{self.what} {str(path)!r}"
         if self.suffix and path.suffix != self.suffix:
             raise UsageError(f"{named}: give a name that ends in {self.suffix}")
@@ -223,8 +223,6 @@ class Document:
                 raise UsageError(f"{named} cannot be written: {str(path.parent)!r} is read-only")
             if not path.exists():
                 return
-            if any(each.exists() and path.samefile(each) for each in inputs):
-                raise UsageError(f"{named} is an input of this command; give another file")
             if not self.header and not force:
                 raise UsageError(f"{named} exists; give another file, or --force to replace it")
             if self.header and path.stat().st_size and not self._begins(path):
@@ -235,21 +233,19 @@ class Document:
             return file.read(len(self.header.encode())) == self.header.encode()
 
     @contextmanager
-    def reserved(
-        self, path: Path, force: bool = False, inputs: Iterable[Path] = ()
-    ) -> Iterator[Callable[[str | bytes], None]]:
+    def reserved(self, path: Path, force: bool = False) -> Iterator[Callable[[str | bytes], None]]:
         """Hold the name for this process while the `with` runs; yields a function that writes the file whole."""
 
         def write(content: str | bytes) -> None:
             try:
-                self.check(path, force, inputs)
+                self.check(path, force)
             except UsageError as error:  # it was free when the work began
                 raise OutputError(str(error)) from error
             write_file(path, content)
 
-        self.check(path, force, inputs)
+        self.check(path, force)
         with _locked(path):
-            self.check(path, force, inputs)
+            self.check(path, force)
             yield write
 
 

@@ -105,11 +105,6 @@ def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
     })  # fmt: skip
 
 
-def test_hundreds_of_faults_are_counted_and_a_hundred_printed(tmp_path) -> None:
-    lines = faults_of(tmp_path, "model: demo\n" + "".join(f"key_{i}: 1\n" for i in range(200))).splitlines()
-    assert lines[0] == "200 faults in the recipe" and lines[-1] == "… and 100 more" and len(lines) == 102
-
-
 def test_places_are_lines_and_overrides(tmp_path) -> None:
     assert "a recipe is a mapping with a key 'model'; this is null" in faults_of(tmp_path, "")
     assert "r.yaml:1: model: missing; it is required" in faults_of(tmp_path, "prune: {}")
