@@ -15,7 +15,6 @@ from gblm_compress.errors import UsageError
 from gblm_compress.methods import fits
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import block_pruning
 from gblm_compress.settings import CalibrationSettings
 from gblm_compress.training.fits import How
 from gblm_compress.training.trainer import Plan
@@ -141,12 +140,10 @@ def test_the_first_rank_may_save_for_longer_than_others_wait(pair, tiny, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"out", prose.name}
 
 
-BY_ADAM_ALONE = """
-from dataclasses import replace
-from gblm_compress.methods import fits
-fits.FITS |= {name: replace(fits.FITS[name], apply=fits.none, on_grid=None) for name in ("balanced", "best")}
-"""
-"""Least squares ends a hundredth before the optimum, where the last bits of its sums decide."""
+def by_adam_alone(patch: pytest.MonkeyPatch) -> None:
+    """Least squares ends a hundredth before the optimum, where the last bits of its sums decide."""
+    for name in ("balanced", "best"):
+        patch.setitem(fits.FITS, name, replace(fits.FITS[name], apply=fits.none, on_grid=None))
 
 
 @pytest.mark.parametrize(
@@ -164,11 +161,10 @@ def test_two_ranks_fit_as_one_process_does_with_the_same_steps(
     source = saved(tiny_family(family), tmp_path / family)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     options += ["--method", "wanda", "--samples", "9", "--dtype", "float32"]
-    done = pair(*arguments(source, tmp_path / "two", prose, *options), change=BY_ADAM_ALONE)
+    change = "from tests.calibration.test_ranks import by_adam_alone, pytest\nby_adam_alone(pytest.MonkeyPatch())"
+    done = pair(*arguments(source, tmp_path / "two", prose, *options), change=change)
     assert done.code == 0, done.stderr
-    monkeypatch.setattr(fits, "FITS", dict(fits.FITS))
-    exec(BY_ADAM_ALONE)
-    monkeypatch.setattr(block_pruning, "FITS", fits.FITS)
+    by_adam_alone(monkeypatch)
     plan = How.plan
 
     def of_two(self: How, samples: int, name: str, ranks: Ranks) -> Plan:

@@ -15,8 +15,10 @@ from gblm_compress.methods.patterns import Pattern
 
 def ranked(scores: dict[str, torch.Tensor], density: float) -> dict[str, float]:
     """What layers keep whose weights and gradients have these products, each in a block of its own."""
-    roots = {name: score.sqrt() for name, score in scores.items()}
-    layers = [DenseLayer(name, -root, Statistics(gradient_norm=root)) for name, root in roots.items()]
+    layers = []
+    for name, score in scores.items():
+        weight = torch.linspace(-10, -0.1, score.numel()).view_as(score)
+        layers.append(DenseLayer(name, weight, Statistics(gradient_norm=score / weight.abs())))
     return by_sensitivity([[layer] for layer in layers], density)
 
 
