@@ -14,7 +14,6 @@ from torch.nn.utils import prune
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import onnx_fused
-from gblm_compress.exporters.onnx_fused import calculate_rotations_
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import load_runtime
@@ -196,13 +195,12 @@ def test_models_without_a_fused_graph(tiny, tmp_path, monkeypatch) -> None:
         ("Olmo", {}, "OlmoForCausalLM: onnxruntime-genai's builder gives it RMS norms"),
         ("Llama", FAMILIES["Granite"], "LlamaForCausalLM: a rotary embedding of type linear is not known"),
         ("Llama", WINDOW, "LlamaForCausalLM: a cache of DynamicSlidingWindowLayer would give wrong"),
-        ("Llama", {}, None),
     ],
 )
 def test_what_comes_out_wrong_is_refused(family, more, reason) -> None:
     with torch.device("meta"):
         found = onnx_fused.why_not(transformers.AutoModelForCausalLM.from_config(config(family, **more)))
-    assert found == reason if reason is None else found.startswith(reason)
+    assert found.startswith(reason)
 
 
 def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, monkeypatch) -> None:
@@ -295,7 +293,7 @@ def with_tables(**tables: np.ndarray) -> ir.Model:
 def test_the_graph_makes_the_tables_and_a_session_holds_them(dtype, tolerance, tmp_path) -> None:
     cos, sin = np.cos(ANGLES).astype(dtype), np.sin(ANGLES).astype(dtype)
     made = with_tables(cos_cache=cos, sin_cache=sin, cos_cache_local=cos)
-    calculate_rotations_(made, [TURNS[:7], TURNS])
+    onnx_fused.calculate_rotations_(made, [TURNS[:7], TURNS])
     assert max(one.const_value.size for one in made.graph.initializers.values()) == PAIRS
     assert sum(node.op_type == "Range" for node in made.graph) == 1
     assert optimised(ir.to_proto(made).SerializeToString(), tmp_path) == ["Add"]
@@ -310,5 +308,5 @@ def test_other_tables_stay(change) -> None:
     table *= np.float32(1.2 if change == "scaled" else 1)
     table[4711, 0] += 0.01 * (change == "one number")
     made = with_tables(**{name: table})
-    calculate_rotations_(made, [TURNS * np.float32(1.001)] if change == "other frequencies" else [TURNS])
+    onnx_fused.calculate_rotations_(made, [TURNS * np.float32(1.001)] if change == "other frequencies" else [TURNS])
     assert list(made.graph.initializers) == [name] and len(made.graph) == 3

@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gblm_compress
-from gblm_compress.models.source import ModelSource
 
 gblm_compress.prune("tiny", "pruned", method="magnitude", fit="none", pattern="2:4", quiet=True)
 gblm_compress.export("pruned", "packed", format="toy-int8", quiet=True)
@@ -29,10 +28,7 @@ assert 0.17 < layer.packed_bytes / weight.nbytes < 0.18
 ids = torch.arange(12).reshape(2, 6)
 with torch.no_grad():
     logits, expected = packed(input_ids=ids).logits, dense(input_ids=ids).logits
-    assert torch.equal(torch.compile(packed, backend="aot_eager")(input_ids=ids).logits, logits)
 assert 0 < (logits - expected).abs().max() < 0.05 * expected.abs().max()
-source = ModelSource("packed", Path("packed"))
-assert source.is_packed and not source.needs_cuda
 checks = json.loads(Path("packed/gblm_manifest.json").read_text())["checks"]
 assert checks["restored_within"] == 1 / 127 and "restored_bit_for_bit" not in checks
 assert checks["logits_relative_difference"] < 1e-5

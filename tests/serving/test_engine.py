@@ -135,13 +135,6 @@ def small(kind: str, folder: Path) -> Path:
     return saved(model, folder).folder
 
 
-def two_ranks(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Arguments for two ranks, each on a core, or both on the only one."""
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    return "--tensor-parallel-size", "2"
-
-
 @pytest.mark.parametrize("kind", WIDE)
 def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str) -> None:
     """A Llama's `down_proj` is cut inside a word of the mask; a GPT-2's q, k and v are one layer in the folder too."""
@@ -149,7 +142,9 @@ def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str) ->
     requests = [script.Request(request.prompt[:60], request.tokens) for request in script.requests(8)]
     with script.Server(made["dense"], tmp_path / "dense.log", (*EXACT, "--enforce-eager")) as server:
         expected = asked(script, server, requests)
-    options = (*EXACT, "--enforce-eager", *two_ranks(monkeypatch))
+    cores = sorted(os.sched_getaffinity(0))  # one for each rank, or the only one for both
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    options = (*EXACT, "--enforce-eager", "--tensor-parallel-size", "2")
     with script.Server(made["sparse"], tmp_path / "sparse.log", options) as server:
         assert_same(expected, asked(script, server, requests))
 

@@ -104,9 +104,12 @@ def test_q_k_and_v_in_one_layer_on_four_ranks(config, layout: str, rank: int) ->
 @LAYOUT_NAMES
 @pytest.mark.parametrize("rank", [0, 1])
 def test_inputs_shared_out_over_two_ranks(config, layout: str, rank: int) -> None:
-    layer = down(config, layout, matrix(16), rank=rank, ranks=2, row_parallel=True)
-    layer.load(None, **packed(layout, matrix(16)))
-    assert same_bits(finished(layer), matrix(16).chunk(2, dim=1)[rank].contiguous())
+    """A process holds a copy in its dtype."""
+    layer = down(config, layout, matrix(16), rank=rank, ranks=2, row_parallel=True, dtype=torch.bfloat16)
+    layer.load(None, **(tensors := packed(layout, matrix(16))))
+    for tensor in tensors.values():
+        tensor.zero_()  # as a file that changes while it is mapped
+    assert same_bits(finished(layer), matrix(16).chunk(2, dim=1)[rank].contiguous().bfloat16())
 
 
 @LAYOUT_NAMES
@@ -117,15 +120,6 @@ def test_one_part_of_which_a_rank_holds_several_pieces(config, layout: str) -> N
     layer.method._place = lambda rows, part: places
     layer.load(None, **packed(layout, weight))
     assert same_bits(finished(layer), weight[places])
-
-
-@LAYOUT_NAMES
-def test_a_process_holds_a_copy_in_its_dtype(config, layout: str) -> None:
-    layer, tensors = down(config, layout, matrix(8), dtype=torch.bfloat16), packed(layout, matrix(8))
-    layer.load(None, **tensors)
-    for tensor in tensors.values():
-        tensor.zero_()  # as a file that changes while it is mapped
-    assert same_bits(finished(layer), matrix(8).bfloat16())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
