@@ -115,11 +115,8 @@ def test_another_architecture_in_float16(tiny, tmp_path) -> None:
 
 @needs_operator
 def test_a_runtime_that_refuses_the_operators_is_named(with_kernels, monkeypatch) -> None:
-    class Old(onnxruntime.SessionOptions):
-        def register_custom_ops_library(self, path: str) -> None:
-            raise RuntimeError("gblm: needs ONNX Runtime 1.17 or newer")
-
-    monkeypatch.setattr(onnxruntime, "SessionOptions", Old)
+    refuse = Mock(side_effect=RuntimeError("gblm: needs ONNX Runtime 1.17 or newer"))
+    monkeypatch.setattr(onnxruntime.SessionOptions, "register_custom_ops_library", refuse)
     monkeypatch.setattr(onnxruntime, "__version__", "1.16.3")
     with pytest.raises(MissingDependencyError, match=r"^ONNX Runtime 1\.16\.3 .* \(gblm: needs .* install a newer"):
         OnnxRuntime(with_kernels[1], "cpu", 1)

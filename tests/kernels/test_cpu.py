@@ -4,9 +4,8 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -34,14 +33,6 @@ MOST_COLUMNS = 1 << 16  # of a row of levels
 OF_LEVELS = cpu.paths(torch.int8)
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
 
@@ -55,7 +46,10 @@ def bitmask(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, cpu.Bi
 
 
 @pytest.mark.parametrize(("dtype", "path"), [(dtype, path) for dtype in DTYPES for path in cpu.paths(dtype)], ids=str)
-def test_products_and_rows(dtype: torch.dtype, path: str, threads: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_products_and_rows(dtype: torch.dtype, path: str, threads: int, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     for rows, columns in SHAPES:
         weight, packed = bitmask(rows, columns, dtype)
         for tokens in (*range(1, cpu.FEW_TOKENS + 1), *(MANY if cpu.has_many(dtype, path) else ())):
