@@ -9,7 +9,7 @@ from gblm_compress.errors import DataError, ModelError
 from gblm_compress.tasks import passages
 from gblm_compress.tasks.metrics import Metric, mean_metric
 from gblm_compress.tasks.passages import PassageTask, Row
-from gblm_compress.tasks.task import Sample, Samples, Task, random_numbers, with_draws
+from gblm_compress.tasks.task import Sample, Samples, Task, random_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,29 +57,20 @@ class Classification(Classes, PassageTask):
     help = "a model that classifies texts"
     auto_class = "AutoModelForSequenceClassification"
 
-    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
-        rows = passages.drawn(passages.read(dataset, "calibration"), samples, seed, dataset)
-        return with_draws(_samples(processor, config, rows, length, pad=True), seed)
-
-    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Samples:
-        rows = passages.read(dataset, "calibration")[: tokens // length]
-        return passages.encode(processor, config, rows, length, pad=False)
+    def samples(self, processor: Any, config: Any, rows: Sequence[Row], length: int, pad: bool) -> Samples:
+        if config.num_labels < 2:
+            raise ModelError("the model has a single output; a classifier has at least two classes")
+        scored = any(row.label is None and row.score is not None for row in rows)  # integer scores are not classes
+        labelled = any(row.label is not None for row in rows) and not scored
+        labels = [class_of(row.label, row.where, config) for row in rows] if labelled else []
+        found = super().samples(processor, config, rows, length, pad)
+        if not labels:
+            return found
+        numbered = zip(found, labels, strict=True)
+        return [{**sample, "labels": sample["input_ids"].new_tensor([label])} for sample, label in numbered]
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Samples:
-        return _samples(processor, config, passages.read(dataset, "evaluation")[:limit], length, pad=False)
-
-
-def _samples(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: bool) -> list[Sample]:
-    if config.num_labels < 2:
-        raise ModelError("the model has a single output; a classifier has at least two classes")
-    scored = any(row.label is None and row.score is not None for row in rows)  # integer scores are not classes
-    labelled = any(row.label is not None for row in rows) and not scored
-    labels = [class_of(row.label, row.where, config) for row in rows] if labelled else []
-    found = passages.encode(processor, config, rows, length, pad)
-    if not labels:
-        return found
-    numbered = zip(found, labels, strict=True)
-    return [{**sample, "labels": sample["input_ids"].new_tensor([label])} for sample, label in numbered]
+        return self.samples(processor, config, passages.read(dataset, "evaluation")[:limit], length, pad=False)
 
 
 def class_of(label: int | str | None, where: str, config: Any, names: Mapping[str, int] | None = None) -> int:

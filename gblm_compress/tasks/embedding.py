@@ -12,7 +12,7 @@ from gblm_compress.storage.records import read_json
 from gblm_compress.tasks import passages
 from gblm_compress.tasks.metrics import Metric, spearman
 from gblm_compress.tasks.passages import PassageTask, Row
-from gblm_compress.tasks.task import Sample, Samples, random_numbers, with_draws
+from gblm_compress.tasks.task import Sample, Samples, random_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,14 +65,8 @@ class Embedding(PassageTask):
             )
         return Embedding(modes[0])
 
-    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
-        texts = _alone(passages.read(dataset, "calibration"))
-        chosen = passages.drawn(texts, samples, seed, dataset)
-        return with_draws(passages.encode(processor, config, chosen, length, pad=True), seed)
-
-    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Samples:
-        texts = _alone(passages.read(dataset, "calibration"))[: tokens // length]
-        return passages.encode(processor, config, texts, length, pad=False)
+    def rows(self, dataset: str) -> list[Row]:
+        return _alone(super().rows(dataset))
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Samples:
         """The sentences of each pair in turn, both with its score as "labels"; or passages without labels."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from gblm_compress.errors import DataError, ModelError
 from gblm_compress.tasks import text
-from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.tasks.task import Sample, Samples, Task, with_draws
 from gblm_compress.tasks.text import check_ids, padded_ids, vocabulary_of
 
 FEWEST_WORDS = 5  # of a passage; shorter lines are headings, captions and fragments
@@ -57,6 +57,20 @@ class PassageTask(Task):
                 "its tokenizer has no pad token, but texts of several lengths need padding; set one (for example "
                 "tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer into the folder"
             )
+
+    def rows(self, dataset: str) -> list[Row]:
+        """What calibration and training read."""
+        return read(dataset, "calibration")
+
+    def samples(self, processor: Any, config: Any, rows: Sequence[Row], length: int, pad: bool) -> Samples:
+        return encode(processor, config, rows, length, pad)
+
+    def calibration(self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int) -> Samples:
+        chosen = drawn(self.rows(dataset), samples, seed, dataset)
+        return with_draws(self.samples(processor, config, chosen, length, pad=True), seed)
+
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> Samples:
+        return encode(processor, config, self.rows(dataset)[: tokens // length], length, pad=False)
 
     def tokens_of(self, config: Any, length: int) -> int:
         return min(length, positions_of(config))
