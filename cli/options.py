@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from gblm_compress.cli import summaries
 from gblm_compress.command import REQUIRED, Command, Part, flag_of
-from gblm_compress.errors import GateError, GblmError, UsageError, together
+from gblm_compress.errors import GateError, GblmError, together
 from gblm_compress.settings import Panel, Settings
 from gblm_compress.settings.fields import MANY, choices_of
 
@@ -61,7 +61,7 @@ class PanelCommand(TyperCommand):
             if record := parameter.get_help_record(ctx):
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
-                name = _spelt(parameter) if is_argument else record[0]
+                name = str(parameter.metavar) if is_argument else record[0]
                 panels.setdefault(panel or Panel.COMMON.value, []).append((name, record[1]))
         alone = not panels.keys() - {*COMMON}
         for panel, entries in panels.items():
@@ -71,22 +71,6 @@ class PanelCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write(f"\nExample:\n  {self.epilog}\n" if self.epilog else "")
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """UsageError lists all missing arguments, and the example."""
-        try:
-            return super().parse_args(ctx, list(args))
-        except typer.BadParameter as error:
-            given = self.make_parser(ctx).parse_args(args=list(args))[0]
-            required = [each for each in self.get_params(ctx) if each.required]
-            missing = [each for each in required if given.get(each.name) in (None, ())]
-            if error.param not in missing:
-                raise
-            raise UsageError(f"{self.name} needs {', '.join(map(_spelt, missing))}\nexample: {self.epilog}") from error
-
-
-def _spelt(parameter: Any) -> str:
-    return str(parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[-1])
 
 
 def add(program: typer.Typer, command: Command, group: str = "Commands") -> None:

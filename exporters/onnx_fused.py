@@ -41,8 +41,6 @@ _ROPE_TYPES = {
     "LlamaForCausalLM": {"llama3"},
 }
 
-_WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, but it has others"}
-
 # The builder has GroupQueryAttention in float16 for CUDA only; that graph runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
 _OPSET = 21  # of ONNX Runtime 1.20
@@ -58,8 +56,7 @@ def why_not(model: nn.Module) -> str | None:
     """Why the model has no fused graph; None if it has one."""
     name, config = type(model).__name__, model.config
     if name not in ARCHITECTURES:
-        exist = f"fused graphs exist for {', '.join(sorted(ARCHITECTURES))}"
-        return f"{name}: {_WRONG.get(name, exist)}"
+        return f"{name}: fused graphs exist for {', '.join(sorted(ARCHITECTURES))}"
     known = {"DynamicLayer", "DynamicSlidingWindowLayer"} if name in WINDOWED else {"DynamicLayer"}
     if others := cache_kinds(config) - known:
         return f"{name}: a cache of {', '.join(sorted(others))} would give wrong results"

@@ -67,11 +67,6 @@ class Mask(ABC):
     def check_values(self, values: Tensor, dtypes: Sequence[torch.dtype], shape: Shape, count: int) -> None:
         """ModelError, beginning with "values", if the values do not fit the mask."""
         needed = self.values_shape(shape, count)
-        if len(needed) == 1 and values.shape != needed:
-            raise ModelError(
-                f"values: shape {list(values.shape)}; the mask takes {list(needed)}: {count} values, and {PADDING} "
-                "zeros of padding"
-            )
         check_tensor("values", values, dtypes, needed)
         if len(needed) == 1 and values[count:].count_nonzero():
             raise ModelError(f"values: the last {PADDING} must be zeros of padding; the file is damaged")

@@ -42,7 +42,6 @@ class EvaluateResult:
     dataset: str
     metrics: dict[str, Metric]  # the first is the most important
     windows: int  # samples
-    predicted_tokens: int
     sequence_length: int
     dtype: str
     provider: str
@@ -178,11 +177,10 @@ def evaluate(
             progress.say(line)
     own = Reference(source, dtype=dtype, device=device)
     runtime = own.loaded(progress)
-    measured, of_dense, likenesses, predicted = [], [], [], 0
+    measured, of_dense, likenesses = [], [], []
     for sample in progress.track(samples, "evaluating", unit=f"{task.sample}s"):
         judged = own.judged(sample, progress)
         measured.append(task.measure(judged, sample))
-        predicted += len(judged)
         if reference is not None:
             dense_judged = reference.judged(sample, progress)
             of_dense.append(task.measure(dense_judged, sample))
@@ -206,7 +204,6 @@ def evaluate(
         dataset=settings.dataset,
         metrics=metrics,
         windows=len(samples),
-        predicted_tokens=predicted,
         sequence_length=settings.sequence_length,
         dtype=runtime.dtype,
         provider=runtime.provider,

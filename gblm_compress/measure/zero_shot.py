@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress import errors
-from gblm_compress.errors import DataError, MissingDependencyError, NotEnoughMemoryError, UsageError, first_line
+from gblm_compress.errors import DataError, MissingDependencyError, UsageError
 from gblm_compress.models.files import sha256_of
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
@@ -170,20 +170,12 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
 
 @contextmanager
 def _calm(progress: Progress) -> Iterator[None]:
-    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars; report a lack of memory."""
+    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     quiet = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()
     try:
         with warnings.catch_warnings(action="ignore"), quiet, redirect_stdout(io.StringIO()):
             yield
-    except Exception as error:
-        if not errors.is_out_of_memory(error):
-            raise
-        raise NotEnoughMemoryError(
-            f"memory ran out while tasks were asked, {BATCH} choices at a time ({first_line(error)}); fewer questions "
-            "(--limit) do not help: give --dtype bfloat16, or --device cpu if it was the GPU's, or tasks with shorter "
-            "questions"
-        ) from error
     finally:
         logging.disable(level)

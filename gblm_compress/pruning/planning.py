@@ -86,14 +86,14 @@ def choose_dtypes(
     if requested == "auto" and device == "cpu" and loading.stored_dtype(source) == "bfloat16":
         return fast, products
     dtype = loading.choose_dtype(requested, source, device)
-    if requested == "auto" and dtype == "float16" and settings.fits_blocks and products != "bfloat16":
+    if requested == "auto" and dtype == "float16" and settings.fits.fits_block and products != "bfloat16":
         dtype = "float32"
     return dtype, products
 
 
 def check_float16(dtype: str, settings: PruneSettings, device: str) -> None:
     """Refuse fits in float16, which loses gradients of 1e-8 and less."""
-    if dtype == "float16" and settings.fits_blocks and ranks.faster_dtype(device, Ranks()) != "bfloat16":
+    if dtype == "float16" and settings.fits.fits_block and ranks.faster_dtype(device, Ranks()) != "bfloat16":
         raise UsageError(
             f"fits in float16 lose gradients that are too small for it, and {device} has no bfloat16; give --fit fast, "
             "or compute in float32"
@@ -125,7 +125,7 @@ class Size:
         self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
-        self._states_of_pruning = (2 + settings.fits_blocks) * place
+        self._states_of_pruning = (2 + settings.fits.fits_block) * place
         products = hidden * (4 * hidden**2 + 2 * hidden * inner + inner**2)  # of a block's weights with Gram matrices
         # operations of the layers' fits, in float32
         self.solving = 2 * ITERATIONS * blocks * products if Need.GRAM in settings.needs else 0
@@ -139,12 +139,12 @@ class Size:
             + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
             + (self.block if Need.GRAM in settings.block_needs else 0)  # as it was, for the errors of its layers
             + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
-            + ((fit_bytes + rounds) * block if settings.fits_blocks else 0)
+            + ((fit_bytes + rounds) * block if settings.fits.fits_block else 0)
             + logits
             + self.activations // blocks
         )
         at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
-        self.working = max(at_a_block, at_the_end if settings.fits_model else 0)
+        self.working = max(at_a_block, at_the_end if settings.fits.fits_model else 0)
 
     def held(self, offload: bool) -> int:
         """Bytes of memory for weights and work, beside hidden states."""
@@ -158,7 +158,7 @@ class Size:
 
     def on_disk(self, settings: PruneSettings, placement: Placement, finished: int) -> int:
         """Bytes on disk for output, gradients, blocks and hidden states, less those that are `finished`."""
-        kept = self.weights * (2 if settings.fits_model else 1) + self.gradients  # until the output is whole
+        kept = self.weights * (2 if settings.fits.fits_model else 1) + self.gradients  # until the output is whole
         states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
         return self.checkpoint + max(0, kept - finished) + max(0, states - placement.states)
 
@@ -171,7 +171,7 @@ def choose_placement(
     room = host if on_cpu else free_memory(device)
     needed = size.held(offload=False)
     offload = needed > room if resources.offload is None else resources.offload
-    if offload and settings.fits_model:
+    if offload and settings.fits.fits_model:
         raise UsageError(
             f"distillation works on the whole model, which takes about {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may "
             f"be used; {'give more --memory, or ' if on_cpu else ''}leave the distillation out (--fit balanced)"
@@ -193,9 +193,9 @@ def passes(settings: PruneSettings) -> float:
     count = 1.0 + 3.0 * settings.needs_gradients  # loading and saving; gradients
     count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
     count += sum(choice.passes for choice in settings.choices)
-    if settings.fits_blocks:
+    if settings.fits.fits_block:
         count += 1.0 + 3.0 * BLOCK_EPOCHS * settings.rounds
-    if settings.fits_model:
+    if settings.fits.fits_model:
         count += 1.0 + 4.0 * MODEL_EPOCHS
     return count
 
@@ -228,7 +228,7 @@ def cost_of(
     rate, times = cost.operations_per_second(plan.device, getattr(torch, plan.dtype)), passes(plan.settings)
     weights, settings = loading.count_weights(source), plan.settings
     handling = READS * 4 * weights / cost.bytes_per_second("cpu")
-    multiplied = weights if settings.needs_gradients or settings.fits_model else size.in_blocks
+    multiplied = weights if settings.needs_gradients or settings.fits.fits_model else size.in_blocks
     solving = size.solving / cost.operations_per_second(plan.device, torch.float32)
     one = 2 * multiplied * calibration.samples * calibration.sequence_length / plan.ranks.size / rate
     computing = one * times + max(0.0, solving - one)  # one pass is counted for the solution

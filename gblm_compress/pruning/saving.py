@@ -57,7 +57,7 @@ def save(
             matrix = computed.T if layers[layer].transposed else computed
             point = rounded(matrix.float(), matrix != 0, grid)  # to the last bit, whatever dtype it was computed in
             weight = positive_zeros((point.T if layers[layer].transposed else point).to(dense.dtype))
-        elif settings.updates:
+        elif settings.fits.moves:
             weight = positive_zeros(computed.to(dense.dtype))
         else:  # a survivor keeps its value to the last bit, whatever dtype it was judged in
             weight = keep_only(dense, computed != 0)

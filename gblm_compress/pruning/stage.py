@@ -36,8 +36,6 @@ from gblm_compress.settings import CalibrationSettings, ComputeSettings, PruneSe
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
-PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper; its alpha depends on them
-
 
 @dataclass(frozen=True)
 class PruneJob:
@@ -78,7 +76,7 @@ def prune(
     start, texts = time.perf_counter(), [job.source.folder, *tasks.files_of(job.calibration.dataset)]
     with outputs.reserved(output, force, texts, ranks.is_first_started()):
         done = _to_folder(job, output, progress, resume, force)
-    return _result(done, job.calibration, start, str(output), _pruned_before(job.source))
+    return _result(done, start, str(output), _pruned_before(job.source))
 
 
 def prune_in_place(
@@ -102,12 +100,10 @@ def prune_in_place(
     own = [on_device(sample, model.device) for sample in samples]
     with peak_memory(str(model.device)) as memory, unfused(model):
         walked = prune_(model, own, settings, progress)
-    return _result((walked, memory.peak_bytes, fingerprint(samples) if samples else None), calibration, start)
+    return _result((walked, memory.peak_bytes, fingerprint(samples) if samples else None), start)
 
 
-def _result(
-    done: _Done, calibration: CalibrationSettings, start: float, folder: str | None = None, notes: Sequence[str] = ()
-) -> PruneResult:
+def _result(done: _Done, start: float, folder: str | None = None, notes: Sequence[str] = ()) -> PruneResult:
     walked, peak, read = done
     weights = sum(math.prod(layer.shape) for layer in walked.layers.values())
     return PruneResult(
@@ -118,7 +114,7 @@ def _result(
         peak_memory_bytes=peak,
         calibration_fingerprint=read,
         grid=walked.plan.settings.grid,
-        warnings=(*notes, *_notes(walked, calibration)),
+        warnings=(*notes, *_notes(walked)),
         nonzeros=sum(layer.nonzeros for layer in walked.layers.values()),
         weights=weights,
         linear_weights=weights + sum(dense.weights for dense in walked.left_dense.values()),
@@ -150,7 +146,7 @@ def _to_folder(job: PruneJob, output: Path, progress: Progress, resume: bool | N
         identity = given | {
             "calibration": {**given["calibration"], "fingerprint": read} if samples else None,
             "dtype": plan.dtype,
-            "products": plan.products if settings.fits_blocks else None,
+            "products": plan.products if settings.fits.fits_block else None,
             "device": plan.device.type,
         }
         run = RunFolder(output.with_name(f".{output.name}.pruning"), identity, resume, group)
@@ -269,14 +265,8 @@ def _pruned_before(source: ModelSource) -> list[str]:
     ]
 
 
-def _notes(walked: Walked, calibration: CalibrationSettings) -> Iterator[str]:
+def _notes(walked: Walked) -> Iterator[str]:
     settings, layers = walked.plan.settings, walked.layers
-    size = (calibration.samples, calibration.sequence_length)
-    if settings.method == "gblm" and settings.fit == "none" and size != PUBLISHED_CALIBRATION:
-        yield (
-            f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
-            f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length}"
-        )
     if walked.whole:
         yield (
             "the blocks of this architecture repeat, share weights or pass on more than hidden states, so all "

@@ -18,7 +18,6 @@ from gblm_compress.calibration.calls import BlockCalls, calls_of
 from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
-from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, MODEL_EPOCHS, MODEL_RATE
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import check_scales, scales_of
@@ -103,7 +102,7 @@ class Walk:
             {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in layers
         ]
         dense = []
-        if plan.settings.fits_model and not run.is_distilled:
+        if plan.settings.fits.fits_model and not run.is_distilled:
             samples = self.progress.track(plan.samples, "dense predictions", unit="samples")
             dense = [prediction(self.weights.model, plan.task, [sample]) for sample in samples]
         self._prune_blocks_(layers, budgets)
@@ -124,20 +123,13 @@ class Walk:
         return uniform | spread(settings.uniform_budget, sizes, densities)
 
     def _dense_blocks(self, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
-        """Every block of the dense model, with the statistics that the allocation needs."""
-        allocation = self.plan.settings.allocates
-        replay = self._replay() if allocation.needs & Need.BLOCKS else None
-        what = f"allocation ({self.plan.settings.allocation})"
+        """Every block of the dense model, with its gradients if the allocation needs them."""
+        needs, what = self.plan.settings.allocates.needs, f"allocation ({self.plan.settings.allocation})"
         for index in self.progress.track(range(len(layers)), what, "blocks"):
             with self.weights.block(index):
-                block = replay.block(index) if replay else None
-                found = layer_statistics(block, layers[index], self._gradients(index), allocation.needs)
+                found = layer_statistics(None, layers[index], self._gradients(index), needs)
                 weights = ((name, weight_matrix(layer).detach().float()) for name, layer in layers[index].items())
                 yield (DenseLayer(name, weight, found[name]) for name, weight in weights)
-                if replay:
-                    replay.advance(index)
-        if replay:
-            replay.hidden.release()
 
     def _gradients(self, index: int) -> dict[str, Tensor]:
         return {name: norms.to(self.pool.device) for name, norms in self.run.gradients(index).items()}
@@ -149,7 +141,7 @@ class Walk:
     def _prune_blocks_(self, layers: Layers, budgets: dict[str, Budget]) -> None:
         settings, run = self.plan.settings, self.run
         replay = self._replay() if settings.needs_blocks else None
-        dense = self._replay() if settings.fits_blocks else None
+        dense = self._replay() if settings.fits.fits_block else None
         # Inputs are needed up to the last block that is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
         tokens = self.calls.tokens if self.calls else 0

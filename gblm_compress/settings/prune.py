@@ -165,7 +165,7 @@ class PruneSettings(Settings):
 
     @property
     def choices(self) -> tuple[Method, FitChoice, Quantiser, Allocation]:
-        return METHODS[self.method], FITS[self.fit], QUANTISERS[self.quantise], self.allocates
+        return METHODS[self.method], self.fits, QUANTISERS[self.quantise], self.allocates
 
     @property
     def columns_of_a_scale(self) -> int | None:
@@ -200,24 +200,15 @@ class PruneSettings(Settings):
     @property
     def needs_blocks(self) -> bool:
         """Whether the blocks run one by one on the text while they are pruned."""
-        return bool(self.block_needs & Need.BLOCKS) or self.fits_blocks
+        return bool(self.block_needs & Need.BLOCKS) or self.fits.fits_block
 
     @property
     def needs_text(self) -> bool:
-        return bool(self.needs) or self.needs_blocks or self.fits_model
+        return bool(self.needs) or self.needs_blocks or self.fits.fits_model
 
     @property
-    def updates(self) -> bool:
-        """Whether survivors change their values."""
-        return FITS[self.fit].moves
-
-    @property
-    def fits_blocks(self) -> bool:
-        return FITS[self.fit].fits_block
-
-    @property
-    def fits_model(self) -> bool:
-        return FITS[self.fit].fits_model
+    def fits(self) -> FitChoice:
+        return FITS[self.fit]
 
     def budgets(self, names: list[str]) -> dict[str, Budget]:
         """Budgets before an allocation. UsageError if an override matches no layer."""

@@ -7,7 +7,6 @@
     states/                     the dense model's predictions, if memory is short
 """
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -153,9 +152,7 @@ class Work:
         if changed:
             again = "repeat that run's command"
             if "threads" in changed and "threads" in was:  # sums differ in their last bits
-                # MKL_NUM_THREADS takes precedence.
-                variables = "OMP_NUM_THREADS" + " and MKL_NUM_THREADS" * ("MKL_NUM_THREADS" in os.environ)
-                again += f", with {variables}={was['threads']} (torch uses {now['threads']} now)"
+                again += f", with OMP_NUM_THREADS={was['threads']} (torch uses {now['threads']} now)"
             fault = f"{str(self.folder)!r} holds an interrupted run that differs in {', '.join(changed)}"
             return self._drop(resume, fault, f"{again}, or ")
         self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]

@@ -12,7 +12,6 @@ from gblm_compress.api import COMMANDS, GROUPS
 from gblm_compress.cli import options
 from gblm_compress.cli.app import app
 from gblm_compress.command import SPELLINGS, command
-from gblm_compress.errors import UsageError
 from gblm_compress.settings import BenchmarkSettings, Panel, PruneSettings
 from tests.scripts import python
 
@@ -110,16 +109,8 @@ def test_the_help_of_the_program_has_a_line_for_each_command_in_its_group() -> N
     assert "..." not in text.partition("Make:")[2] and max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize(
-    ("line", "missing"),
-    [("prune", "MODEL, --output"), ("export -o x", "MODEL, --format"), ("recover p --teacher d", "--output")],
-)
-def test_all_that_is_missing_is_named_with_an_example(line: str, missing: str) -> None:
-    name, *_ = line.split()
-    with pytest.raises(UsageError) as raised:
-        CliRunner().invoke(app, line.split(), catch_exceptions=False)
-    (declared,) = (each for each in COMMANDS if each.name == name)
-    assert str(raised.value) == f"{name} needs {missing}\nexample: {declared.example}"
+def test_what_is_missing_or_wrong_is_named() -> None:
+    assert "Missing argument 'MODEL'" in CliRunner().invoke(app, ["prune"]).output
     assert "Invalid value for '--samples'" in CliRunner().invoke(app, ["prune", "--samples", "x"]).output
 
 

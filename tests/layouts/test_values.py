@@ -128,7 +128,7 @@ DAMAGES: dict[str, dict[str, list[Any]]] = {
         "all are zero": [lambda t: t * 0],
     },
     "mask": {
-        "the mask takes": [lambda t: t * 0],
+        "values: .* needs": [lambda t: t * 0],
         "needs int64": [lambda t: t[1:], lambda t: t.int()],
         "4 rows have bits beyond the last of 100 columns": [lambda t: t | (1 << 40), lambda t: t | -(2**63)],
     },
@@ -137,7 +137,7 @@ DAMAGES: dict[str, dict[str, list[Any]]] = {
         "they do not increase": [lambda t: t.flip(1), lambda t: t * 0],
         "needs int8": [lambda t: t[:, :8], lambda t: t.int(), lambda t: t[0]],
     },
-    "values": {"needs|the mask takes": [lambda t: t[:-1], lambda t: t[None], lambda t: t.double()]},
+    "values": {"needs": [lambda t: t[:-1], lambda t: t[None], lambda t: t.double()]},
 }
 VALUES: dict[int | None, dict[str, list[Any]]] = {
     None: {"holds NaN or infinite": [lambda t: t * float("nan")]},

@@ -143,7 +143,7 @@ def pruned_block(kind: str, compute: str = "float32", **settings):
     targets = [block.run(index) for index in range(16)]
     chosen = PruneSettings(pattern="2:4", **settings)
     how = How(BLOCK_EPOCHS, BLOCK_RATE, compute, chosen.rounds)
-    fit = partial(reconstruct_, targets=targets, how=how) if chosen.fits_blocks else None
+    fit = partial(reconstruct_, targets=targets, how=how) if chosen.fits.fits_block else None
     results, grids = prune_block_(block, layers, {}, chosen, chosen.budgets(list(layers)), fit)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad and parameter.grad is None
