@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,10 +104,6 @@ def write(model: Any, tokenizer: Any, work: Work, progress: Progress) -> list[li
     return rows
 
 
-def as_samples(rows: Iterable[list[int]]) -> list[Sample]:
-    return [{"input_ids": torch.tensor([row])} for row in rows]
-
-
 def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, progress: Progress) -> list[Sample]:
     """As `Author.calibration`, for a model in memory."""
     size = text.samples, text.sequence_length, text.seed
@@ -116,7 +112,7 @@ def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, 
     sample = bytes_of_sample(model.config, text.sequence_length, str(model.dtype).removeprefix("torch."))
     weights = model.get_memory_footprint(return_buffers=False)
     work = work_of(*size, weights, sample, weights + free_memory(str(model.device)))
-    return as_samples(write(model, processor, work, progress))
+    return [{"input_ids": torch.tensor([row])} for row in write(model, processor, work, progress)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +127,10 @@ class Author:
     room: int  # bytes of memory on the device
     ranks: Ranks
     progress: Progress
+
+    @cached_property
+    def dtype(self) -> str:
+        return faster_dtype(self.device, self.ranks)
 
     def calibration(self, processor: Any, text: CalibrationSettings) -> list[Sample]:
         if text.dataset == SELF:
@@ -169,7 +169,7 @@ class Author:
         ids = torch.zeros(count, length, dtype=torch.int64, device=self.device)
         ids[list(own)] = torch.tensor(rows, device=self.device)
         self.ranks.sum_([ids])
-        return as_samples(ids.tolist())
+        return [{"input_ids": row.unsqueeze(0)} for row in ids.cpu()]
 
     def cost(self, text: CalibrationSettings) -> tuple[float, float]:
         """Seconds and bytes to write the missing samples, 0 if there are none; UsageError if memory is too small."""
@@ -179,10 +179,6 @@ class Author:
         operations = 5 * loading.count_weights(self.source) * work.count * work.length
         rate = cost.operations_per_second(self.device, getattr(torch, self.dtype))
         return operations / rate, self.source.bytes_on_disk + work.memory
-
-    @cached_property
-    def dtype(self) -> str:
-        return faster_dtype(self.device, self.ranks)
 
     def _work(self, text: CalibrationSettings) -> Work:
         ranks, length = self.ranks, text.sequence_length
@@ -200,6 +196,5 @@ class Author:
 
 def _read(place: Path) -> list[list[int]] | None:
     with suppress(OSError, ValueError):
-        rows: list[list[int]] = records.read_sealed(place)["rows"]
-        return rows
+        return cast(list[list[int]], records.read_sealed(place)["rows"])
     return None

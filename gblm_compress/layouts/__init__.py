@@ -58,15 +58,10 @@ LAYOUTS = {
 
 def check_described(layout: object, layers: object) -> None:
     """ModelError unless this version reads the layout and layers that a folder's config.json names."""
-    if known(layout) is None:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ModelError(
             f"layout {layout!r} is not known; this version reads {', '.join(LAYOUTS)}; an older or newer "
             "gblm-compress may have packed the folder, so export the pruned model again"
         )
     if not isinstance(layers, dict) or not layers:
         raise ModelError("quantization_config names no packed layers, so it is damaged")
-
-
-def known(name: object) -> Layout | None:
-    """The layout of that name; None for any other value, which a damaged file may have."""
-    return LAYOUTS.get(name) if isinstance(name, str) else None

@@ -94,10 +94,8 @@ class PackedLinear(nn.Module):
             raise ModelError(f"shape {shape!r} does not fit a matrix: two whole numbers above 0 are needed")
         self.layout, self.kind = layout, LAYOUTS[layout].kind
         given = {**dict.fromkeys({"group"} & {*self.kind.sizes}), **sizes}
-        faults = [f"missing keyword argument {name!r}" for name in self.kind.sizes if name not in given]
-        faults += [f"unexpected keyword argument {name!r}" for name in given if name not in self.kind.sizes]
-        if faults:
-            raise TypeError(f"{', '.join(faults)} for the {layout} layout")
+        if given.keys() != set(self.kind.sizes):
+            raise TypeError(f"arguments {sorted(given)} for the {layout} layout, which takes {sorted(self.kind.sizes)}")
         self.out_features, self.in_features = shape
         self.group: int | None = sizes.get("group")
         values = torch.empty(shape[0], dtype=dtype, device=device) if bias else None

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.layouts import known
 from gblm_compress.models import files
 
 
@@ -54,17 +53,7 @@ class ModelSource:
 
     @property
     def is_packed(self) -> bool:
-        return self._quantization.get("quant_method") == files.SPARSE_METHOD
-
-    @property
-    def needs_cuda(self) -> bool:
-        """Whether the folder is packed in a layout that has kernels for CUDA alone."""
-        layout = known(self._quantization.get("layout")) if self.is_packed else None
-        return layout is not None and layout.needs_cuda
-
-    @property
-    def _quantization(self) -> dict[str, Any]:
-        return self.config.get("quantization_config") or {}
+        return (self.config.get("quantization_config") or {}).get("quant_method") == files.SPARSE_METHOD
 
     @property
     def is_export(self) -> bool:

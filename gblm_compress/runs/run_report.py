@@ -12,8 +12,6 @@ from gblm_compress.runs.rows import DENSE, LESS_IS_BETTER, SIZE, GateOutcome, Ro
 from gblm_compress.storage import records
 
 REPORT = "report.json"
-POSITIVE = ("bytes", "bytes_ratio", "weights")
-"""Figures that must be greater than 0."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,7 @@ def read(folder: Path) -> RunReport:
     """The report of a run, from its folder or its `report.json`."""
     path = folder / REPORT if folder.is_dir() else folder
     try:
-        report = TypeAdapter(RunReport).validate_python(records.read_json(path))
-        for number, row in enumerate(report.rows):
-            if row.figure in POSITIVE and not (row.value or 0) > 0:
-                raise ValueError(f"rows.{number}: {row.figure} of {row.where} should be greater than 0")
-        return report
+        return TypeAdapter(RunReport).validate_python(records.read_json(path))
     except OSError as error:
         raise UsageError(
             f"{str(folder)!r} holds no report of a run ({error.strerror or error}); give the folder that "

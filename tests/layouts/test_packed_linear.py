@@ -125,11 +125,11 @@ def test_a_layer_filled_by_hand_is_checked_before_a_kernel_reads_it(layout: str)
     [
         *(({"shape": shape}, "not fit a matrix") for shape in ((0, 8), (8,), (8, 8, 8), (8.0, 8), (True, 8), "88")),
         *(({"nonzeros": count}, f"nonzeros {count} is impossible") for count in (-1, True, 32 * 8 + 1)),
-        ({"scales": 2}, "it is described as .*unexpected keyword argument 'scales' .*a newer gblm-compress may have"),
+        ({"scales": 2}, "it is described as .*arguments .'nonzeros', 'scales'. .*a newer gblm-compress may have"),
         ({"dtype": 2}, "it is described as .*multiple values for keyword argument 'dtype'"),
-        ({"layout": "sparse24"}, "unexpected keyword argument 'nonzeros' for the sparse24 layout"),
-        ({"layout": "int8"}, "unexpected keyword argument 'nonzeros' for the int8 layout"),
-        ({"layout": "bitmask-int8"}, "missing keyword argument 'stored', unexpected keyword argument 'nonzeros'"),
+        ({"layout": "sparse24"}, "arguments .'nonzeros'. for the sparse24 layout, which takes "),
+        ({"layout": "int8"}, "arguments .'group', 'nonzeros'. for the int8 layout, which takes .'group'"),
+        ({"layout": "bitmask-int8"}, "arguments .'group', 'nonzeros'. for .*, which takes .'group', 'stored'"),
         ({"layout": "csr"}, "layout 'csr' is not known"),
     ],
 )
