@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+LONG_SECONDS = 600.0  # a longer run is offered a smaller one
 TRIAL = 1 << 28  # bytes that the trial of the memory's speed reads, more than any cache holds
 
 
-def sentence(seconds: float, memory: float) -> str:
-    """`memory` is added to the program's own."""
-    return f"this takes {words(seconds)} and at most {with_program(memory) / 1e9:.1f} GB of memory on this machine"
+def sentence(seconds: float, memory: float, smaller: tuple[str, float] | None = None) -> str:
+    """`memory` is added to the program's own. `smaller`: the options of a smaller run, and its seconds."""
+    line = f"this takes {words(seconds)} and at most {with_program(memory) / 1e9:.1f} GB of memory on this machine"
+    if smaller is None or seconds < LONG_SECONDS or smaller[1] > seconds / 2:
+        return line
+    return f"{line}; {smaller[0]} take {words(smaller[1])}"
 
 
 def with_program(memory: float) -> int:

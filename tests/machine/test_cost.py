@@ -16,7 +16,9 @@ SHORT = {"sequence_length": 32, "quiet": False}
 )
 def test_time_and_memory_are_one_sentence(seconds: float, said: str, monkeypatch) -> None:
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1e9)))
-    assert cost.sentence(seconds, 2e9) == f"this takes {said} and at most 3.0 GB of memory on this machine"
+    smaller = "; --few 1 take about 60 s" if seconds > 600 else ""
+    line = f"this takes {said} and at most 3.0 GB of memory on this machine{smaller}"
+    assert cost.sentence(seconds, 2e9, ("--few 1", 60.0)) == line
 
 
 def test_every_long_command_says_its_cost(tiny, pruned, prose, tmp_path, monkeypatch, capsys) -> None:
