@@ -19,6 +19,7 @@ from rich.text import Text
 from gblm_compress.command import flag_of
 from gblm_compress.formats import MOST_NONZEROS
 from gblm_compress.machine import cost, noisy
+from gblm_compress.methods.patterns import DENSE
 from gblm_compress.printing import PlainConsole, printable, table
 from gblm_compress.settings.fields import SELF
 from gblm_compress.storage import outputs, records
@@ -377,8 +378,11 @@ def _go_on(model: str, *, is_text: bool = False, is_sparse: bool = False) -> tup
         return _prune(model)
     if kind == "export":
         return ("benchmark", model, "--baseline", _dense_of(model)) if "prune" in made else ()
+    settings, onnx = made.get("prune", {}), ("-o", str(Path(model).with_name("onnx")), "--format", "onnx")
+    if settings.get("pattern") == DENSE:
+        return ("export", model, *onnx, "--quantise", settings["quantise"])
     smaller = ("--quantise", "int8") if is_text else ()
-    return ("export", model, "-o", str(Path(model).with_name("onnx")), "--format", "onnx", *smaller, "--kernels")
+    return ("export", model, *onnx, *smaller, "--kernels")
 
 
 def _advised(c: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:

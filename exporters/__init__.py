@@ -14,11 +14,11 @@ from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.machine import cost
-from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.methods.quantisation import columns_of_a_scale
 from gblm_compress.methods.zeros import count_nonzeros, made_zero
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
-from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -92,17 +92,23 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
     """
     if source is not None:
         check_model(source, "export")
-        if (settings.group or settings.quantise) and (grids := read_grids(source)):
-            check_grid(next(iter(grids.values())).group, settings)
+        if (pruning := manifest.read_if_ours(source.folder).get("prune")) and pruning["quantise"] != "none":
+            columns = columns_of_a_scale(pruning["quantise"], pruning["group"])
+            check_grid(columns, pruning["pattern"] == DENSE, settings)
     _exporter(settings).check(source, settings, patterns)
 
 
-def check_grid(group: int | None, settings: ExportSettings) -> None:
+def check_grid(group: int | None, has_no_zeros: bool, settings: ExportSettings) -> None:
     """Refuse options that contradict the grids of the weights: `group` columns share a scale, or whole rows (None)."""
     own = group or "whole rows"
     if settings.group is not None:
-        raise UsageError(f"group {settings.group}: the model was pruned onto grids of {own}; leave --group out")
-    if settings.format == "onnx" and settings.quantise and not settings.kernels:
+        raise UsageError(f"group {settings.group}: the model was fitted to grids of {own}; leave --group out")
+    if has_no_zeros and (settings.kernels or settings.format != "onnx"):
+        raise UsageError(
+            "the model was rounded with --pattern dense, so it has no zeros to pack; give --format onnx --quantise "
+            "without --kernels"
+        )
+    if settings.format == "onnx" and settings.quantise and not settings.kernels and not has_no_zeros:
         raise UsageError(f"the model was pruned onto grids of {own}, which ONNX Runtime lacks; add --kernels")
 
 

@@ -20,7 +20,7 @@ from gblm_compress.exporters.onnx_weights import Rows, constant, initializer, ro
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import MOVES_MUCH, share_moved
 from gblm_compress.layouts.packed_linear import PackedLinear
-from gblm_compress.methods.quantisation import check_scales, make_grid
+from gblm_compress.methods.quantisation import Grid, check_scales, make_grid, nearest
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
@@ -69,17 +69,20 @@ def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dens
 
 def _packer(source: ModelSource, settings: ExportSettings, is_dense: bool) -> Callable[[str, Tensor, bool], Any]:
     """A function that packs a weight [out_features, in_features]; ModelError if float16 cannot hold the scales."""
+    grids = read_grids(source)
     if not settings.kernels:
         bits, group = 8 if settings.quantise == "int8" else 4, settings.group or GROUP
         channels = by_channels(source, settings)
 
         def pack(name: str, weight: Tensor, is_table: bool) -> Any:
+            grid = grids.get(name)
             if channels and not is_table:
-                return Channels.from_dense(weight)
-            return Blocks.from_dense(weight, 8 if is_table else bits, group)
+                return Channels.from_dense(weight) if grid is None or grid.group else Channels.on_grid(weight, grid)
+            if grid is None or len(grid.levels) > 1 << bits:
+                return Blocks.from_dense(weight, 8 if is_table else bits, group)
+            return Blocks.on_grid(weight, grid, bits)
 
         return pack
-    grids = read_grids(source)
     of_layers = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
 
     def pack_on_grid(name: str, weight: Tensor, is_table: bool) -> Any:
@@ -130,6 +133,16 @@ class Blocks:
         turned = np.ascontiguousarray(weight.numpy().T)
         levels, scales, _ = nbits.DefaultWeightOnlyQuantizer(config).qbits_block_quant(turned)
         return cls(levels, scales.reshape(len(weight), -1), bits, weight.shape[1])
+
+    @classmethod
+    def on_grid(cls, weight: Tensor, grid: Grid, bits: int) -> Self:
+        """A weight on a grid of even levels, which it keeps."""
+        group, (rows, columns) = grid.group or GROUP, weight.shape
+        levels = nn.functional.pad(grid.levels[nearest(weight, grid).int()].short(), (0, -columns % group))
+        codes = (levels + (1 << (bits - 1))).to(torch.uint8).view(rows, -1, group)
+        if bits == 4:
+            codes = codes[..., ::2] | codes[..., 1::2] << 4
+        return cls(codes.numpy(), grid.scales.float().expand(rows, codes.shape[1]).numpy(), bits, columns)
 
     @classmethod
     def stack(cls, parts: Sequence[Self]) -> Self:
@@ -191,6 +204,11 @@ class Channels:
     def from_dense(cls, weight: Tensor) -> Self:
         scales = weight.abs().amax(1).div(127).clamp(min=torch.finfo(torch.float32).tiny)
         return cls((weight / scales[:, None]).round().to(torch.int8).numpy().T, scales.numpy())
+
+    @classmethod
+    def on_grid(cls, weight: Tensor, grid: Grid) -> Self:
+        """A weight on a grid with a scale for each row, which it keeps."""
+        return cls(grid.levels[nearest(weight, grid).int()].numpy().T, grid.scales.float()[:, 0].numpy())
 
     @classmethod
     def stack(cls, parts: Sequence[Self]) -> Self:

@@ -2,7 +2,7 @@
 
 A weight on a grid is scale · level. Scales are float16, one for a row or for neighbouring columns of a row. Levels are
 int8, the same for a whole layer. int8 has -127 … 127. int4 has 16, chosen for the layer: pruning leaves a gap around
-zero, where evenly spaced levels would be wasted.
+zero, where evenly spaced levels would be wasted. Without zeros they are even, -8 … 7, as other engines have them.
 """
 
 from __future__ import annotations
@@ -60,25 +60,26 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
     """The grid with the least squared error for the survivors, by a search over scales and levels.
 
     `importance` [columns] weighs the error of a column by the power of its input. Without it, int4 has even steps, zero
-    among them: small weights of strong inputs may count most.
+    among them: small weights of strong inputs may count most. It has them too if `keep` is true everywhere.
     """
     import torch
 
     weight = keep_only(weight, keep)
     largest = _by_group(weight.abs(), group).amax(-1)
-    steps = EVEN if kind == "int4" and importance is None else range(-LARGEST, LARGEST + 1)
+    is_even = importance is None or bool(keep.all())
+    steps = EVEN if kind == "int4" and is_even else range(-LARGEST, LARGEST + 1)
     grid = Grid(_half(largest / steps[-1]), torch.tensor(steps, dtype=torch.int8, device=weight.device), group)
     if kind == "int8" or importance is None:
         return grid
     counts, scales, best = importance.to(weight) * keep, grid.scales, torch.full_like(largest, torch.inf)
-    grid = Grid(scales, _best_levels(weight, counts, grid), group)
+    levels = grid.levels if is_even else _best_levels(weight, counts, grid)
     for shrink in SHRINKS:
-        tried = Grid(_half(largest * (shrink / LARGEST)), grid.levels, group)
+        tried = Grid(_half(largest * (shrink / steps[-1])), levels, group)
         error = _by_group((restore(nearest(weight, tried), tried) - weight).square() * counts, group).sum(-1)
         scales = torch.where(error < best, tried.scales, scales)
         best = torch.minimum(error, best)
-    grid = Grid(scales, grid.levels, group)
-    return Grid(scales, _best_levels(weight, counts, grid), group)
+    grid = Grid(scales, levels, group)
+    return grid if is_even else Grid(scales, _best_levels(weight, counts, grid), group)
 
 
 def check_scales(

@@ -12,7 +12,7 @@ from torch import nn
 
 import gblm_compress
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.methods.quantisation import grid_in_words
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
 from gblm_compress.models.files import EXPERTS, HEADS, LAYERS, WIDTHS, read_checked
@@ -120,9 +120,13 @@ def card_text(content: dict[str, Any], library: str, loading: str) -> str:
     rows: dict[str, Any] = {}
     if settings:
         rows, zeros = _provenance(settings, content.get("calibration"), layers, content.get("left_dense", {}))
-        title += [settings[key] for key in ("method", "pattern", "quantise") if settings[key] != "none"]
-        done.append(f"{100 * zeros:.1f} % of the weights in its {len(layers)} pruned layers were set to zero,")
-        tags = ["pruned", "sparse", *tags]
+        if settings["pattern"] == DENSE:
+            title.append(settings["quantise"])
+            done.append(f"the weights in {len(layers)} layers were rounded,")
+        else:
+            title += [settings[key] for key in ("method", "pattern", "quantise") if settings[key] != "none"]
+            done.append(f"{100 * zeros:.1f} % of the weights in its {len(layers)} pruned layers were set to zero,")
+            tags = ["pruned", "sparse", *tags]
     if "recovery" in content:
         title.append("recovered")
         done.append("the others were trained,")

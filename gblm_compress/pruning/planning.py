@@ -15,7 +15,6 @@ from gblm_compress.machine.memory import free_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS
-from gblm_compress.methods.patterns import DENSE
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
@@ -32,6 +31,7 @@ FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, b
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
 ITERATIONS = 20  # of all rows of a least squares fit, on average (20.1 on SmolLM2 at 50 %, 8,192 tokens)
 READS = 400  # reads of the float32 weights by a CPU while it ranks, saves and verifies them, for any text
+SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budg
     """
     layers = {name: layer for block in prunable_layers(model, settings.ignore) for name, layer in block.items()}
     result = settings.budgets(list(layers))
-    if all(budget.pattern.name == DENSE for budget in result.values()):
+    if not any(settings.changes(budget.pattern) for budget in result.values()):
         raise UsageError("the exceptions in 'overrides' leave every layer dense: there is nothing to prune")
     for name, layer in layers.items():
         pattern, width = result[name].pattern, weight_matrix(layer).shape[1]
@@ -230,9 +230,13 @@ def cost_of(
     handling = READS * 4 * weights / cost.bytes_per_second("cpu")
     multiplied = weights if settings.needs_gradients or settings.fits.fits_model else size.in_blocks
     solving = size.solving / cost.operations_per_second(plan.device, torch.float32)
-    one = 2 * multiplied * calibration.samples * calibration.sequence_length / plan.ranks.size / rate
-    computing = one * times + max(0.0, solving - one)  # one pass is counted for the solution
-    takes, memory = handling + computing + writing[0], max(int(writing[1]), size.peak(plan.placement))
+
+    def seconds(text: CalibrationSettings) -> float:
+        one = 2 * multiplied * text.samples * text.sequence_length / plan.ranks.size / rate
+        return handling + one * times + max(0.0, solving - one)  # one pass is counted for the solution
+
+    takes, memory = seconds(calibration) + writing[0], max(int(writing[1]), size.peak(plan.placement))
+    smaller = seconds(calibration.model_copy(update=SMALL))
     result = PlanResult(
         model=source.name,
         weights=int(weights),
@@ -244,4 +248,4 @@ def cost_of(
         memory_bytes=cost.with_program(memory),
         disk_bytes=size.on_disk(plan.settings, plan.placement, finished=0),
     )
-    return result, cost.sentence(takes, memory)
+    return result, cost.sentence(takes, memory, ("--samples 16 --sequence-length 512", smaller))

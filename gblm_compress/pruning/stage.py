@@ -277,8 +277,8 @@ def _notes(walked: Walked) -> Iterator[str]:
             f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by "
             f"magnitude, first {few[0]} (more --samples reach more experts)"
         )
-    survivors = {name: layer.survivors for name, layer in layers.items()}
-    if gone := made_zero(survivors, {name: layer.nonzeros for name, layer in layers.items()}):
+    survivors = {name: layer.survivors for name, layer in layers.items() if layer.pattern != DENSE}
+    if gone := made_zero(survivors, {name: layers[name].nonzeros for name in survivors}):
         zeroed, worst, share = gone
         yield (
             f"{zeroed:,} of {sum(survivors.values()):,} survivors became zero by rounding, so fewer weights "

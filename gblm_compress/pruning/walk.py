@@ -19,7 +19,6 @@ from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
 from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, MODEL_EPOCHS, MODEL_RATE
-from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import check_scales, scales_of
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import linear_weights, prunable_layers, weight_matrix
@@ -78,7 +77,7 @@ class Walk:
                     pass
                 results = self._blocks_(layers)
         budgets = self.run.record.budgets or {}
-        dense = {name for name, budget in budgets.items() if budget.pattern.name == DENSE}
+        dense = {name for name, budget in budgets.items() if not settings.changes(budget.pattern)}
         left_dense = {
             name: LeftDense(count, reason or (EXCEPTED if name in dense else UNSEEN))
             for name, count, reason in linear_weights(model, settings.ignore)
@@ -99,7 +98,8 @@ class Walk:
             budgets = run.record.budgets = self._budgets(layers)
             run.write()
         layers = [
-            {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in layers
+            {name: layer for name, layer in block.items() if plan.settings.changes(budgets[name].pattern)}
+            for block in layers
         ]
         dense = []
         if plan.settings.fits.fits_model and not run.is_distilled:

@@ -20,7 +20,7 @@ from gblm_compress.errors import GblmError, ModelError, OutputError, first_line
 from gblm_compress.formats import FORMATS
 from gblm_compress.machine import environment
 from gblm_compress.measure.evaluation import Reference
-from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import files, loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -106,7 +106,7 @@ class Job:
         if self.found is None:
             return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
         budgets = uniform_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
-        return {name: budget.pattern for name, budget in budgets.items() if budget.pattern.name != DENSE}
+        return {name: budget.pattern for name, budget in budgets.items() if self.recipe.prune.changes(budget.pattern)}
 
     @cached_property
     def reference(self) -> Reference:

@@ -14,7 +14,7 @@ from gblm_compress.measure.benchmarking import Contest, benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
-from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.runs.job import Job, Look, Stage
@@ -121,7 +121,7 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
     if (pruning := job.recipe.prune) is not None and not of_dense:
         looks.append(lambda: _check_allocation(pruning, settings, patterns()))
         if pruning.grid is not None:
-            looks.append(partial(check_grid, pruning.columns_of_a_scale, settings))
+            looks.append(partial(check_grid, pruning.columns_of_a_scale, pruning.pattern == DENSE, settings))
 
     return Stage(
         name=f"export {artefact.name}",

@@ -94,10 +94,14 @@ def budget_of(pattern: str, sparsity: float | None = None) -> Budget:
         raise ValueError(str(error)) from error
 
 
+def _known(pattern: str) -> str:
+    return budget_of(pattern).pattern.name
+
+
 def _pruning(pattern: str) -> str:
     if pattern == DENSE:
-        raise ValueError("pattern 'dense' prunes nothing; give it only in 'overrides'")
-    return budget_of(pattern).pattern.name
+        raise ValueError("pattern 'dense' prunes nothing")
+    return _known(pattern)
 
 
 Tokens = Annotated[
@@ -117,7 +121,16 @@ PatternName = Annotated[
     AfterValidator(_pruning),
     Field(json_schema_extra={"pattern": f"^({UNSTRUCTURED}|{PER_MATRIX}|{N_M})$", "examples": ["2:4", UNSTRUCTURED]}),
 ]
-PatternOrDense = Annotated[str, Field(json_schema_extra={"pattern": f"^({DENSE}|{UNSTRUCTURED}|{PER_MATRIX}|{N_M})$"})]
+PatternOrDense = Annotated[
+    str,
+    AfterValidator(_known),
+    Field(
+        json_schema_extra={
+            "pattern": f"^({DENSE}|{UNSTRUCTURED}|{PER_MATRIX}|{N_M})$",
+            "examples": ["2:4", UNSTRUCTURED],
+        }
+    ),
+]
 Memory = Annotated[
     ByteSize,
     BeforeValidator(_has_unit),

@@ -11,7 +11,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget
 from gblm_compress.methods.choices import Choice, Need, describe, readers
 from gblm_compress.methods.fits import FITS, FitChoice
-from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, Quantiser, columns_of_a_scale, grid_in_words
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.settings.fields import (
@@ -21,7 +21,6 @@ from gblm_compress.settings.fields import (
     Fraction,
     OneOf,
     Panel,
-    PatternName,
     PatternOrDense,
     Settings,
     budget_of,
@@ -62,7 +61,10 @@ class OverrideSettings(Settings):
     """An exception for some layers."""
 
     layers: str = Field(description="Shell-style pattern over full layer names.")
-    pattern: PatternOrDense = Field("unstructured", description="As prune.pattern; dense: do not prune them.")
+    pattern: PatternOrDense = Field(
+        "unstructured",
+        description="As prune.pattern. Dense layers are only rounded, with quantise, or left as they are.",
+    )
     sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
 
     @property
@@ -100,9 +102,9 @@ class PruneSettings(Settings):
         + " ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items())}." for name, preset in PRESETS.items()),
     )
     method: MethodName = Field("gblm", description=f"How weights are ranked. {describe(METHODS)}.")
-    pattern: PatternName = Field(
+    pattern: PatternOrDense = Field(
         "unstructured",
-        description=f"Where the zeros go: {WHERE_ZEROS_GO}.",
+        description=f"Where the zeros go: {WHERE_ZEROS_GO}; dense (no zeros) only rounds, with quantise.",
     )
     sparsity: Fraction | None = Field(None, description=SPARSITY)
     gradient_norm: Annotated[GradientNorm, Panel.METHOD] = Field(
@@ -143,12 +145,21 @@ class PruneSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
-        return PRESETS.get(preset, {}) | values if isinstance(preset, str) else values
+        if not isinstance(values, dict):
+            return values
+        preset, nothing_to_rank = values.get("preset"), values.get("pattern") == DENSE
+        given = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        return ({"method": "magnitude"} if nothing_to_rank else {}) | given | values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         budget = budget_of(self.pattern, self.sparsity)
+        if self.pattern == DENSE and self.quantise == "none":
+            raise ValueError("pattern 'dense' prunes nothing; add quantise int4 or int8, or choose another pattern")
+        if self.pattern == DENSE and (self.method != "magnitude" or self.allocation not in (None, "uniform")):
+            raise ValueError(
+                "pattern 'dense' prunes nothing, so method and allocation would do nothing; leave them out"
+            )
         if self.allocation is None:  # not marked as set, so a saved recipe holds only the given keys
             free = Need.GRADIENTS in METHODS[self.method].needs and budget.pattern.n_m is None
             self.__dict__["allocation"] = "sensitivity" if free else "uniform"
@@ -224,6 +235,10 @@ class PruneSettings(Settings):
     @property
     def uniform_budget(self) -> Budget:
         return budget_of(self.pattern, self.sparsity)
+
+    def changes(self, pattern: Pattern) -> bool:
+        """Whether layers of a pattern are pruned or rounded."""
+        return pattern.name != DENSE or self.grid is not None
 
     def is_exception(self, name: str) -> bool:
         return any(override.matches(name) for override in self.overrides)

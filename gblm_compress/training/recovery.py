@@ -21,6 +21,7 @@ from gblm_compress.calibration.weights import StatePool, verify
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine import cost
 from gblm_compress.machine.memory import free_memory, freed_memory_kept, peak_memory
+from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
 from gblm_compress.models import grids, loading, manifest
@@ -311,6 +312,8 @@ def _check_models(what: Recovery) -> None:
             f"model {source.name!r} was not made by `gblm-compress prune`, so that nothing says which zeros must stay; "
             "give a pruned folder"
         )
+    if manifest.read(source.folder)["prune"]["pattern"] == DENSE:
+        raise UsageError(f"model {source.name!r} was rounded with --pattern dense; training is for pruned models")
     loading.check_model(teacher, "learn from")
     if manifest.is_pruned(teacher.folder):
         raise UsageError(f"teacher {teacher.name!r} is pruned itself; give the dense model that it was pruned from")

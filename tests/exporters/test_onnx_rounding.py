@@ -12,6 +12,7 @@ from gblm_compress.exporters import check
 from gblm_compress.exporters.onnx_rounding import Blocks, Channels, round_, use_nbits_
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import share_moved
+from gblm_compress.methods.quantisation import make_grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.loading import load_model
@@ -112,16 +113,16 @@ def test_the_layer_of_which_rounding_makes_most_zero_is_named(tiny, kernels: boo
 @pytest.mark.parametrize("kind", WIDTHS)
 def test_weights_pruned_onto_grids_are_stored_as_they_are(pruned, tmp_path, kind: str) -> None:
     source = pruned(quantise=kind, group=32)
-    with pytest.raises(UsageError, match="group 64: the model was pruned onto grids of 32; leave --group out"):
+    with pytest.raises(UsageError, match="group 64: the model was fitted to grids of 32; leave --group out"):
         check(source, ExportSettings(**ON_KERNELS, quantise=kind, group=64))
     with pytest.raises(UsageError, match="pruned onto grids of 32, which ONNX Runtime lacks; add --kernels"):
         check(source, ExportSettings(format="onnx", quantise=kind))
     packed = load_model(export(source, tmp_path / "packed", format=f"bitmask-{kind}")[1])
-    exact, rounded = load_model(source, "float32"), load_model(source, "float32")
-    round_(rounded, source, ExportSettings(**ON_KERNELS, quantise=kind), is_dense=False)
+    exact, again = load_model(source, "float32"), load_model(source, "float32")
+    round_(again, source, ExportSettings(**ON_KERNELS, quantise=kind), is_dense=False)
     for name, layer in (pair for block in prunable_layers(exact) for pair in block.items()):
         assert torch.equal(packed.get_submodule(name).weight, layer.weight), name
-        assert torch.equal(rounded.get_submodule(name).weight, layer.weight), name
+        assert torch.equal(again.get_submodule(name).weight, layer.weight), name
 
 
 PACK = """
@@ -187,6 +188,9 @@ def test_channels_multiply_inputs_in_8_bits_by_the_nearest_points():
     assert ((dense - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
     assert not dense[weight == 0].any() and not torch.signbit(dense[dense == 0]).any()
     assert torch.equal(Channels.stack([packed, packed]).dense_weight(), torch.cat([dense, dense]))
+    grid = make_grid(weight / 3, weight != 0, "int8", None)
+    points = rounded(weight, weight != 0, grid)
+    assert torch.equal(Channels.on_grid(points, grid).dense_weight(), points)
     program = parsed("y = MatMul (x, w)", {"w": weight.T.numpy()}, {"x": [7, 64]})
     use_nbits_(program, {"w": packed}, [])
     x = torch.randn(7, 64, generator=draws).numpy() + 0.5
@@ -207,6 +211,16 @@ def test_a_dense_model_runs_on_onnx_runtimes_own_operator(tiny, tmp_path, quanti
     widths = [{a.name: a.i for a in node.attribute}["bits"] for node in products]
     assert set(widths) == {WIDTHS[quantise], 8} and widths.count(8) >= 1  # the head has 8 bits
     onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")  # without this package's library
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int4", "row"), ("int8", None)])
+def test_a_dense_model_keeps_its_grids_in_onnx_runtimes_own_operator(pruned, tmp_path, kind, group) -> None:
+    source = pruned("llama", "dense", quantise=kind, group=group)
+    for options in (ON_KERNELS | {"quantise": kind}, {"format": "bitmask-int4"}):
+        with pytest.raises(UsageError, match="rounded with --pattern dense, so it has no zeros to pack"):
+            export(source, tmp_path / "out", **options)
+    result, _ = export(source, tmp_path / "out", format="onnx", quantise=kind)
+    assert result.checks["largest_rounding_error"] < 1e-6
 
 
 @pytest.mark.parametrize(("kind", "kernels", "layers"), [("gpt2", True, 8), ("opt", False, 12)])

@@ -84,6 +84,25 @@ def test_int4_has_even_steps_where_nothing_is_known_of_the_inputs() -> None:
     torch.testing.assert_close(grid.scales.float(), largest / 7, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("group", [None, 32])
+def test_without_zeros_int4_has_even_steps_and_the_best_of_the_tried_scales(group: int | None) -> None:
+    weight, importance = _matrix(4, 96)[0], torch.linspace(0.1, 3, 96)
+    grid = make_grid(weight, torch.ones(4, 96, dtype=torch.bool), "int4", group, importance)
+    assert grid.levels.tolist() == list(range(-8, 8))
+
+    def error(part: list[tuple[float, float]], scale: float) -> float:
+        return sum(count * min((value - scale * level) ** 2 for level in range(-8, 8)) for value, count in part)
+
+    for row, scales in zip(weight.tolist(), grid.scales.tolist(), strict=True):
+        pairs = list(zip(row, importance.tolist(), strict=True))
+        for part, scale in zip(
+            [pairs[at : at + (group or 96)] for at in range(0, 96, group or 96)], scales, strict=True
+        ):
+            largest = max(abs(value) for value, _ in part) / 7
+            tried = [error(part, float(torch.tensor(largest * (1 - step / 40)).half())) for step in range(13)]
+            assert error(part, scale) == pytest.approx(min(tried), rel=1e-5)
+
+
 def test_rows_without_survivors_stay_zero_and_tiny_scales_above() -> None:
     weight, keep = torch.ones(2, 64), torch.zeros(2, 64, dtype=torch.bool)
     for kind in ("int8", "int4"):

@@ -229,6 +229,18 @@ def test_a_width_that_m_does_not_divide_is_refused_before_work(tmp_path, prose, 
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
+def test_dense_layers_are_rounded_to_a_grid_that_the_fit_knows(pruning) -> None:
+    result = pruning(pattern="dense", quantise="int4", group="row", fit="fast")
+    assert len(result.layers) == 14 and {layer.pattern for layer in result.layers.values()} == {"dense"}
+    assert result.nonzeros < result.weights and not any("became zero" in note for note in result.warnings)
+    found = {}
+    for fit in ("none", "fast"):
+        model = tiny_model("llama")
+        prune_(model, samples(16, 48), pattern="dense", quantise="int4", group="row", fit=fit)
+        found[fit] = divergence(tiny_model("llama"), model, samples(4, 48, seed=5))
+    assert 0 < found["fast"] < found["none"]
+
+
 def test_survivors_that_rounding_makes_zero_are_told_with_their_layer(pruning, tmp_path) -> None:
     source = saved(tiny_model("llama"), tmp_path / "m")
     edit_weights(source.folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][:4].mul_(1e-8))

@@ -67,6 +67,8 @@ ONNX = "export: [{format: onnx}]\n"
         (f"{GATES}: {{min_task_accuracy: 0.5}}", "needs an 'evaluate' section with tasks"),
         (f"evaluate: {{tasks: [piqa]}}\n{ONNX}gates: {{min_task_accuracy: 0.5, artefact: onnx}}", "torch only"),
         ("prune: {method: sparsegpt}", "got \"sparsegpt\"; did you mean 'obs'?"),
+        ("prune: {pattern: dense}", "'dense' prunes nothing; add quantise int4 or int8"),
+        ("prune: {pattern: dense, quantise: int4, method: wanda}", "method and allocation would do nothing"),
         ("prune: {fit: balancd}", "did you mean 'balanced'?"),
         ("benchmark: {runtimes: [torch, ort]}", "did you mean 'onnxruntime'?"),
         ("prune: none", 'prune: a section is a mapping of keys, or null to leave it out, got "none"'),

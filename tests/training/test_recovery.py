@@ -332,7 +332,7 @@ def test_data_that_holds_the_evaluation_is_refused(length, train, tmp_path, pros
     assert result.overlap == {str(tmp_path / "other.txt"): 0.0}
 
 
-def test_bad_input_is_told_at_once(train, sparse, tiny, tmp_path) -> None:
+def test_bad_input_is_told_at_once(train, sparse, pruned, tiny, tmp_path) -> None:
     (tmp_path / "short.txt").write_text("a few words " * 4)
     changed, name = shutil.copytree(sparse.folder, tmp_path / "changed"), "model.layers.0.self_attn.q_proj.weight"
     edit_weights(changed, lambda tensors: tensors[name][0, :4].fill_(1))
@@ -340,6 +340,7 @@ def test_bad_input_is_told_at_once(train, sparse, tiny, tmp_path) -> None:
     for given, error, message in (
         ({"source": ModelSource("changed", changed)}, ModelError, broken),
         ({"source": tiny("llama")}, ModelError, "nothing says which zeros must stay"),
+        ({"source": pruned("llama", "dense", quantise="int8")}, UsageError, "training is for pruned models"),
         ({"teacher": sparse}, UsageError, "is pruned itself"),
         ({"teacher": tiny("mistral")}, UsageError, "its (head|embedding) is not that of the pruned model"),
         ({"teacher": sparse, "data": tmp_path / "gone.txt"}, GblmError, r"^2 faults[\s\S]*gone\.txt"),
