@@ -54,7 +54,7 @@ SAMPLE_EVERY_S = 0.02
 # In the child: every library that either side comes to import, then a stop until the parent says to go on.
 START = """
 import os, runpy, signal, sys
-import datasets, pydoc_data.topics
+import datasets, optimum.exporters.tasks, pydoc_data.topics
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 import gblm_compress.cli.app, gblm_compress.pruning
 os.kill(os.getpid(), signal.SIGSTOP)

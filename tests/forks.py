@@ -42,7 +42,7 @@ finally:
 """The program as two ranks: a free port and what to change in each of them, then the arguments."""
 BUILDER = "import runpy\nrunpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"
 IMPORTED = [
-    __name__, "onnxruntime", "onnxruntime_genai.models.builder", "pyarrow.parquet",
+    __name__, "onnxruntime", "onnxruntime_genai.models.builder", "optimum.exporters.tasks", "pyarrow.parquet",
     "transformers.models.llama.modeling_llama",
     *(f"gblm_compress.{name}" for name in (
         "exporters.onnx", "exporters.sparse", "measure.inspection", "models.packed_checkpoint", "runs.comparison",

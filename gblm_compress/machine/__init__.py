@@ -17,7 +17,7 @@ import gblm_compress
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.storage import outputs, records
 
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "datasets", "safetensors", "triton")
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "optimum", "datasets", "safetensors", "triton")
 INSTRUCTION_SETS = {
     "avx2": "fp32 kernels of torch and ONNX Runtime at half the width of AVX-512",
     "avx512f": "full-width fp32 kernels",

@@ -1,6 +1,7 @@
 """The registry of tasks. Importing a module of this folder loads no torch."""
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,20 +66,37 @@ def same_text(evaluated: str, calibrated: str) -> str:
 
 
 def task_of(model_class: type) -> Task:
-    """The task whose `auto_class` loads a model class or a base class of it; ModelError if none does.
+    """The task that optimum's TasksManager infers for a model class or a base class of it; ModelError if none.
 
     An unknown class from outside transformers gets `DEFAULT`. A language model that also reads images or sound counts
     as a causal language model; its other parts stay as they are.
     """
     import transformers
+    from optimum.exporters.tasks import TasksManager
 
+    infer, name = TasksManager.infer_task_from_model, "no task that optimum knows"
     for kind in model_class.__mro__:
-        for task in TASKS.values():
-            if task.auto_class == "AutoModel" and "For" in kind.__name__:  # its list has some models with a head
-                continue
-            for names in getattr(transformers, task.auto_class)._model_mapping._model_mapping.values():
-                if kind.__name__ in (names if isinstance(names, tuple) else (names,)):
-                    return task
-    if not model_class.__module__.startswith("transformers."):
-        return TASKS[DEFAULT]
-    raise ModelError(f"{model_class.__name__} is not {' or '.join(task.help for task in TASKS.values())}")
+        try:
+            name = infer(kind)
+            inferred = {infer(getattr(transformers, task.auto_class)): task for task in TASKS.values()}
+            if found := inferred.get(name) or (name.endswith("to-text") and _loaded_as(kind, [TASKS["causal-lm"]])):
+                return found
+            break
+        except ValueError:  # not in optimum's lists, which miss the classes that share a config, as DeiT's do
+            if found := _loaded_as(kind, TASKS.values()):
+                return found
+    else:
+        if not model_class.__module__.startswith("transformers."):
+            return TASKS[DEFAULT]
+    needed = " or ".join(task.help for task in TASKS.values())
+    raise ModelError(f"{model_class.__name__} is for {name}; {needed} is needed")
+
+
+def _loaded_as(kind: type, tasks: Iterable[Task]) -> Task | None:
+    import transformers
+
+    for task in tasks:
+        for names in getattr(transformers, task.auto_class)._model_mapping._model_mapping.values():
+            if kind.__name__ in (names if isinstance(names, tuple) else (names,)):
+                return task
+    return None

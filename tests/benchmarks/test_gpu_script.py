@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 # As on a machine where the package is not installed: none but torch, triton, transformers and what those bring.
 RUN = """
 import runpy, sys
-for name in ("datasets", "gguf", "typer"):
+for name in ("optimum", "datasets", "gguf", "typer"):
     sys.modules[name] = None
 import tests.triton_interpreter
 sys.argv = sys.argv[1:]

@@ -20,7 +20,7 @@ from gblm_compress.cli.app import _run
 
 for line in sys.stdin:
     assert _run(line.split()) in ((0,) if "help" in line else (2, 3)), line
-heavy = {"torch", "transformers", "onnx", "onnxruntime", "datasets", "matplotlib", "lm_eval"}
+heavy = {"torch", "transformers", "onnx", "onnxruntime", "datasets", "optimum", "matplotlib", "lm_eval"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 

@@ -162,10 +162,15 @@ def test_a_class_tells_its_task() -> None:
         "BertForSequenceClassification": "classification",
         "DeiTForImageClassification": "image-classification",
         "DeiTForImageClassificationWithTeacher": "image-classification",
+        **{task.auto_class: name for name, task in TASKS.items()},
     }.items():
         assert task_of(getattr(transformers, name)) is TASKS[task], name
-    for name in ("BertForMaskedLM", "GPT2DoubleHeadsModel", "ParakeetForCTC"):
-        with pytest.raises(ModelError, match=f"{name} is not a causal language model or a model of text embeddings or"):
+    for name, task in {
+        "BertForMaskedLM": "fill-mask",
+        "GPT2DoubleHeadsModel": "no task that optimum knows",
+        "ParakeetForCTC": "automatic-speech-recognition",
+    }.items():
+        with pytest.raises(ModelError, match=f"{name} is for {task}; a causal language model or"):
             task_of(getattr(transformers, name))
 
 
