@@ -94,6 +94,10 @@ def budget_of(pattern: str, sparsity: float | None = None) -> Budget:
         raise ValueError(str(error)) from error
 
 
+def _spelt(*names: str) -> Any:
+    return Field(json_schema_extra={"pattern": f"^({'|'.join(names)})$", "examples": ["2:4", UNSTRUCTURED]})
+
+
 def _known(pattern: str) -> str:
     return budget_of(pattern).pattern.name
 
@@ -116,21 +120,8 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 GivenText = Annotated[str, AfterValidator(_given)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-PatternName = Annotated[
-    str,
-    AfterValidator(_pruning),
-    Field(json_schema_extra={"pattern": f"^({UNSTRUCTURED}|{PER_MATRIX}|{N_M})$", "examples": ["2:4", UNSTRUCTURED]}),
-]
-PatternOrDense = Annotated[
-    str,
-    AfterValidator(_known),
-    Field(
-        json_schema_extra={
-            "pattern": f"^({DENSE}|{UNSTRUCTURED}|{PER_MATRIX}|{N_M})$",
-            "examples": ["2:4", UNSTRUCTURED],
-        }
-    ),
-]
+PatternName = Annotated[str, AfterValidator(_pruning), _spelt(UNSTRUCTURED, PER_MATRIX, N_M)]
+PatternOrDense = Annotated[str, AfterValidator(_known), _spelt(DENSE, UNSTRUCTURED, PER_MATRIX, N_M)]
 Memory = Annotated[
     ByteSize,
     BeforeValidator(_has_unit),

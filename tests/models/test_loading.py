@@ -47,8 +47,8 @@ def as_a(architecture: str, model_type: str = "bert"):
             )
         ),
         *((as_a(name), load_model, f"does not know the architecture {name};") for name in ("Martian", "utils")),
-        (as_a("BertForMaskedLM"), load_model, "BertForMaskedLM is not a causal"),
-        (as_a("PreTrainedModel"), load_model, "PreTrainedModel is not a causal"),
+        (as_a("BertForMaskedLM"), load_model, "BertForMaskedLM is for fill-mask; a causal"),
+        (as_a("PreTrainedModel"), load_model, "PreTrainedModel is for no task"),
         (as_a("ViTForImageClassification", "vit"), load_processor, "its image processor cannot be loaded"),
     ],
 )  # fmt: skip
