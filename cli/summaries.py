@@ -390,7 +390,10 @@ def _advised(c: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
     if best["kind"] == "pruned":
         return _prune(model, pattern=given.get("pattern"), sparsity=given.get("sparsity"))
     if best["kind"] == "quantised":
-        return ("export", model, "-o", "onnx", "--format", "onnx", "--quantise", best["name"].rpartition(" ")[2])
+        bits = best["name"].rpartition(" ")[2]
+        if bits == "int4":  # rounded without a fit, 4 bits cost much
+            return _prune(model, pattern=DENSE, quantise=bits)
+        return ("export", model, "-o", "onnx", "--format", "onnx", "--quantise", bits)
     return ()
 
 

@@ -151,7 +151,7 @@ def _provenance(
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())
     rows = {
-        "saliency": settings["method"],
+        "saliency": settings["method"] if settings["pattern"] != DENSE else None,
         "pattern": settings["pattern"],
         **{key: settings.get(key) for key in ("allocation", "fit", "gradient_norm", "alpha")},
         "grid of the survivors": grid_in_words(settings["quantise"], settings["group"]),

@@ -11,6 +11,7 @@ from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine import environment, noisy
 from gblm_compress.measure.evaluation import samples_of
+from gblm_compress.methods import patterns
 from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.models.manifest import is_pruned
@@ -141,6 +142,8 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> list[Row]:
 def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
     if recipe.prune is None:
         return "exports of the dense model"
+    if recipe.prune.pattern == patterns.DENSE:
+        return f"dense weights on {pruned['grid']}, fit {recipe.prune.fit}"
     zeros = 1 - pruned["nonzeros"] / pruned["weights"]
     pattern = "" if recipe.prune.pattern == "unstructured" else f", {recipe.prune.pattern}"
     fit = f", fit {recipe.prune.fit}" if recipe.prune.fit else ""

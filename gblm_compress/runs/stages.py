@@ -82,9 +82,10 @@ def _prune(job: Job, settings: PruneSettings) -> Stage:
     text, place = job.recipe.calibration, job.as_pruned.folder
     texts, length = ((text.dataset,), text.sequence_length) if settings.needs_text else ((), 0)
     what = PruneJob(job.dense, settings, text, job.compute, job.recipe.resources)
+    does = f"prune {job.dense.name} by {settings.method}, {settings.pattern}"
     return Stage(
         name="prune",
-        does=f"prune {job.dense.name} by {settings.method}, {settings.pattern}",
+        does=f"round {job.dense.name} to {settings.quantise}" if settings.pattern == DENSE else does,
         reads=(job.dense,),
         texts=texts,
         decides=lambda: [settings, text if settings.needs_text else None, job.compute.dtype, job.device],

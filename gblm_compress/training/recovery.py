@@ -49,6 +49,7 @@ ACTIVATIONS = 8  # bytes that autograd keeps per token, for each input and outpu
 LOGITS = 5  # tensors of the size of the logits: of both models, their gradients, and a temporary
 RATE, RATE_AFTER_A_FIT = 0.002, 0.0007  # after a fit smaller steps are better: .325 nats per token against .339
 # MiniLM at 80 %, 200 steps of 32 texts: cosine .827 at .002, .845 at .005, .856 at .01. At 50 %, .01 is too large.
+ALMOST_ZERO = 1e-30  # a weight that is trained, unlike a pruned one
 RATE_OF_OTHERS = 0.003  # models that do not generate
 
 
@@ -273,7 +274,11 @@ class Recovery:
         on = {f"{name}.weight": grid.to(self.device) for name, grid in grids.read_grids(self.source).items()}
         tables = {id(getattr(module, "weight", None)) for module in head_and_embedding(student)}
         others = {name: one for name, one in student.named_parameters() if name not in layers and id(one) not in tables}
-        weights = Weights(layers, on, others, ranks=self.group)
+        start = {}
+        if manifest.read(self.source.folder)["prune"]["pattern"] == DENSE:  # there zero is a level like the others
+            values = ((name, layer.get_parameter("weight").detach()) for name, layer in layers.items())
+            start = {name: (one.where(one != 0, ALMOST_ZERO), None) for name, one in values}
+        weights = Weights(layers, on, others, start=start, ranks=self.group)
         for name, parameter in weights.parameters.items():
             # Experts are views of one tensor, some transposed; sent tensors must be contiguous.
             parameter.data = parameter.data.to(compute if name in layers else torch.float32).contiguous()
@@ -312,8 +317,6 @@ def _check_models(what: Recovery) -> None:
             f"model {source.name!r} was not made by `gblm-compress prune`, so that nothing says which zeros must stay; "
             "give a pruned folder"
         )
-    if manifest.read(source.folder)["prune"]["pattern"] == DENSE:
-        raise UsageError(f"model {source.name!r} was rounded with --pattern dense; training is for pruned models")
     loading.check_model(teacher, "learn from")
     if manifest.is_pruned(teacher.folder):
         raise UsageError(f"teacher {teacher.name!r} is pruned itself; give the dense model that it was pruned from")

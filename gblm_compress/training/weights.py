@@ -146,7 +146,7 @@ class Weights:
                 if name in grids:
                     self._on[name] = OnGrid(grids[name], factors, partial(as_matrix, layer))
                 if not revive:
-                    self._survivors[name], keep = Survivors(keep), None
+                    self._survivors[name], keep = None if keep.all() else Survivors(keep), None
             if self._owner[name] == self.ranks.rank:
                 self.masters[name] = Master(values, self._survivors[name], self._on.get(name), keep)
 

@@ -118,6 +118,7 @@ def made(folder: Path, **manifest: Any) -> None:
         ),
         ("recover", {"teacher": "a/dense"}, f"evaluate a/pruned --baseline a/dense {ON_DEMO}"),
         ("evaluate", {"model": "a/pruned"}, "export a/pruned -o a/onnx --format onnx --quantise int8 --kernels"),
+        ("evaluate", {"model": "a/rounded"}, "export a/rounded -o a/onnx --format onnx --quantise int4"),
         ("evaluate", {"model": "a/onnx"}, "benchmark a/onnx --baseline owner/model"),
         ("benchmark", {"models": ("a/onnx",), "baseline": ("x",)}, f"evaluate a/onnx --baseline x {ON_DEMO}"),
         ("inspect", {"model": "x"}, "export x -o onnx --format onnx --kernels"),
@@ -130,6 +131,7 @@ def test_the_next_command_has_the_paths_of_the_call(command, given, words, capsy
     monkeypatch.chdir(tmp_path)
     for name, kind in (("pruned", "pruned"), ("onnx", "export")):
         made(tmp_path / "a" / name, kind=kind, base_model={"name": "owner/model"}, prune={})
+    made(tmp_path / "a" / "rounded", kind="pruned", prune={"pattern": "dense", "quantise": "int4"})
     monkeypatch.setitem(summaries.SUMMARIES, command, lambda _: ["summary"])
     for quiet in ({}, {"quiet": True}):
         summaries.show(command, FOUND, False, given | quiet)

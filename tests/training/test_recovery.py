@@ -124,6 +124,16 @@ def test_it_is_adam_on_the_loss_of_looks_with_the_zeros_kept(text_weight, train,
     assert torch.equal(before["model.embed_tokens.weight"], got["model.embed_tokens.weight"])
 
 
+def test_of_a_model_that_was_only_rounded_all_weights_are_trained(pruned, train, tmp_path) -> None:
+    source = pruned("llama", "dense", quantise="int4", group=32)
+    result = train(source=source, tokens=2560)
+    assert result.after < result.before
+    before, after = weights(source.folder), weights(tmp_path / "out")  # on its grid: that is verified at the end
+    layers = [f"{name}.weight" for name in manifest.read(source.folder)["layers"]]
+    assert any(((before[name] == 0) & (after[name] != 0)).any() for name in layers)
+    assert result.trained == sum(after[name].numel() for name in after if "embed" not in name)
+
+
 def dying(monkeypatch, at: int) -> None:
     """A checkpoint after every step; with number `at` the run ends."""
     original, saved = Checkpoints.save, []
@@ -332,7 +342,7 @@ def test_data_that_holds_the_evaluation_is_refused(length, train, tmp_path, pros
     assert result.overlap == {str(tmp_path / "other.txt"): 0.0}
 
 
-def test_bad_input_is_told_at_once(train, sparse, pruned, tiny, tmp_path) -> None:
+def test_bad_input_is_told_at_once(train, sparse, tiny, tmp_path) -> None:
     (tmp_path / "short.txt").write_text("a few words " * 4)
     changed, name = shutil.copytree(sparse.folder, tmp_path / "changed"), "model.layers.0.self_attn.q_proj.weight"
     edit_weights(changed, lambda tensors: tensors[name][0, :4].fill_(1))
@@ -340,7 +350,6 @@ def test_bad_input_is_told_at_once(train, sparse, pruned, tiny, tmp_path) -> Non
     for given, error, message in (
         ({"source": ModelSource("changed", changed)}, ModelError, broken),
         ({"source": tiny("llama")}, ModelError, "nothing says which zeros must stay"),
-        ({"source": pruned("llama", "dense", quantise="int8")}, UsageError, "training is for pruned models"),
         ({"teacher": sparse}, UsageError, "is pruned itself"),
         ({"teacher": tiny("mistral")}, UsageError, "its (head|embedding) is not that of the pruned model"),
         ({"teacher": sparse, "data": tmp_path / "gone.txt"}, GblmError, r"^2 faults[\s\S]*gone\.txt"),
