@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gblm_compress import exporters
 from gblm_compress.calibration.blocks import BlockReplay
@@ -32,7 +33,7 @@ from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.models.experts import unfused
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import VOCABULARY, build_tiny, byte_tokenizer
+from gblm_compress.models.tiny import SIZES, VOCABULARY, byte_tokenizer, random_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import stage
 from gblm_compress.pruning.block_pruning import LayerResult
@@ -51,7 +52,29 @@ SLOW = (
     "exporters", "wheel", "comparison", "docs", "scripts", "action", "packaging", "page", "site",
 )  # fmt: skip
 CAUSAL_LM = TASKS["causal-lm"]
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+_LLAMA = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2}
+_TINY: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "tie_word_embeddings": True},  # as the model `tiny`
+    "mistral": {**_LLAMA, "sliding_window": None},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 16},
+    "gpt2": SIZES,
+    "opt": {**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 256},
+}
+ARCHITECTURES = tuple(_TINY)
+
+
+def tiny_config(kind: str) -> Any:
+    return CONFIG_MAPPING[kind](**_TINY[kind])
+
+
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    return random_model(tiny_config(kind), seed)
+
+
+def build_tiny(kind: str, folder: Path, seed: int = 0) -> None:
+    tiny_model(kind, seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -96,7 +96,7 @@ def find_here(name: str) -> ModelSource | None:
     elif name == TINY and not os.path.exists(path):
         from gblm_compress.models.tiny import build_tiny
 
-        source = ModelSource(name, made_once(cache_folder() / TINY, partial(build_tiny, "llama")))
+        source = ModelSource(name, made_once(cache_folder() / TINY, build_tiny))
     elif os.path.isdir(path):
         source = ModelSource(name, path)
     elif os.path.isfile(path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gblm_compress.models.tiny import VOCABULARY, tiny_model
-from tests.conftest import prune_, samples
+from gblm_compress.models.tiny import VOCABULARY
+from tests.conftest import prune_, samples, tiny_model
 from tests.scripts import loaded
 from tests.tasks.families import share_that_differs
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from gblm_compress.calibration import attention as module
 from gblm_compress.calibration.attention import attention, chunked_attention
-from gblm_compress.models.tiny import tiny_model
-from tests.conftest import ARCHITECTURES, samples
+from tests.conftest import ARCHITECTURES, samples, tiny_model
 
 LAYER = SimpleNamespace(is_causal=True, num_key_value_groups=3)
 

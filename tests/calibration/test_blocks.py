@@ -7,8 +7,7 @@ from gblm_compress.calibration.blocks import Block, layer_statistics
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.choices import Need
 from gblm_compress.models.architecture import as_matrix, prunable_layers
-from gblm_compress.models.tiny import tiny_model
-from tests.conftest import ARCHITECTURES, replay, samples
+from tests.conftest import ARCHITECTURES, replay, samples, tiny_model
 from tests.tasks.families import inputs_of
 
 

@@ -11,11 +11,10 @@ from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights
 from gblm_compress.models.architecture import prunable_layers
-from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.tasks import TASKS
 from tests.calibration.test_blocks import activation_norms
-from tests.conftest import CAUSAL_LM, in_memory, replay, samples
+from tests.conftest import CAUSAL_LM, in_memory, replay, samples, tiny_model
 from tests.families.tiny import tiny_family
 from tests.tasks import families
 

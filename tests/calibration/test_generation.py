@@ -11,11 +11,12 @@ from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.errors import DataError, ModelError, UsageError
 from gblm_compress.machine import cache_folder
 from gblm_compress.models.loading import config_of, load_model
-from gblm_compress.models.tiny import byte_tokenizer, tiny_model
+from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, RecoverSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import fingerprint
+from tests.conftest import tiny_model
 
 END = 256
 

@@ -12,10 +12,9 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import prunable_layers
-from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.tasks import causal_lm
-from tests.conftest import ARCHITECTURES, CAUSAL_LM, in_memory, samples
+from tests.conftest import ARCHITECTURES, CAUSAL_LM, in_memory, samples, tiny_model
 
 
 def all_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import PruneSettings
 from gblm_compress.tasks.text import demo_paragraphs
-from tests.conftest import export, prune
+from tests.conftest import build_tiny, export, prune
 from tests.forks import PROGRAM, Server
 from tests.fuzz.mutations import ODD_TEXTS, Draw, extreme, spoil
 from tests.tasks.families import table

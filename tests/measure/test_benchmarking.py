@@ -11,9 +11,8 @@ from gblm_compress.measure import benchmarking
 from gblm_compress.measure.benchmarking import Contest, benchmark, failure
 from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import BenchmarkSettings, ComputeSettings
-from tests.conftest import edit_json
+from tests.conftest import build_tiny, edit_json
 
 SHORT = ["--prompt", "8", "--generate", "4", "--repeats", "5", "--warmup", "1", "--json", "--quiet"]
 

@@ -20,10 +20,9 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.zero_shot import recovery, score
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
-from tests.conftest import edit_json
+from tests.conftest import build_tiny, edit_json
 
 TASKS = Path(__file__).parent / "zero_shot_tasks"
 DATA = Path(os.environ.get("GBLM_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "zero_shot"

@@ -7,8 +7,7 @@ from torch import nn
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.models.architecture import find_blocks, linear_weights, prunable_layers
-from gblm_compress.models.tiny import tiny_model
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, tiny_model
 from tests.families.tiny import tiny_family
 
 # Families that name and build their routers differently.

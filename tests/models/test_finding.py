@@ -17,10 +17,10 @@ from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.models import files, finding
 from gblm_compress.models.finding import find_here, outlined, resolve_model
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import PruneJob, plan
 from gblm_compress.settings import CalibrationSettings, PruneSettings
+from tests.conftest import build_tiny
 
 GGUF = b"GGUF"
 

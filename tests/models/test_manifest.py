@@ -14,9 +14,8 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models import manifest
 from gblm_compress.models.manifest import MANIFEST, check_baseline
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import EvaluateSettings, PruneSettings
-from tests.conftest import edit_json, export, prune
+from tests.conftest import build_tiny, edit_json, export, prune
 
 LAYER = "model.layers.0.mlp.up_proj"
 SETTINGS = PruneSettings(method="magnitude", pattern="2:4", fit="none")

@@ -18,12 +18,11 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.loading import count_weights
-from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings
 from gblm_compress.settings.prune import PRESETS
-from tests.conftest import ARCHITECTURES, divergence, edit_weights, prune, prune_, samples, saved
+from tests.conftest import ARCHITECTURES, divergence, edit_weights, prune, prune_, samples, saved, tiny_model
 from tests.tasks.families import inputs_of, slow_masks
 
 

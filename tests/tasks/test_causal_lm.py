@@ -6,9 +6,10 @@ import tokenizers
 import torch
 
 from gblm_compress.errors import DataError, ModelError
-from gblm_compress.models.tiny import byte_tokenizer, tiny_config
+from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.tasks.passages import Row, encode
 from gblm_compress.tasks.text import consecutive_windows, drawn_windows, tokenize
+from tests.conftest import tiny_config
 from tests.tasks import families
 
 TOKENIZER, VOCABULARY = byte_tokenizer(), 257

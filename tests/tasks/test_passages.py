@@ -5,9 +5,10 @@ import pytest
 from pyarrow import parquet
 
 from gblm_compress.errors import DataError
-from gblm_compress.models.tiny import byte_tokenizer, tiny_config
+from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.tasks import passages
 from gblm_compress.tasks.passages import Row
+from tests.conftest import tiny_config
 from tests.tasks import families
 
 PROSE = "one two three four five six"

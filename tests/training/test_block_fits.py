@@ -11,14 +11,13 @@ from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE
 from gblm_compress.methods.quantisation import make_grid, rounded, straight_through
 from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
-from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.block_pruning import prune_block_
 from gblm_compress.settings import PruneSettings
 from gblm_compress.training.fits import How, distil_, reconstruct_, relative_error
 from gblm_compress.training.imitation import Imitation, prediction
 from gblm_compress.training.trainer import Trainer
 from gblm_compress.training.weights import SCALE_RATE, Weights, write_
-from tests.conftest import CAUSAL_LM, divergence, prune_, replay, samples
+from tests.conftest import CAUSAL_LM, divergence, prune_, replay, samples, tiny_model
 
 
 def fit(start: torch.Tensor, loss, samples: int, *, epochs: int, rate: float, grids=None, revive: bool = False):

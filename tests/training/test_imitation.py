@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from gblm_compress.calibration.weights import StatePool
-from gblm_compress.models.tiny import tiny_model
 from gblm_compress.training.imitation import Imitation, Teacher
-from tests.conftest import CAUSAL_LM, samples
+from tests.conftest import CAUSAL_LM, samples, tiny_model
 from tests.families.tiny import tiny_family
 
 
