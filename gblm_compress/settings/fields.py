@@ -55,7 +55,6 @@ SELF = "self"
 MANY = 10_000_000  # the largest count; a larger one is a mistake and would exhaust memory
 LEAST_MEMORY = 1_000_000  # bytes; a smaller number lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
-MOST_TOKENS = 10**13
 COUNT = r"^[0-9]{1,12}(\.[0-9]{1,9})? ?[kKmMbB]?$"
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -111,7 +110,7 @@ def _pruning(pattern: str) -> str:
 Tokens = Annotated[
     int,
     BeforeValidator(_count),
-    Field(ge=1, le=MOST_TOKENS),
+    Field(ge=1, le=10**13),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": COUNT}, {"type": "integer", "minimum": 1}]}),
 ]
 Count = Annotated[int, Field(ge=1, le=MANY)]

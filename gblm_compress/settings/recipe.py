@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from gblm_compress.formats import FORMATS, Format
 from gblm_compress.methods.allocation import ALLOCATIONS
@@ -26,6 +26,7 @@ from gblm_compress.settings.stages import (
 Above0 = Annotated[float | None, Field(gt=0)]
 AtLeast0 = Annotated[float | None, Field(ge=0)]
 Share = Annotated[float | None, Field(ge=0, le=1)]
+_DIFFERENT = Field(min_length=1, max_length=100, json_schema_extra={"uniqueItems": True})
 Fault = tuple[tuple[str | int, ...], str]
 """The place of a fault, and the fault in words."""
 
@@ -85,20 +86,13 @@ GATES: dict[str, str] = {
 class CompareSettings(Settings):
     """A grid of methods, patterns and seeds, with the same calibration and evaluation."""
 
-    methods: tuple[str, ...] = Field(
+    methods: Annotated[tuple[str, ...], _DIFFERENT] = Field(
         ("paper", "sparsegpt", "gblm", "wanda", "obs"),
-        min_length=1,
-        max_length=100,
-        json_schema_extra={"uniqueItems": True},
         description="Presets and methods. A fit, an allocation and a grid may follow a method: paper, gblm (with the "
         "default fit), gblm+none, obs+best, gblm+sensitivity, wanda+fast+int4, …",
     )
-    patterns: tuple[PatternName, ...] = Field(
-        ("2:4", "unstructured"),
-        min_length=1,
-        max_length=100,
-        json_schema_extra={"uniqueItems": True},
-        description=f"Patterns to compare: {WHERE_ZEROS_GO}.",
+    patterns: Annotated[tuple[PatternName, ...], _DIFFERENT] = Field(
+        ("2:4", "unstructured"), description=f"Patterns to compare: {WHERE_ZEROS_GO}."
     )
     seeds: Count = Field(3, description="Number of random draws of the calibration text.")
 
@@ -144,7 +138,9 @@ class CompareSettings(Settings):
 class Recipe(Settings):
     """A whole run: prune, recover, export, evaluate, benchmark, and check gates."""
 
-    model: ModelSettings = Field(description="The dense model; a plain string is its source.")
+    model: Annotated[
+        ModelSettings, BeforeValidator(lambda given: {"source": given} if isinstance(given, str) else given)
+    ] = Field(description="The dense model; a plain string is its source.")
     calibration: CalibrationSettings = Field(
         default_factory=CalibrationSettings, description="Data that pruning measures on."
     )
@@ -161,21 +157,14 @@ class Recipe(Settings):
     export: tuple[ExportSettings, ...] = Field((), description="Formats to write, one after the other.")
     evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")
     benchmark: BenchmarkSettings | None = Field(None, description="Latency and memory; skipped if unset.")
-    gates: tuple[GateSettings, ...] = Field(
+    gates: Annotated[
+        tuple[GateSettings, ...],
+        BeforeValidator(lambda given: (given,) if isinstance(given, dict | GateSettings) else given),
+    ] = Field(
         (),
         description="Limits; a run that misses one ends with exit code 6. A mapping, or a sequence of mappings for "
         "several artefacts.",
     )
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _source_alone(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
-
-    @field_validator("gates", mode="before")
-    @classmethod
-    def _gates_alone(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, dict | GateSettings) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
