@@ -18,7 +18,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import BenchmarkSettings, ComputeSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from tests.conftest import export, prune
-from tests.measure.test_onnx_runtime import CONCAT, PRESENT, STATE, runtime
+from tests.measure.test_onnx_runtime import CONCAT, PAST, PRESENT, runtime
 from tests.tasks import families
 
 
@@ -105,6 +105,15 @@ def test_forward_passes_in_fewer_bits(exported, tmp_path, quantise: str, operato
 
 
 IDS = torch.arange(300).remainder(7).unsqueeze(0)
+STATE = {
+    PAST: f'{PAST}, float[batch, 1, 1] "past_key_values.0.recurrent_state"',
+    PRESENT: f'{PRESENT}, float[batch, 1, 1] "present.0.recurrent_state"',
+    "logits = Add (scores, head)": """raw = Add (scores, head)
+    second = Constant <value_ints = [1]> ()
+    sum = ReduceSum <keepdims = 1> (column, second)
+    "present.0.recurrent_state" = Add ("past_key_values.0.recurrent_state", sum)
+    logits = Add (raw, "present.0.recurrent_state")""",
+}
 
 
 def limited(tokens: int) -> dict[str, str]:
