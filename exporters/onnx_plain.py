@@ -3,12 +3,9 @@
 Names follow optimum and onnxruntime-genai. No other module knows the exporter, which is experimental.
 """
 
-import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.files import GRAPH, HEADS, POSITIONS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
+from gblm_compress.printing import silenced
 from gblm_compress.tasks import task_of
 
 # Names of the dynamic dimensions; None is a fixed one.
@@ -117,15 +115,9 @@ def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> i
 @contextmanager
 def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
     """Silence the tracer, and raise a ModelError for any error within."""
-    before, what = logging.root.manager.disable, f"transformers' ONNX exporter does not manage {type(model).__name__}"
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with translated(lambda said: ModelError(f"{source.name!r}: {what} ({said})")):
-                yield
-    finally:
-        logging.disable(before)
+    what = f"transformers' ONNX exporter does not manage {type(model).__name__}"
+    with silenced(), translated(lambda said: ModelError(f"{source.name!r}: {what} ({said})")):
+        yield
 
 
 def _fold_windows_(program: ir.Model, config: Any) -> None:

@@ -68,7 +68,6 @@ Quiet = Annotated[bool, "Show no progress."]
 RecipeName = Annotated[FileName, "A YAML file, or the name of a shipped recipe."]
 Changes = Annotated[Iterable[str], "Change a key of the recipe, for example prune.alpha=50."]
 Calibration = Annotated[CalibrationSettings, {"dataset": "calibration"}]
-DeviceSettings = Annotated[ComputeSettings, {"dtype": None}]
 
 
 @command("gblm-compress advise demo --pattern 2:4")
@@ -146,7 +145,7 @@ def recover(
     *,
     teacher: Annotated[FileName, DENSE],
     settings: RecoverSettings,
-    compute: DeviceSettings,
+    compute: Annotated[ComputeSettings, {"dtype": None}],
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,

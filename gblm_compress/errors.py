@@ -106,6 +106,15 @@ def translated(into: Callable[[str], GblmError]) -> Iterator[None]:
         raise into(first_line(error)) from error
 
 
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put the name of a model or a layer before the message of an error of ours."""
+    try:
+        yield
+    except GblmError as error:
+        raise type(error)(f"{prefix}{error}") from error
+
+
 def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:
     """The errors that these functions raise, in order; an error of `raise_all` counts as its parts."""
     found: list[GblmError] = []

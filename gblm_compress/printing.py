@@ -1,9 +1,11 @@
 """Safe text on terminals and figures: names from outside cannot move the cursor, add lines, or act as markup."""
 
+import io
+import logging
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from rich import box
@@ -71,6 +73,18 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str | Text]], **optio
     for row in rows:
         made.add_row(*row)
     return made
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep the log lines, warnings and prints of libraries from the terminal; not what they write to stderr."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

@@ -78,17 +78,15 @@ def _possible(weight: Packed, tokens: int) -> list[Candidate]:
 @cache
 def candidates(plan: str) -> tuple[Candidate, ...]:
     """The candidates of a plan; all dense for an empty one."""
-    return tuple(_candidate(word) for word in plan.split()) if plan else (DENSE,) * len(TOKENS)
+    if not plan:
+        return (DENSE,) * len(TOKENS)
+    words = [word.partition(":")[::2] for word in plan.split()]
+    return tuple(Candidate(kernel, tuple(map(int, variant.split(",") if variant else ()))) for kernel, variant in words)
 
 
 def choose(plan: str, tokens: int) -> Candidate:
     """The candidate for the next power of two of tokens."""
     return candidates(plan)[min((tokens - 1).bit_length(), len(TOKENS) - 1)]
-
-
-def _candidate(word: str) -> Candidate:
-    kernel, _, variant = word.partition(":")
-    return Candidate(kernel, tuple(int(part) for part in variant.split(",")) if variant else ())
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, cusparselt: Tensor) -> Tensor:

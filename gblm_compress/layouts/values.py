@@ -279,11 +279,9 @@ class Places(Levels):
 
     def spread(self, held: Held, columns: int) -> Tensor:
         mask, table = held["mask"], held["levels"]
-        rows = (
-            torch.arange(len(mask), device=mask.device).repeat_interleave(word_counts(mask).sum(1))
-            if len(table) > 1
-            else 0
-        )
+        rows: Any = 0
+        if len(table) > 1:
+            rows = torch.arange(len(mask), device=mask.device).repeat_interleave(word_counts(mask).sum(1))
         alive, levels = bits(mask, columns), table[rows, unpack_places(mask, held["values"]).int()]
         return table.new_zeros(alive.shape).masked_scatter_(alive, levels)
 

@@ -32,7 +32,6 @@ CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
 KEPT_DAYS = 30  # since its last use, for a text or an export in the cache
 LONGEST_MAKING_S = 3600.0  # wait while another process makes the same folder of the cache
 
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 T = TypeVar("T", int, str)
 
@@ -164,22 +163,17 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def last_cache_bytes(caches: Path = _CACHES) -> int:
+def last_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """The size of the largest cache that the first core has or shares; 0 if unknown (not on Linux)."""
     said = [path.read_text().strip() for path in caches.glob("index*/size")]
     return max((int(size[:-1]) * _UNITS[size[-1]] for size in said if size and size[-1] in _UNITS), default=0)
 
 
-def replacing(size: int) -> Callable[[], None]:
+def replacing(size: int) -> Callable[[], object]:
     """A function that evicts a cache of `size` bytes, in one thread: torch's threads would stay busy."""
     import numpy as np
 
-    memory = np.ones(max(1, 2 * size // 8), np.int64)
-
-    def replace() -> None:
-        memory.sum()
-
-    return replace
+    return np.ones(max(1, 2 * size // 8), np.int64).sum
 
 
 def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Callable[[Any], bool]) -> T:

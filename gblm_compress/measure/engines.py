@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import chdir
+from itertools import count
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ _TEXTS: dict[str, str | None] = {
     **{f"model.decoder.inputs.{name}": value for name, value in GENAI_INPUTS.items()},
     **{f"model.decoder.outputs.{name}": value for name, value in GENAI_OUTPUTS.items()},
 }
-_LIBRARY = {f"{_SESSION}.custom_ops_library": None}  # the program loads its own instead
 
 
 class GenaiRuntime:
@@ -103,7 +103,8 @@ def _checked_length(source: ModelSource) -> int:
         raise ModelError(
             f"{source.name!r}: it has no genai_config.json that onnxruntime-genai can use ({first_line(error)})"
         ) from error
-    known = _TEXTS | (_LIBRARY if source.needs_operator else {})
+    # The program loads its own library instead.
+    known = _TEXTS | ({f"{_SESSION}.custom_ops_library": None} if source.needs_operator else {})
     for key, text in _texts(content):
         if key not in known or known[key] not in (None, text):
             wanted = repr(known[key]) if key in known else "no text"
@@ -157,14 +158,17 @@ class VllmRuntime:
             raise ModelError(f"{source.name!r}: vLLM cannot load it ({first_line(error)})") from error
         self._engine = self._llm.llm_engine
         self._tokens: dict[str, list[int]] = {}
-        self._started = 0
+        self._numbers = count()  # of requests
         self.step_ms: dict[str, float] = {}
         self.provider, self.dtype = f"vLLM {vllm.__version__} on {current_platform.device_type}", dtype
 
     def next_token(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """The cache is the number of tokens so far."""
         if cache is None:
-            self._start(ids)
+            self._engine.abort_request(list(self._tokens))
+            self._tokens = {str(next(self._numbers)): [] for _ in ids}
+            for name, row in zip(self._tokens, ids.tolist(), strict=True):
+                self._engine.add_request(name, {"prompt_token_ids": row}, self._params)
         number = (cache or 0) + 1
         while any(len(tokens) < number for tokens in self._tokens.values()):
             if not self._engine.has_unfinished_requests():
@@ -174,24 +178,15 @@ class VllmRuntime:
                     self._tokens[output.request_id] = list(output.outputs[0].token_ids)
         return torch.tensor([tokens[number - 1] for tokens in self._tokens.values()]).unsqueeze(1), number
 
-    def _start(self, ids: Tensor) -> None:
-        self._engine.abort_request(list(self._tokens))
-        self._tokens = {}
-        for row in ids.tolist():
-            name = str(self._started)
-            self._started += 1
-            self._tokens[name] = []
-            self._engine.add_request(name, {"prompt_token_ids": row}, self._params)
-
     def kernels(self, tokens: int) -> dict[str, int]:
         """The kernels of packed layers, merged as in vLLM; its own layers count as dense."""
 
-        def count(model: Any) -> dict[str, int]:
+        def counted(model: Any) -> dict[str, int]:
             from vllm.model_executor.layers.linear import LinearBase
 
             layers = [module for module in model.modules() if isinstance(module, LinearBase)]
             packed = [next((m for m in layer.children() if isinstance(m, PackedLinear)), None) for layer in layers]
             return dict(Counter("dense" if layer is None else layer.kernel(tokens) for layer in packed))
 
-        found: dict[str, int] = self._llm.apply_model(count)[0]
+        found: dict[str, int] = self._llm.apply_model(counted)[0]
         return found

@@ -4,12 +4,10 @@ No other module knows lm-eval.
 """
 
 import io
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from gblm_compress import errors
 from gblm_compress.errors import DataError, MissingDependencyError, UsageError
 from gblm_compress.models.files import sha256_of
+from gblm_compress.printing import silenced
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
@@ -170,12 +169,6 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
 
 @contextmanager
 def _calm(progress: Progress) -> Iterator[None]:
-    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    quiet = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()
-    try:
-        with warnings.catch_warnings(action="ignore"), quiet, redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)
+    """Silence lm-eval, and with `quiet` its progress bars too."""
+    with silenced(), redirect_stderr(io.StringIO()) if progress.quiet else nullcontext():
+        yield

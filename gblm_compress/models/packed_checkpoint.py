@@ -5,8 +5,7 @@ Importing `gblm_compress` registers a quantizer that replaces linear layers befo
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.errors import ModelError, UsageError, prefixed
 from gblm_compress.layouts import LAYOUTS, check_described
 from gblm_compress.layouts.packed_linear import OWN, PackedEmbedding, PackedLinear
 from gblm_compress.methods.quantisation import Grid
@@ -60,20 +59,20 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         settings = self.quantization_config
         layout, layers, embeddings = settings.layout, settings.layers, settings.embeddings
-        with self._named_errors(model):
+        with prefixed(f"{str(model.name_or_path)!r}: "):
             check_described(layout, layers)
             check_embeddings(embeddings, layers)
         unfuse_(model, settings.experts)
         own = {own_layer(name): name for name, layer in embeddings.items() if layer == own_layer(name)}
         for name, description in layers.items():
-            with self._named_errors(model, f"quantization_config, layer {name!r}: "):
+            with prefixed(f"{str(model.name_or_path)!r}: quantization_config, layer {name!r}: "):
                 if name in own:
                     dense: Any = dense_embedding(model, own[name])
                 else:
                     dense = linear_layer(model, name, tied=name in embeddings.values())
                 empty = _like(dense, layout, description, model.config.dtype)
                 model.set_submodule(own.get(name, name), PackedEmbedding(empty, own=True) if name in own else empty)
-        with self._named_errors(model, "quantization_config, "):
+        with prefixed(f"{str(model.name_or_path)!r}: quantization_config, "):
             look_up_(model, embeddings)
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -96,12 +95,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, tensor in model.state_dict(keep_vars=True).items():
             missing = not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
             if missing and not any(pattern.search(name) for pattern in optional):
-                with self._named_errors(model, f"{name}: "):
-                    raise ModelError("no such tensor is in the folder, so it is incomplete")
+                where = f"{str(model.name_or_path)!r}: {name}"
+                raise ModelError(f"{where}: no such tensor is in the folder, so it is incomplete")
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
             layer.loading = False
-            with self._named_errors(model, f"{name}."):
+            with prefixed(f"{str(model.name_or_path)!r}: {name}."):
                 layer.prepare()
         return model
 
@@ -110,13 +109,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         layer, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(layer)
         return isinstance(module, PackedLinear) and tensor in module.kind.names
-
-    @contextmanager
-    def _named_errors(self, model: Any, prefix: str = "") -> Iterator[None]:
-        try:
-            yield
-        except ModelError as error:
-            raise ModelError(f"{str(model.name_or_path)!r}: {prefix}{error}") from error
 
     @property
     def is_trainable(self) -> bool:

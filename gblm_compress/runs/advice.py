@@ -145,7 +145,7 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
     return Prediction(way, kind, total, middle, ends[0], ends[-1])
 
 
-def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> Spread:
+def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], object]) -> Spread:
     runtime: Runtime = load_runtime(artefact, dtype, "cpu", threads)
     vocabulary = vocabulary_of(loading.config_of(artefact))
     ids = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))

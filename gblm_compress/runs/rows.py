@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 from rich.filesize import decimal
@@ -202,13 +201,9 @@ def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[Gat
 
 
 def _best_of_each_batch(name: str, rows: list[Row]) -> list[Row]:
-    best = max if name.startswith("min_") else min
-    batches = groupby(sorted(rows, key=_batch), _batch)
-    return [best(batch, key=partial(_worse_end, name)) for _, batch in batches]
-
-
-def _batch(row: Row) -> int:
-    return row.batch or 0
+    best, batches = max if name.startswith("min_") else min, sorted({row.batch or 0 for row in rows})
+    same = [[row for row in rows if (row.batch or 0) == batch] for batch in batches]
+    return [best(group, key=partial(_worse_end, name)) for group in same]
 
 
 def _outcome(name: str, limit: float, row: Row, significant: bool) -> GateOutcome:

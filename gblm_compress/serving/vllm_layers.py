@@ -6,7 +6,6 @@ weights, which reveals the rows and columns of a process.
 
 import re
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -19,7 +18,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from gblm_compress.errors import GblmError, ModelError
+from gblm_compress.errors import ModelError, prefixed
 from gblm_compress.layouts import LAYOUTS, check_described
 from gblm_compress.layouts.packed import DTYPES
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -110,7 +109,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.dtype, self._place = params_dtype, partial(_places, weight_loader, "output_dim", self.rows)
         self._read: dict[Hashable, dict[str, Tensor]] = {}
         self._shares: dict[int, PackedLinear] | None = {}
-        with self._named_errors():
+        with prefixed(f"{self.prefix}: "):
             empty = PackedLinear.described(self.layout, self.described[0], params_dtype)
             if input_size_per_partition != input_size:
                 found = _places(weight_loader, "input_dim", input_size_per_partition, input_size, None)
@@ -127,7 +126,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         read = self._read.setdefault(shard, {})
         read[name] = tensor
         if DENSE in read or all(name in read for name in self.kind.names):
-            with self._named_errors():
+            with prefixed(f"{self.prefix}: "):
                 part = self._part(self._read.pop(shard))
                 for first, rows in _runs(self._place(part.out_features, shard)):
                     self._shares[first] = part.cut(rows, self.columns)
@@ -154,7 +153,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         device = layer.get_parameter(DENSE).device
         for name in (*self.kind.names, DENSE):
             delattr(layer, name)
-        with self._named_errors():
+        with prefixed(f"{self.prefix}: "):
             if sum(share.out_features for share in self._shares.values()) != self.rows:
                 raise ModelError("a tensor of it is not in the folder, so it is incomplete")
             shares = [self._shares.pop(first) for first in sorted(self._shares)]
@@ -168,13 +167,6 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         packed: Any = layer.get_submodule("packed")
         return packed.product(x, bias)
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except GblmError as error:
-            raise type(error)(f"{self.prefix}: {error}") from error
 
 
 def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
