@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from gblm_compress.cli import summaries
-from gblm_compress.command import REQUIRED, Command, Part, flag_of
+from gblm_compress.command import REQUIRED, Command, flag_of
 from gblm_compress.errors import GateError, GblmError, together
 from gblm_compress.settings import Panel, Settings
 from gblm_compress.settings.fields import MANY, choices_of
@@ -80,7 +80,12 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
     views = {view.name: _own(view) for view in summaries.views(command.name)}
     flags = [*(each for each in own if each.default is False), *views.values()]
     parameters += [each for each in own if each not in flags]
-    parameters += [option for part in command.parts.values() for option in _options(part)] + flags
+    for part in command.parts.values():
+        schemas = part.kind.model_json_schema()["properties"]
+        for field, name in part.names.items():
+            if Panel.NO_OPTION not in part.kind.model_fields[field].metadata:
+                parameters.append(_option(part.kind, field, name, schemas[field]))
+    parameters += flags
     for name, annotation in (("json_", JSON), ("help_all", HELP_ALL)):
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=False))
     several = [name for name, each in command.own.items() if each.kind is each.VAR_POSITIONAL]
@@ -127,15 +132,6 @@ def _own(parameter: Parameter) -> Parameter:
     kind: Any = bool if annotation is bool else list[str] if many else str
     default = Parameter.empty if required else None if many else parameter.default
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, made], default=default)
-
-
-def _options(part: Part) -> list[Parameter]:
-    schemas = part.kind.model_json_schema()["properties"]
-    return [
-        _option(part.kind, field, name, schemas[field])
-        for field, name in part.names.items()
-        if Panel.NO_OPTION not in part.kind.model_fields[field].metadata
-    ]
 
 
 def _option(settings: type[Settings], field: str, name: str, schema: dict[str, Any]) -> Parameter:

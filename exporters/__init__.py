@@ -19,7 +19,6 @@ from gblm_compress.methods.quantisation import columns_of_a_scale
 from gblm_compress.methods.zeros import count_nonzeros, made_zero
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
-from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
@@ -91,7 +90,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
         patterns: {layer: its pattern} of the layers that will be pruned; None if `source` is the model to export.
     """
     if source is not None:
-        check_model(source, "export")
+        loading.check_model(source, "export")
         if (pruning := manifest.read_if_ours(source.folder).get("prune")) and pruning["quantise"] != "none":
             columns = columns_of_a_scale(pruning["quantise"], pruning["group"])
             check_grid(columns, pruning["pattern"] == DENSE, settings)
@@ -119,7 +118,7 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
     if settings.dtype != "auto":
         return settings.dtype
     dtypes = FORMATS[settings.format].dtypes
-    return stored if (stored := stored_dtype(source)) in dtypes else dtypes[0]
+    return stored if (stored := loading.stored_dtype(source)) in dtypes else dtypes[0]
 
 
 def check_is_pruned(weights: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def _ask_for_no_more(program: ir.Model) -> None:
     program.opset_imports[""] = max(needed, _OPSET)
 
 
-def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
+def calculate_rotations_(program: ir.Model, frequencies: Sequence[Any]) -> None:
     """Replace the tables of rotary embeddings by the operators that make them, in place; other tables stay.
 
     The tables of a Llama with 131,072 positions and heads of 64 take 34 MB. ONNX Runtime folds the operators at load.
@@ -146,7 +146,6 @@ def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
     graph = program.graph
     tape = Tape()
     angles: dict[tuple[int, bytes], ir.Value] = {}
-    known = list(frequencies)
 
     def angles_of(positions: int, turns: Any) -> ir.Value:
         key = positions, turns.tobytes()
@@ -162,7 +161,7 @@ def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
         if operator is None or table.const_value is None:
             continue
         stored = table.const_value.numpy()
-        turns = next((each for each in known if _makes(stored, operator, each)), None)
+        turns = next((each for each in frequencies if _makes(stored, operator, each)), None)
         if turns is None:
             continue
         made = tape.op(operator, [angles_of(len(stored), turns)])

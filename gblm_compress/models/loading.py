@@ -12,7 +12,6 @@ from gblm_compress import tasks
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.models.files import GRAPH, shapes_of
 from gblm_compress.models.source import ModelSource
-from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
 
 _FEW = 1 << 28  # values that a model may have beyond those in its files: missing ones, masks, tables of positions
@@ -139,7 +138,7 @@ def task_of(source: ModelSource) -> Task:
     """The task of a model, by the class that its config names and the rest of its folder."""
     import transformers
 
-    found, architectures = TASKS[DEFAULT], source.config.get("architectures") or []
+    found, architectures = tasks.TASKS[tasks.DEFAULT], source.config.get("architectures") or []
     with _named_errors(source):
         for architecture in architectures:
             model_class = getattr(transformers, architecture, None)

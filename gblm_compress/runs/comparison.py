@@ -16,7 +16,6 @@ from gblm_compress import errors
 from gblm_compress.errors import UsageError, raise_all
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
-from gblm_compress.measure.evaluation import Reference
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -71,7 +70,7 @@ class CompareResult(records.Result):
 class Grid:
     """The compared methods, and the folder of their cells; seeds 0, 1, … replace the calibration's own."""
 
-    dense: Reference
+    dense: evaluation.Reference
     output: Path
     settings: CompareSettings
     calibration: CalibrationSettings

@@ -11,7 +11,6 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.benchmarking import Contest, benchmark
-from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
 from gblm_compress.methods.patterns import DENSE, Pattern
@@ -166,7 +165,7 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
         texts=(settings.dataset,),
         decides=lambda: [settings, zero_shot.fingerprint(settings), job.compute.dtype, job.device],
         looks=looks,
-        work=partial(evaluate, source, settings, **shared),
+        work=partial(evaluation.evaluate, source, settings, **shared),
     )
 
 

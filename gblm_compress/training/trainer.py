@@ -139,7 +139,11 @@ class Trainer:
         self._ranks.sum_([total])
         weights.pull()
         if plan.largest_norm < math.inf:
-            self._limit_gradients()
+            masters = self._trained.values()
+            norm = nn.utils.get_total_norm([one.grad for one in masters if one.grad is not None])
+            squares = norm.square().to(weights.device)
+            self._ranks.sum_([squares])
+            nn.utils.clip_grads_with_norm_(masters, plan.largest_norm, squares.sqrt())
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * schedule_of(state.step, len(plan.steps))
         self._adam.step()
@@ -181,13 +185,6 @@ class Trainer:
         else:
             mine = [own.index(one) for one in samples if one in own]
         return [mine[first : first + count] for first in range(0, len(mine), count)]
-
-    def _limit_gradients(self) -> None:
-        masters = self._trained.values()
-        norm = nn.utils.get_total_norm([one.grad for one in masters if one.grad is not None])
-        squares = norm.square().to(self._weights.device)
-        self._ranks.sum_([squares])
-        nn.utils.clip_grads_with_norm_(masters, self._plan.largest_norm, squares.sqrt())
 
     def _moments(self) -> dict[str, Tensor]:
         return {
