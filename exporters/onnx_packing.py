@@ -65,11 +65,10 @@ def use_kernels_(
 def quantised_parts(layer: PackedLinear) -> dict[str, Any]:
     """{suffix: array}: the weight as inputs of gblm.QuantisedLinear, in order."""
     stored = layer.held
-    nothing = torch.empty(0, dtype=torch.int8)
     mask = stored.get("mask", torch.empty(0, 0, dtype=torch.int64))
-    values, levels = stored["values"], stored.get("levels", nothing).flatten()
-    scales = stored["scales"].view(torch.float16)
-    return {MASK: mask.numpy(), VALUES: values.numpy(), SCALES: scales.numpy(), LEVELS: levels.numpy()}
+    levels = stored.get("levels", torch.empty(0, dtype=torch.int8)).flatten()
+    tensors = {MASK: mask, VALUES: stored["values"], SCALES: stored["scales"].view(torch.float16), LEVELS: levels}
+    return {suffix: tensor.numpy() for suffix, tensor in tensors.items()}
 
 
 def _use_packed(

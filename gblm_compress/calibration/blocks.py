@@ -102,9 +102,11 @@ def _sum_over_inputs(
         if not whole and len(ran) == len(layers):
             raise ForwardEnded
 
+    names = {id(layer.weight): name for name, layer in layers.items()}
     with ExitStack() as hooks:
-        for name, user in _users(block.module, layers):
-            hooks.enter_context(user.register_forward_pre_hook(partial(measure, name)))
+        for user in block.module.modules():
+            if name := names.get(id(user._parameters.get("weight"))):
+                hooks.enter_context(user.register_forward_pre_hook(partial(measure, name)))
         for sample, counted in enumerate(block.counted):  # noqa: B007 - `measure` reads `counted`
             ran.clear()
             with suppress(ForwardEnded):
@@ -121,13 +123,6 @@ def _sum_over_inputs(
     for name, total in sums.items():
         check_finite(name, "activations", total)
     return sums, dict(zip(layers, tokens.tolist(), strict=True))
-
-
-def _users(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """All modules of the block that multiply by the weight of a layer, with the layer's name."""
-    names = {id(layer.weight): name for name, layer in layers.items()}
-    weights = ((module._parameters.get("weight"), module) for module in block.modules())
-    return [(names[id(weight)], module) for weight, module in weights if id(weight) in names]
 
 
 def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor:

@@ -14,7 +14,6 @@ from gblm_compress.kernels.masks import PADDING, WORD, bits
 from gblm_compress.layouts.packed import check_tensor
 from gblm_compress.methods.patterns import Pattern
 
-_INTEGER_OF = {4: torch.int32, 2: torch.int16}
 # {two increasing positions of 2 bits: the bits that they mark}
 _PAIRS = {first | second << 2: 1 << first | 1 << second for second in range(4) for first in range(second)}
 Shape = Sequence[int]  # (rows, columns) of a weight
@@ -84,7 +83,7 @@ class Bitmask(Mask):
         """Everything but +0.0, so that the round trip is exact even for -0.0."""
         if weight.dtype is torch.bool:
             return weight
-        return weight.contiguous().view(_INTEGER_OF[weight.element_size()]) != 0
+        return weight.contiguous().view({4: torch.int32, 2: torch.int16}[weight.element_size()]) != 0
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
         super().check(buffer, shape)

@@ -72,21 +72,18 @@ class GenaiRuntime:
         self.provider, self.dtype = f"onnxruntime-genai on {self._model.device_type}", source.config["dtype"]
 
     def next_token(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        generator = cache or self._reading(ids)
+        if (generator := cache) is None:
+            batch, tokens = ids.shape
+            options = self._library.GeneratorParams(self._model)
+            longest = min(self._longest, tokens + self._room)
+            options.set_search_options(batch_size=batch, max_length=longest, do_sample=False)
+            try:
+                generator = self._library.Generator(self._model, options)
+                generator.append_tokens(ids.int().numpy())
+            except RuntimeError as error:
+                raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
         generator.generate_next_token()
         return torch.from_numpy(generator.get_next_tokens()).long().unsqueeze(1), generator
-
-    def _reading(self, ids: Tensor) -> Any:
-        batch, tokens = ids.shape
-        options = self._library.GeneratorParams(self._model)
-        longest = min(self._longest, tokens + self._room)
-        options.set_search_options(batch_size=batch, max_length=longest, do_sample=False)
-        try:
-            generator = self._library.Generator(self._model, options)
-            generator.append_tokens(ids.int().numpy())
-        except RuntimeError as error:
-            raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
-        return generator
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """The operators of the exported graph; the library does not name its own."""

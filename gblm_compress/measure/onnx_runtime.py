@@ -5,11 +5,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,8 +159,7 @@ class OnnxForward(_Graph):
         return torch.from_numpy(prediction).float()
 
 
-@dataclass
-class _Cache:
+class _Cache(NamedTuple):
     """Values of `OnnxRuntime._past` on the device, perhaps with room for more tokens, and the number of tokens."""
 
     values: list[Any]

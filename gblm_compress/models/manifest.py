@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from huggingface_hub import ModelCardData
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
 import gblm_compress
@@ -23,25 +23,22 @@ from gblm_compress.printing import printable
 from gblm_compress.settings.prune import Group, QuantiserName
 from gblm_compress.storage.outputs import MANIFEST
 
-_CARRIED = ("prune", "calibration", "compute", "layers", "left_dense")
 # Keys of config.json that a model and its baseline share.
 _SHAPES = (
     "model_type", "architectures", "vocab_size", *WIDTHS, *LAYERS, *HEADS, "num_key_value_heads", "head_dim",
     "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", *EXPERTS,
 )  # fmt: skip
-_Count = Annotated[int, Field(ge=0)]
-_Size = Annotated[int, Field(ge=1)]
 
 
 class _Layer(BaseModel, strict=True):
     pattern: Annotated[str, AfterValidator(Pattern)]
-    shape: Annotated[list[_Size], Field(min_length=2, max_length=2)]
-    nonzeros: _Count
+    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    nonzeros: NonNegativeInt
     transposed: bool
 
 
 class _LeftDense(BaseModel, strict=True):
-    weights: _Count
+    weights: NonNegativeInt
     reason: str
 
 
@@ -54,9 +51,9 @@ class _Prune(BaseModel, strict=True):
 
 class _Calibration(BaseModel, strict=True):
     dataset: str = ""
-    samples: _Count
-    sequence_length: _Count
-    seed: _Count
+    samples: NonNegativeInt
+    sequence_length: NonNegativeInt
+    seed: NonNegativeInt
 
 
 class _Base(BaseModel, strict=True):
@@ -104,7 +101,7 @@ def write(
         "base_model": before.get("base_model", {"name": name, "sha256": source.fingerprint}),
         "source_sha256": source.fingerprint,
         "versions": {package: version(package) for package in ("torch", "transformers", "safetensors")},
-        **{key: before[key] for key in _CARRIED if key in before},
+        **{key: before[key] for key in ("prune", "calibration", "compute", "layers", "left_dense") if key in before},
         **content,
     }
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

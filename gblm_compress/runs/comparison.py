@@ -77,11 +77,7 @@ class Grid:
     evaluation: EvaluateSettings
     compute: ComputeSettings
 
-    def stages(self, progress: Progress) -> list[Stage]:
-        cells = product(self.settings.patterns, self.settings.methods, range(self.settings.seeds))
-        return [self._stage(method, pattern, seed, progress) for pattern, method, seed in cells]
-
-    def _stage(self, method: str, pattern: str, seed: int, progress: Progress) -> Stage:
+    def stage(self, method: str, pattern: str, seed: int, progress: Progress) -> Stage:
         settings, text = self.settings.prune_settings(method, pattern), self.calibration
         text, asked, place = text.model_copy(update={"seed": seed}), self.evaluation, self.compute.model_dump()
         job = PruneJob(self.dense.source, settings, text, self.compute)
@@ -123,7 +119,9 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
         check(grid, progress)
         evaluation.samples_of(source, grid.evaluation, progress)  # before the first pruning
         device = loading.choose_device(grid.compute.device)
-        stages = replace(grid, compute=grid.compute.model_copy(update={"device": device})).stages(progress)
+        grid = replace(grid, compute=grid.compute.model_copy(update={"device": device}))
+        places = product(grid.settings.patterns, grid.settings.methods, range(grid.settings.seeds))
+        stages = [grid.stage(method, pattern, seed, progress) for pattern, method, seed in places]
         cells = [Cell(**carry_out(stage, output, progress).result) for stage in stages]
         result = CompareResult(
             model=source.name,

@@ -29,7 +29,6 @@ from gblm_compress.runs.run_report import Outcome
 from gblm_compress.settings import BenchmarkSettings, ComputeSettings, ExportSettings, Recipe, RecoverSettings
 from gblm_compress.storage import outputs, records
 
-STAGES = ".stages"
 Look = Callable[[], object]
 """Raises an error if something prevents the work."""
 
@@ -207,7 +206,7 @@ def read_record(stage: str, home: Path, progress: Progress) -> Record | None:
 
 
 def record_path(stage: str, home: Path) -> Path:
-    return home / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', stage)}.json"
+    return home / ".stages" / f"{re.sub('[^A-Za-z0-9.+_]', '-', stage)}.json"
 
 
 def _content(place: Path | None) -> str | None:

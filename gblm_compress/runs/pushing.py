@@ -21,8 +21,6 @@ CARD = "README.md"
 LARGEST_CARD = 1 << 20  # bytes
 NAME = re.compile(r"[\w][\w.-]*", re.ASCII)
 REPO = re.compile(rf"{NAME.pattern}/{NAME.pattern}", re.ASCII)
-MADE_BY = {"pruned": "prune", "recovered": "recover"}
-"""{artefact: the stage that makes it}; the others are exports."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ def verified(report: RunReport, run: Path, artefact: str) -> list[Path]:
     """The files of an artefact, after the check that the report measured them."""
     from gblm_compress.runs.job import read_record  # loads torch
 
-    source, stage = ModelSource(artefact, run / artefact), MADE_BY.get(artefact, f"export {artefact}")
+    source = ModelSource(artefact, run / artefact)
+    stage = {"pruned": "prune", "recovered": "recover"}.get(artefact, f"export {artefact}")
     files.check_folder(source.folder)
     results = [records.as_json(outcome.result) for outcome in report.stages if outcome.name == stage]
     record = read_record(stage, run, Progress(quiet=True))

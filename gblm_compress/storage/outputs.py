@@ -330,7 +330,5 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def _existing_parent(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    place = folder.absolute()
+    return next(each for each in (place, *place.parents) if each.exists())

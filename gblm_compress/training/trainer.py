@@ -12,7 +12,6 @@ from gblm_compress.errors import ModelError
 from gblm_compress.training.weights import Weights
 
 WARM_UP = 0.1
-BETAS = (0.9, 0.95)
 CHECKPOINT_SECONDS = 600.0
 
 
@@ -93,7 +92,7 @@ class Trainer:
         groups = [{"params": [one], "lr": plan.rate * _size(one.detach())} for one in self._trained.values()]
         # All-zero tensors are not trained, and Adam takes no empty list.
         moving = [group for group in groups if group["lr"]]
-        self._adam = torch.optim.Adam(moving or [{"params": [torch.zeros(0)]}], betas=BETAS)
+        self._adam = torch.optim.Adam(moving or [{"params": [torch.zeros(0)]}], betas=(0.9, 0.95))
         self._rates = [group["lr"] for group in self._adam.param_groups]
 
     def run(
