@@ -18,6 +18,7 @@ from gblm_compress.calibration.calls import BlockCalls, calls_of
 from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
+from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, MODEL_EPOCHS, MODEL_RATE
 from gblm_compress.methods.quantisation import check_scales, scales_of
 from gblm_compress.methods.zeros import count_nonzeros
@@ -123,13 +124,19 @@ class Walk:
         return uniform | spread(settings.uniform_budget, sizes, densities)
 
     def _dense_blocks(self, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
-        """Every block of the dense model, with its gradients if the allocation needs them."""
+        """Every block of the dense model, with the statistics that the allocation needs."""
         needs, what = self.plan.settings.allocates.needs, f"allocation ({self.plan.settings.allocation})"
+        replay = self._replay() if needs & Need.BLOCKS else None
         for index in self.progress.track(range(len(layers)), what, "blocks"):
             with self.weights.block(index):
-                found = layer_statistics(None, layers[index], self._gradients(index), needs)
+                block = replay.block(index) if replay else None
+                found = layer_statistics(block, layers[index], self._gradients(index), needs)
                 weights = ((name, weight_matrix(layer).detach().float()) for name, layer in layers[index].items())
                 yield (DenseLayer(name, weight, found[name]) for name, weight in weights)
+                if replay:
+                    replay.advance(index)
+        if replay:
+            replay.hidden.release()
 
     def _gradients(self, index: int) -> dict[str, Tensor]:
         return {name: norms.to(self.pool.device) for name, norms in self.run.gradients(index).items()}
