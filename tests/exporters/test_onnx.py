@@ -201,6 +201,19 @@ def test_wrong_logits_lost_zeros_and_a_wrong_cache_fail_verification(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("dtype", "others"), [("blocks", 1), ("float32", 0)])
+def test_few_tokens_may_differ_where_inputs_have_8_bits(dtype: str, others: int) -> None:
+    expected = torch.ones(40, 7)
+    for number in (others, 3):
+        got = expected.clone()
+        got[:number] += 0.7
+        if number == others:
+            assert onnx_verification._check_logits(expected, got, dtype, "read at once") == 0
+        else:
+            with pytest.raises(VerificationError, match="differ by 7.00e-01 of the largest logit on 40 tokens"):
+                onnx_verification._check_logits(expected, got, dtype, "read at once")
+
+
 def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, tmp_path, monkeypatch) -> None:
     """Either of two logits that are nearly equal may be the larger one."""
     expected = 0.9 * torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
