@@ -354,6 +354,13 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
             "perplexity": "{off[wiki.test.tokens]:.1f}", "ms/token": "{time[ms/token, threads=1]:.1f}",
         },
     ),
+    "bits-dense-int4": (
+        results("dense-int4-smollm2-135m")["rows"],
+        {
+            "weights": "{weights}", "C4, KL": "{c4[kl]:.3f}", "C4, perplexity": "{c4[perplexity]:.2f}",
+            "WikiText-2, KL": "{wikitext2[kl]:.3f}", "WikiText-2, perplexity": "{wikitext2[perplexity]:.2f}",
+        },
+    ),
     "bits-llama-26m": (
         [row for row in results("pareto-llama-26m")["rows"] if re.search("llama.cpp|balanced", row["model"])],
         {"model": "{model}", "weights": "{weights}", "MB": "{MB:.1f}", "C4": "{c4_second_txt:.1f}"},
