@@ -20,6 +20,7 @@ from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, MODEL_EPOCHS, MODEL_RATE
+from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import check_scales, scales_of
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import linear_weights, prunable_layers, weight_matrix
@@ -153,7 +154,8 @@ class Walk:
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
         tokens = self.calls.tokens if self.calls else 0
         how = How(BLOCK_EPOCHS, BLOCK_RATE, self.plan.products, settings.rounds)
-        for index in self.progress.track(range(len(layers)), f"pruning ({settings.method})", "blocks", tokens=tokens):
+        what = f"rounding ({settings.quantise})" if settings.pattern == DENSE else f"pruning ({settings.method})"
+        for index in self.progress.track(range(len(layers)), what, "blocks", tokens=tokens):
             with self.weights.block(index):
                 if dense and index <= last:
                     dense.advance(index)
