@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the action
 
 
 def run(folder: Path, **given: str) -> SimpleNamespace:
-    """What the shell steps leave, of which a failing one ends the job; `codes` is {name of a step: exit status}."""
+    """Run the shell steps: their `codes`, {name of a step: exit status}, and `log`. A step that fails ends the job."""
     inputs = {name: entry.get("default", "") for name, entry in ACTION["inputs"].items()} | given
     values = {f"inputs.{name}": value for name, value in inputs.items()} | {"github.action_path": str(ROOT)}
     tools = folder / "bin"

@@ -98,7 +98,7 @@ SCORES = {
 
 
 def share_that_differs(model: Any, masks: dict[str, Any]) -> float:
-    """Of the weights, those that the model keeps and the masks do not, or the other way round."""
+    """The share of the weights that the model or the masks keep, and not both."""
     wrong = [(weight_matrix(model.get_submodule(name)) != 0) != mask for name, mask in masks.items()]
     return float(torch.cat([each.flatten() for each in wrong]).double().mean())
 
