@@ -380,14 +380,20 @@ static void quantised(long long *by_path) {
         const int done = gblm_quantised_linear(mask_or_none, values, starts_or_none, table, scales, sums, x, y, rounded, rows,
                                                words, columns, tokens, stride, fault[0], fault[1], fault[2], fault[3]);
         if (done == refused || (refused && !untouched(held + Q_Y))) fail("a quantised product was taken or refused wrongly");
+        const int eight = path >= AVX2_PATH && tokens > FEW_TOKENS; /* bits of the inputs; else 16 */
+        const int64_t block = eight ? 32 : columns;
         for (int64_t r = 0; done && r < rows; r++)
             for (int64_t t = 0; t < tokens; t++) {
-                double sum = 0, scale = 0, weights = 0, most = 0;
-                for (int64_t c = 0; c < columns; c++) {
-                    const double input = element(type, x, t * columns + c), product = input * dense_weight[r][c];
-                    sum += product, scale += fabs(product), weights += fabs(dense_weight[r][c]), most = fmax(most, fabs(input));
+                double sum = 0, scale = 0, steps = 0;
+                for (int64_t first = 0; first < columns; first += block) {
+                    double weights = 0, most = 0;
+                    for (int64_t c = first; c < first + block && c < columns; c++) {
+                        const double input = element(type, x, t * columns + c), product = input * dense_weight[r][c];
+                        sum += product, scale += fabs(product), weights += fabs(dense_weight[r][c]), most = fmax(most, fabs(input));
+                    }
+                    steps += most * weights / (eight ? 127 : 32767);
                 }
-                const double allowed = 0.51 * most / 32767 * weights + 2e-5 * scale + epsilon[type] * fabs(sum) + 1e-7;
+                const double allowed = 0.51 * steps + 2e-5 * scale + epsilon[type] * fabs(sum) + 1e-7;
                 if (!(fabs(element(type, y, t * rows + r) - sum) <= allowed)) fail("a quantised product is wrong");
             }
     }

@@ -192,7 +192,7 @@ class Quantised:
         return path(torch.int8)
 
     def linear(self, x: Tensor, kernel: str | None = None) -> Tensor:
-        """As `Bitmask.linear`, for any number of tokens; x is rounded to 16 bits with a scale for each token."""
+        """As `Bitmask.linear`, for any number of tokens; x is rounded as quantised.c says."""
         kernels, kernel, tokens, x = library(), kernel or self.path, len(x), x.contiguous()
         y = x.new_empty(tokens, self.rows)
         if tokens == 0:

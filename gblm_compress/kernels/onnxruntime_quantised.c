@@ -9,7 +9,7 @@
  * A weight is scale · level. Values of int8 are levels, one for each bit of the mask; levels has no element then. Values of
  * uint8 are places in levels, two to a byte, the first in its low half, and those of each word of the mask begin with a
  * byte. Without a mask, [0, 0], all weights are stored: values are int8 [rows, columns]. A scale is shared by all columns
- * of a row or by 32, 64 or 128. x is rounded to 16 bits with one scale for each token, once for all the weights of a node.
+ * of a row or by 32, 64 or 128. x is rounded once for all the weights of a node, as quantised.c says.
  *
  * What decides where a kernel reads is checked when a session is made, and kept as a copy: see onnxruntime_op.c.
  */

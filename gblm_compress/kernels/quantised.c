@@ -4,11 +4,12 @@
  * starts are those of job.h; what is stored for each bit is a level, or a place of 4 bits in a table of 16 levels. Places
  * are two to a byte, the first in the low half, and those of every word of the mask begin with a byte.
  *
- * x is rounded once for each call, to 16 bits with one scale a token: q = round(x · 32767 / largest). Its error is 1/65534 of
- * the largest input, so that outliers cost nothing. AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes
- * unsigned ones) and subtracts 32768 · (the row's sum of weights). NEON with sdot, which takes signed ones, splits q - 128 and
- * adds 128 · (that sum). AVX2, AVX-VNNI and other NEON multiply q in 16 bits. Products are summed as
- * integers along a group, or along a row that has one scale: for many tokens and with AVX2 and NEON along a part of it.
+ * x is rounded once for each call. On x86 more than 8 tokens get 8 bits, see quantised_many.c. All others get 16 bits with
+ * one scale a token: q = round(x · 32767 / largest). The error is 1/65534 of the largest input, so that outliers cost nothing.
+ * AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes unsigned ones) and subtracts 32768 · (the row's sum of
+ * weights). NEON with sdot, which takes signed ones, splits q - 128 and adds 128 · (that sum). AVX2, AVX-VNNI and other NEON
+ * multiply q in 16 bits. Products are summed as integers along a group, or along a row that has one scale: with AVX2 and
+ * NEON along a part of it.
  *
  * The caller guarantees what quantised.h says.
  */
@@ -34,7 +35,7 @@ static inline void put(const Quantised *job, int64_t token, int64_t row, float s
     else ((uint16_t *)job->y)[at] = job->type == BF16 ? float_to_bf16(sum) : float_to_f16(sum);
 }
 
-/* ---- x in 16 bits ---- */
+/* ---- x in 16 or 8 bits ---- */
 
 static inline uint32_t bits_f32(uint32_t x) { return x; }
 static inline uint32_t bits_bf16(uint16_t x) { return (uint32_t)x << 16; }
@@ -85,12 +86,51 @@ enum { WHOLE, UNSIGNED_BYTES, SIGNED_BYTES };
         }                                                                                                    \
         return most < 0x7f800000 ? (usable ? largest / 32767 : 0) : __builtin_nanf("");                      \
     }
+/* Round a token, one of 12 of the blocks. Blocks with a number that is not finite have the scale NaN, which makes all of y NaN. */
+#define ROUNDED_BLOCKS(NAME, ATTRIBUTE, TYPE, BITS)                                                                \
+    ATTRIBUTE static void NAME(const void *input, int64_t columns, int64_t words, int token, Block *blocks) { \
+        for (int64_t first = 0; first < words * 64; first += BLOCK_COLUMNS, blocks++) {                       \
+            const int64_t left = columns - first;                                                             \
+            TYPE last[BLOCK_COLUMNS] = {0};                                                                   \
+            const TYPE *x = (const TYPE *)input + first;                                                      \
+            if (left < BLOCK_COLUMNS) x = left > 0 ? memcpy(last, x, (size_t)left * sizeof *x) : last;        \
+            int32_t most = 0, sum = 0;                                                                        \
+            for (int c = 0; c < BLOCK_COLUMNS; c++) {                                                         \
+                const int32_t bits = (int32_t)(BITS(x[c]) & 0x7fffffff);                                      \
+                most = bits > most ? bits : most;                                                             \
+            }                                                                                                 \
+            float largest;                                                                                    \
+            memcpy(&largest, &most, 4);                                                                       \
+            const int usable = most < 0x7f800000 && largest > 1e-30f;                                         \
+            const float inverse = usable ? 127 / largest : 0;                                                 \
+            int8_t levels[BLOCK_COLUMNS];                                                                     \
+            for (int c = 0; c < BLOCK_COLUMNS; c++) {                                                         \
+                const uint32_t bits = usable ? BITS(x[c]) : 0;                                                \
+                float value;                                                                                  \
+                int32_t q;                                                                                    \
+                memcpy(&value, &bits, 4);                                                                     \
+                value = value * inverse + 12582912.0f;                                                        \
+                memcpy(&q, &value, 4);                                                                        \
+                q -= 0x4b400000;                                                                              \
+                sum += q;                                                                                     \
+                levels[c] = (int8_t)q;                                                                        \
+            }                                                                                                 \
+            for (int c = 0; c < BLOCK_COLUMNS; c += 4) memcpy(blocks->levels[c / 4][token], levels + c, 4);   \
+            blocks->scales[token] = most < 0x7f800000 ? (usable ? largest / 127 : 0) : __builtin_nanf("");    \
+            blocks->offsets[token] = -128 * sum;                                                              \
+        }                                                                                                     \
+    }
 #define ROUNDED_TYPES(NAME, ATTRIBUTE)                  \
     ROUNDED(NAME##_f32, ATTRIBUTE, uint32_t, bits_f32)  \
     ROUNDED(NAME##_f16, ATTRIBUTE, uint16_t, bits_f16)  \
     ROUNDED(NAME##_bf16, ATTRIBUTE, uint16_t, bits_bf16)
+#define BLOCKS_TYPES(NAME, ATTRIBUTE)                            \
+    ROUNDED_BLOCKS(NAME##_blocks_f32, ATTRIBUTE, uint32_t, bits_f32)  \
+    ROUNDED_BLOCKS(NAME##_blocks_f16, ATTRIBUTE, uint16_t, bits_f16)  \
+    ROUNDED_BLOCKS(NAME##_blocks_bf16, ATTRIBUTE, uint16_t, bits_bf16)
 ROUNDED_TYPES(portable, )
 typedef float (*Rounding)(const void *, int64_t, int64_t, int, void *);
+typedef void (*BlockRounding)(const void *, int64_t, int64_t, int, Block *);
 
 /* The products of some rows, for up to FEW_TOKENS tokens. */
 typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
@@ -321,6 +361,7 @@ static int has_dot(void) {
 #if defined(__x86_64__)
 
 ROUNDED_TYPES(avx2, AVX2)
+BLOCKS_TYPES(avx2, AVX2)
 
 static uint64_t places_of_8[10][256]; /* [first place][bits]: the place of each column's weight, 128 where it has none */
 
@@ -438,26 +479,28 @@ AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const
 
 ROW_KERNELS(avx2, AVX2)
 
-AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to,
+AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *place, int8_t *to,
                              const int kind) {
     const uint8_t *v = job->values + row_start(job, row);
+    const uint8_t *mask = (const uint8_t *)(job->mask + (kind == LEVELS || kind == PLACES ? row * job->words + first : 0));
     const __m128i table = avx2_table(job, row, kind);
-    for (int64_t w = first; w < last; w++) {
-        _mm_prefetch((const char *)v + (*at >> (kind == PLACES)) + 256, _MM_HINT_T0);
+    int64_t at = *place; /* a copy, since `to` may point to anything */
+    for (int64_t w = first; w < last; w++, to += 64, mask += 8) {
+        _mm_prefetch((const char *)v + (at >> (kind == PLACES)) + 256, _MM_HINT_T0);
         if (kind == SPREAD) {
-            for (int half = 0; half < 2; half++, to += 32) {
-                const Half levels = avx2_spread(v + *at, table, half);
+            for (int half = 0; half < 2; half++) {
+                const Half levels = avx2_spread(v + at, table, half);
                 const __m256i bytes = _mm256_packs_epi16(levels.lanes[0], levels.lanes[1]);
-                _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(bytes, 0xd8));
+                _mm256_storeu_si256((__m256i *)(to + 32 * half), _mm256_permute4x64_epi64(bytes, 0xd8));
             }
-            *at += SPREAD_BYTES;
+            at += SPREAD_BYTES;
             continue;
         }
-        const uint64_t bits = row_bits(job, row, w);
-        for (int lane = 0; lane < 4; lane++, to += 16)
-            _mm_storeu_si128((__m128i *)to, avx2_lane((const uint8_t *)&bits + 2 * lane, v, at, table, kind));
-        if (kind == PLACES) *at = (*at + 1) & ~1ll;
+        _Pragma("GCC unroll 4") for (int lane = 0; lane < 4; lane++)
+            _mm_storeu_si128((__m128i *)(to + 16 * lane), avx2_lane(mask + 2 * lane, v, &at, table, kind));
+        if (kind == PLACES) at = (at + 1) & ~1ll;
     }
+    *place = at;
 }
 
 AVX2 void gblm_avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to) {
@@ -486,6 +529,7 @@ AVX2 static void avx2_restore(const Quantised *job, int64_t begin, int64_t end, 
 #define STREAMS 4
 
 ROUNDED_TYPES(avx512, VNNI)
+BLOCKS_TYPES(avx512, VNNI)
 
 /* Sums of four vectors. */
 VNNI INLINE __m128 four_sums(const __m512 a[4]) {
@@ -705,6 +749,16 @@ static void round_part(void *argument, int index) {
     const int form = job->path >= VNNI_PATH ? UNSIGNED_BYTES : job->path == DOT_PATH ? SIGNED_BYTES : WHOLE;
     int64_t begin, end;
     gblm_share(job->tokens, work->parts, index, &begin, &end);
+#if defined(__x86_64__)
+    static const BlockRounding blocks[2][3] = {{avx2_blocks_f32, avx2_blocks_f16, avx2_blocks_bf16},
+                                               {avx512_blocks_f32, avx512_blocks_f16, avx512_blocks_bf16}};
+    if (gblm_by_tiles(job)) {
+        for (int64_t t = begin; t < end; t++)
+            blocks[job->path >= VNNI_PATH][job->type](work->inputs + t * from, job->columns, job->words, t % BLOCK_TOKENS,
+                                                      (Block *)job->x + t / BLOCK_TOKENS * job->words * WORD_BLOCKS);
+        return;
+    }
+#endif
     for (int64_t t = begin; t < end; t++)
         work->x_scales[t] =
             round(work->inputs + t * from, job->columns, job->words, form, (char *)job->x + t * to);
@@ -804,7 +858,8 @@ int64_t gblm_quantised_bytes(int64_t words, int64_t tokens) {
 
 void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *rounded, const Threads *threads) {
     const int64_t size = bytes_a_token(jobs->words), tokens = jobs->tokens, eights = in_eights(tokens);
-    memset((char *)rounded + tokens * size, 0, (size_t)((eights - tokens) * size)); /* kernels compute up to 8 tokens */
+    const int64_t last = gblm_by_tiles(jobs) ? tokens / BLOCK_TOKENS * jobs->words * WORD_BLOCKS * (int64_t)sizeof(Block) : tokens * size;
+    memset((char *)rounded + last, 0, (size_t)(eights * size - last)); /* kernels compute more tokens than there are */
     float *x_scales = (float *)((char *)rounded + eights * size);
     for (int i = 0; i < count; i++) jobs[i].x = rounded, jobs[i].x_scales = x_scales;
     Share work = {.job = jobs, .count = count, .parts = tokens > FEW_TOKENS ? threads->count : 1, .inputs = inputs,

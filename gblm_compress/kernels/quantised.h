@@ -17,7 +17,7 @@ typedef struct {
     const int8_t *levels;  /* 16 for all rows or for each; NULL: values are levels */
     const uint16_t *scales;
     const float *sums;     /* of a row: Σ scale · level, or Σ level where the row has one scale */
-    const void *x;         /* rounded: tokens × words × 64 int16, or × (64 high bytes, 64 low bytes) */
+    const void *x;         /* rounded: tokens × words × 64 int16, or × (64 high bytes, 64 low bytes); or for many tokens a `Block` each */
     const float *x_scales;
     void *y;
     int64_t rows, words, tokens, columns, groups, stride; /* stride: from row to row in levels */

@@ -1,8 +1,9 @@
 /* Products of quantised weights with many tokens: 16 or 32 rows are spread once for 96 tokens. First for AVX-512 with VNNI.
  *
- * Levels of 16 rows are turned so that four columns of each are one vector: `vpdpbusd` adds their products with four inputs of a
- * token, and sums of 16 rows lie in a register. The two bytes of an input are multiplied one after the other, as in quantised.c.
- * Groups end after as many columns in all rows, so that their scales are applied to 16 rows at once.
+ * Levels of the rows are turned so that four columns of 16 rows are one vector, or of 8 rows with AVX2: an instruction adds their
+ * products with four inputs of a token, and sums of as many rows lie in a register. Decoding is bound by the bytes of the
+ * weight, and takes inputs of 16 bits at no cost. Here arithmetic is the limit, and inputs have 8 bits with a scale for 32
+ * columns, as those of ONNX Runtime and llama.cpp.
  */
 #include "quantised_words.h"
 
@@ -15,13 +16,18 @@ __attribute__((constructor)) static void fill_to_places(void) {
         for (int c = 0; c < 64; c++) gblm_to_places[odd][c] = (int8_t)((2 * odd >> c / 16 & 1) - 1);
 }
 
-enum { TILE = GBLM_TILE, AT_ONCE = 96 /* tokens */, DEEP = 8 /* words of 32 rows that are spread */, MOST_GROUPS = DEEP * 2 };
+enum { TILE = GBLM_TILE, AT_ONCE = 96 /* tokens */, DEEP = 8 /* words that are spread */, MOST_GROUPS = DEEP * 2 };
+enum { WIDE = 6 /* tokens whose sums have registers */ };
 
-/* Part of 32 rows: of each 4 columns those of rows 0 to 15, then those of rows 16 to 31; and the scales of the groups. */
+/* Part of 32 rows: of each 4 columns those of rows 0 to 15, then those of rows 16 to 31, as level + 128; and scales of groups. */
 typedef struct {
     __m512i levels[DEEP * 16][2];
     __m512 scales[MOST_GROUPS][2];
 } Tile;
+
+INLINE const Block *blocks_at(const Quantised *job, int64_t token, int64_t word) {
+    return (const Block *)job->x + (token / BLOCK_TOKENS * job->words + word) * WORD_BLOCKS;
+}
 
 /* 16 rows of 64 levels, four columns of all rows together. */
 VNNI INLINE void turn(const __m512i rows[16], __m512i (*columns)[2], const int half) {
@@ -40,10 +46,12 @@ VNNI INLINE void turn(const __m512i rows[16], __m512i (*columns)[2], const int h
             lanes[i + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0x88);
             lanes[i + 4 + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0xdd);
         }
+    const __m512i unsign = _mm512_set1_epi8(-128);
     for (int j = 0; j < 4; j++)
         for (int odd = 0; odd < 2; odd++) {
-            columns[4 * odd + j][half] = _mm512_shuffle_i32x4(lanes[4 * odd + j], lanes[8 + 4 * odd + j], 0x88);
-            columns[8 + 4 * odd + j][half] = _mm512_shuffle_i32x4(lanes[4 * odd + j], lanes[8 + 4 * odd + j], 0xdd);
+            const __m512i a = lanes[4 * odd + j], b = lanes[8 + 4 * odd + j];
+            columns[4 * odd + j][half] = _mm512_xor_si512(_mm512_shuffle_i32x4(a, b, 0x88), unsign);
+            columns[8 + 4 * odd + j][half] = _mm512_xor_si512(_mm512_shuffle_i32x4(a, b, 0xdd), unsign);
         }
 }
 
@@ -82,61 +90,56 @@ VNNI INLINE void fill(const Quantised *job, int64_t first, int count, int64_t bl
             tile->scales[g][half] = _mm512_i32gather_ps(sixteens, scales[16 * half] + g, 4);
 }
 
-/* sums += the products of a tile's first words and `tokens` tokens of x. */
-VNNI INLINE void multiply(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE],
-                          const int tokens) {
-    const int64_t span = group ? group / 4 : 16 * words;
-    for (int64_t c = 0, g = 0; c < 16 * words; g++) {
-        __m512i high[6][2], low[6][2];
-        for (int t = 0; t < tokens; t++)
-            for (int half = 0; half < 2; half++) high[t][half] = low[t][half] = _mm512_setzero_si512();
-        for (const int64_t end = c + span < 16 * words ? c + span : 16 * words; c < end; c++) {
-            const uint8_t *from = x + (c >> 4) * 128 + (c & 15) * 4;
-            const __m512i first = tile->levels[c][0], second = tile->levels[c][1];
+/* sums += the products of a tile's first blocks and `tokens` tokens of x from `token` on. A scale is for `group` blocks; 0: none. */
+VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const Block *x, int token, float (*sums)[TILE],
+                          const int tokens, const int grouped) {
+    __m512 totals[WIDE][2];
+    for (int t = 0; t < tokens; t++)
+        for (int half = 0; half < 2; half++) totals[t][half] = _mm512_load_ps(sums[t] + 16 * half);
+    for (int64_t b = 0; b < blocks; b++, x++) {
+        __m512i products[WIDE][2];
+        _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
+            products[t][0] = products[t][1] = _mm512_set1_epi32(x->offsets[token + t]);
+        for (int64_t c = 0; c < 8; c++) {
+            const __m512i first = tile->levels[8 * b + c][0], second = tile->levels[8 * b + c][1];
             _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++) {
-                int32_t upper, lower;
-                memcpy(&upper, from + t * stride, 4);
-                memcpy(&lower, from + t * stride + 64, 4);
-                const __m512i uppers = _mm512_set1_epi32(upper), lowers = _mm512_set1_epi32(lower);
-                high[t][0] = added(high[t][0], uppers, first);
-                high[t][1] = added(high[t][1], uppers, second);
-                low[t][0] = added(low[t][0], lowers, first);
-                low[t][1] = added(low[t][1], lowers, second);
+                int32_t four;
+                memcpy(&four, x->levels[c][token + t], 4);
+                const __m512i inputs = _mm512_set1_epi32(four);
+                products[t][0] = added(products[t][0], first, inputs);
+                products[t][1] = added(products[t][1], second, inputs);
             }
         }
+        const __m512 *scales = tile->scales[grouped ? b / group : 0];
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
             for (int half = 0; half < 2; half++) {
-                const __m512 scale = group ? tile->scales[g][half] : _mm512_set1_ps(1),
-                             products = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[t][half]), _mm512_set1_ps(256),
-                                                        _mm512_cvtepi32_ps(low[t][half]));
-                _mm512_store_ps(sums[t] + 16 * half,
-                                _mm512_fmadd_ps(products, scale, _mm512_load_ps(sums[t] + 16 * half)));
+                const __m512 step = _mm512_set1_ps(x->scales[token + t]),
+                             scale = grouped ? _mm512_mul_ps(step, scales[half]) : step;
+                totals[t][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t][half]), scale, totals[t][half]);
             }
     }
+    for (int t = 0; t < tokens; t++)
+        for (int half = 0; half < 2; half++) _mm512_store_ps(sums[t] + 16 * half, totals[t][half]);
 }
 
-VNNI static void multiply_6(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE]) {
-    multiply(tile, words, group, x, stride, sums, 6);
-}
-VNNI static void multiply_3(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE]) {
-    multiply(tile, words, group, x, stride, sums, 3);
-}
-VNNI static void multiply_1(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE]) {
-    multiply(tile, words, group, x, stride, sums, 1);
-}
+typedef void (*Multiply)(const Tile *, int64_t blocks, int64_t group, const Block *, int token, float (*sums)[TILE]);
+#define TOKENS_AT_ONCE(COUNT)                                                                                               \
+    VNNI static void multiply_##COUNT(const Tile *tile, int64_t blocks, int64_t group, const Block *x, int token,           \
+                                      float (*sums)[TILE]) {                                                               \
+        if (group) multiply(tile, blocks, group, x, token, sums, COUNT, 1);                                                \
+        else multiply(tile, blocks, 1, x, token, sums, COUNT, 0);                                                          \
+    }
+TOKENS_AT_ONCE(2) TOKENS_AT_ONCE(4) TOKENS_AT_ONCE(6)
 
 /* What the sums of `count` rows are as outputs of tokens [begin, end). */
 VNNI static void put_tile(const Quantised *job, int64_t first, int count, int64_t begin, int64_t end, float (*sums)[TILE]) {
     for (int half = 0; half < 2; half++) {
         const int64_t row = first + 16 * half, left = count - 16 * half;
         const __mmask16 there = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
-        const __m512 too_much = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, job->sums + row), _mm512_set1_ps(32768));
         const __m512 scale =
             job->group ? _mm512_set1_ps(1) : _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, job->scales + row));
         for (int64_t t = begin; t < end; t++) {
-            const __m512 total = _mm512_mul_ps(
-                _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(sums[t - begin] + 16 * half), too_much), scale),
-                _mm512_set1_ps(job->x_scales[t]));
+            const __m512 total = _mm512_mul_ps(_mm512_load_ps(sums[t - begin] + 16 * half), scale);
             const int64_t at = t * job->rows + row;
             if (job->type == F32) _mm512_mask_storeu_ps((float *)job->y + at, there, total);
             else _mm256_mask_storeu_epi16((uint16_t *)job->y + at, there, halves(total, job->type));
@@ -145,7 +148,8 @@ VNNI static void put_tile(const Quantised *job, int64_t first, int count, int64_
 }
 
 VNNI INLINE void tiles(const Quantised *job, int64_t begin, int64_t end, const int kind, const int vbmi2) {
-    const int64_t stride = bytes_a_token(job->words);
+    static const Multiply kernels[] = {multiply_2, multiply_4, multiply_6};
+    const int64_t group = job->group / BLOCK_COLUMNS;
     for (int64_t first = begin; first < end; first += TILE)
         for (int64_t t = 0; t < job->tokens; t += AT_ONCE) {
             const int count = end - first < TILE ? (int)(end - first) : TILE;
@@ -158,11 +162,10 @@ VNNI INLINE void tiles(const Quantised *job, int64_t begin, int64_t end, const i
                 Tile tile;
                 const int64_t last = block + DEEP < job->words ? block + DEEP : job->words;
                 fill(job, first, count, block, last, v, &tile, kind, vbmi2);
-                for (int64_t at = t, some; at < until; at += some) {
-                    const uint8_t *x = (const uint8_t *)job->x + at * stride + block * 128;
-                    some = until - at >= 6 ? 6 : until - at >= 3 ? 3 : 1;
-                    (some == 6 ? multiply_6 : some == 3 ? multiply_3 : multiply_1)(&tile, last - block, job->group, x, stride,
-                                                                                  sums + (at - t));
+                for (int64_t at = t; at < until; at += WIDE) {
+                    const int64_t left = until - at < WIDE ? until - at : WIDE;
+                    kernels[(left - 1) / 2](&tile, (last - block) * WORD_BLOCKS, group, blocks_at(job, at, block),
+                                            (int)(at % BLOCK_TOKENS), sums + (at - t));
                 }
             }
             put_tile(job, first, count, t, until, sums);
@@ -178,29 +181,29 @@ VNNI void gblm_quantised_many(const Quantised *job, int64_t begin, int64_t end) 
     else tiles(job, begin, end, LEVELS, 0);
 }
 
-/* ---- AVX2 and AVX-VNNI: sums of 8 rows lie in a register, and two columns are multiplied at a time in 16 bits ---- */
+/* ---- AVX2 and AVX-VNNI: sums of 8 rows lie in a register ---- */
 
-enum { NARROW = 16 /* rows */, PAIRS = DEEP * 32 /* of columns; as many products as an int32 holds */ };
+enum { NARROW = 16 /* rows */ };
 
-/* Part of 16 rows: of each 2 columns those of rows 0 to 7, then those of rows 8 to 15, in 16 bits. */
+/* Part of 16 rows: of each 4 columns those of rows 0 to 7, then those of rows 8 to 15; for AVX-VNNI as level + 128. */
 typedef struct {
-    __m256i levels[PAIRS][2];
+    __m256i levels[DEEP * 16][2];
     float scales[MOST_GROUPS][NARROW] __attribute__((aligned(32)));
 } NarrowTile;
 
-/* 8 rows of 16 levels, two columns of all rows together. */
-AVX2 INLINE void turn_narrow(const int8_t (*rows)[DEEP * 64], __m256i (*columns)[2], const int half) {
-    __m128i a[8], b[8];
-    for (int i = 0; i < 8; i++) a[i] = _mm_load_si128((const __m128i *)rows[i]);
-    for (int i = 0; i < 8; i += 2) b[i] = _mm_unpacklo_epi16(a[i], a[i + 1]), b[i + 1] = _mm_unpackhi_epi16(a[i], a[i + 1]);
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm_unpacklo_epi32(b[i + j], b[i + 2 + j]);
-            a[i + 2 * j + 1] = _mm_unpackhi_epi32(b[i + j], b[i + 2 + j]);
-        }
-    for (int i = 0; i < 4; i++) {
-        columns[2 * i][half] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(a[i], a[4 + i]));
-        columns[2 * i + 1][half] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi64(a[i], a[4 + i]));
+/* 8 rows of 16 levels, four columns of all rows together. */
+AVX2 INLINE void turn_narrow(const int8_t (*rows)[DEEP * 64], __m256i (*columns)[2], const int half, __m256i unsign) {
+    __m256i a[4], b[4];
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128((const __m128i *)rows[i])),
+                                       _mm_load_si128((const __m128i *)rows[4 + i]), 1);
+    for (int i = 0; i < 4; i += 2) {
+        b[i] = _mm256_xor_si256(_mm256_unpacklo_epi32(a[i], a[i + 1]), unsign);
+        b[i + 1] = _mm256_xor_si256(_mm256_unpackhi_epi32(a[i], a[i + 1]), unsign);
+    }
+    for (int i = 0; i < 2; i++) {
+        columns[2 * i][half] = _mm256_unpacklo_epi64(b[i], b[2 + i]);
+        columns[2 * i + 1][half] = _mm256_unpackhi_epi64(b[i], b[2 + i]);
     }
 }
 
@@ -211,57 +214,66 @@ AVX2 static void fill_narrow(const Quantised *job, int64_t first, int count, int
     for (int i = 0; i < NARROW; i++)
         if (i < count) gblm_avx2_levels(job, first + i, block, last, at + i, rows[i]);
         else memset(rows[i], 0, sizeof rows[i]);
+    const __m256i unsign = _mm256_set1_epi8(job->path == AVX_VNNI_PATH ? -128 : 0);
     for (int half = 0; half < 2; half++)
         for (int64_t c = 0; c < 64 * (last - block); c += 16)
-            turn_narrow((const int8_t(*)[DEEP * 64])(rows[8 * half] + c), tile->levels + c / 2, half);
+            turn_narrow((const int8_t(*)[DEEP * 64])(rows[8 * half] + c), tile->levels + c / 4, half, unsign);
     for (int64_t g = 0; job->group && g < 64 * DEEP / job->group; g++)
         for (int i = 0; i < NARROW; i++)
             tile->scales[g][i] = i < count ? avx2_scale(job, first + i, 64 * block / job->group + g) : 0;
 }
 
-/* sums + the products of two 16-bit numbers each; in one instruction with AVX-VNNI, which `vnni` says. */
-AVX2 INLINE __m256i avx2_added(__m256i sums, __m256i x, __m256i levels, const int vnni) {
-    if (vnni) __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(levels));
-    else __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(_mm256_madd_epi16(x, levels)));
+/* sums + the products of four bytes each. Both instructions take one side unsigned. With AVX-VNNI, which `vnni` says, the levels
+ * are larger by 128, and the sums began with what that adds. Else x takes the sign of the levels; no pair exceeds 16 bits. */
+AVX2 INLINE __m256i avx2_added(__m256i sums, __m256i levels, __m256i x, const int vnni) {
+    if (vnni) {
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(levels), "x"(x));
+        return sums;
+    }
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(x, levels));
+    __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))); /* lest GCC copy the sums */
     return sums;
 }
 
-/* sums += the products of a tile's first words and `tokens` tokens of x. */
-AVX2 INLINE void multiply_narrow(const NarrowTile *tile, int64_t words, int group, const int16_t *x, int64_t stride,
+/* As `multiply`. */
+AVX2 INLINE void multiply_narrow(const NarrowTile *tile, int64_t blocks, int64_t group, const Block *x, int token,
                                  float (*sums)[NARROW], const int tokens, const int vnni) {
-    const int64_t span = group ? group / 2 : 32 * words;
-    for (int64_t c = 0, g = 0; c < 32 * words; g++) {
+    for (int64_t b = 0; b < blocks; b++, x++) {
         __m256i products[6][2];
-        for (int t = 0; t < tokens; t++) products[t][0] = products[t][1] = _mm256_setzero_si256();
-        for (const int64_t end = c + span < 32 * words ? c + span : 32 * words; c < end; c++) {
-            const __m256i first = tile->levels[c][0], second = tile->levels[c][1];
+        _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
+            products[t][0] = products[t][1] = vnni ? _mm256_set1_epi32(x->offsets[token + t]) : _mm256_setzero_si256();
+        for (int64_t c = 0; c < 8; c++) {
+            const __m256i first = tile->levels[8 * b + c][0], second = tile->levels[8 * b + c][1];
             _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++) {
-                int32_t pair;
-                memcpy(&pair, x + t * stride + 2 * c, 4);
-                products[t][0] = avx2_added(products[t][0], _mm256_set1_epi32(pair), first, vnni);
-                products[t][1] = avx2_added(products[t][1], _mm256_set1_epi32(pair), second, vnni);
+                int32_t four;
+                memcpy(&four, x->levels[c][token + t], 4);
+                const __m256i inputs = _mm256_set1_epi32(four);
+                products[t][0] = avx2_added(products[t][0], first, inputs, vnni);
+                products[t][1] = avx2_added(products[t][1], second, inputs, vnni);
             }
         }
+        const float *scales = tile->scales[group ? b / group : 0];
+        __asm__("" ::: "memory");
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
             for (int half = 0; half < 2; half++) {
-                const __m256 scale = group ? _mm256_load_ps(tile->scales[g] + 8 * half) : _mm256_set1_ps(1);
+                const __m256 step = _mm256_set1_ps(x->scales[token + t]),
+                             scale = group ? _mm256_mul_ps(step, _mm256_load_ps(scales + 8 * half)) : step;
                 _mm256_storeu_ps(sums[t] + 8 * half, _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t][half]), scale,
                                                                      _mm256_loadu_ps(sums[t] + 8 * half)));
             }
     }
 }
 
-#define NARROW_TOKENS(NAME, ATTRIBUTE, VNNI_TOO, TOKENS)                                                                 \
-    ATTRIBUTE static void NAME##_##TOKENS(const NarrowTile *tile, int64_t words, int group, const int16_t *x,           \
-                                          int64_t stride, float (*sums)[NARROW]) {                                      \
-        multiply_narrow(tile, words, group, x, stride, sums, TOKENS, VNNI_TOO);                                         \
+#define NARROW_KERNEL(NAME, ATTRIBUTE, VNNI_TOO, TOKENS)                                                                    \
+    ATTRIBUTE static void NAME##_##TOKENS(const NarrowTile *tile, int64_t blocks, int64_t group, const Block *x, int token, \
+                                          float (*sums)[NARROW]) {                                                         \
+        multiply_narrow(tile, blocks, group, x, token, sums, TOKENS, VNNI_TOO);                                            \
     }
-#define NARROW_KERNEL(...) NARROW_TOKENS(__VA_ARGS__, 1) NARROW_TOKENS(__VA_ARGS__, 3) NARROW_TOKENS(__VA_ARGS__, 6)
-NARROW_TOKENS(multiply_avx2, AVX2, 0, 1) NARROW_TOKENS(multiply_avx2, AVX2, 0, 2) NARROW_TOKENS(multiply_avx2, AVX2, 0, 4)
+NARROW_KERNEL(multiply_avx2, AVX2, 0, 4)
+NARROW_KERNEL(multiply_avx2, AVX2, 0, 2)
 #if HAS_AVX_VNNI
-NARROW_KERNEL(multiply_avx_vnni, AVX_VNNI, 1)
-#else
-NARROW_KERNEL(multiply_avx_vnni, AVX2, 0)
+NARROW_KERNEL(multiply_avx_vnni, AVX_VNNI, 1, 6)
+NARROW_KERNEL(multiply_avx_vnni, AVX_VNNI, 1, 2)
 #endif
 
 /* What the sums of up to 16 rows are as outputs of tokens [begin, end). */
@@ -270,20 +282,22 @@ AVX2 static void put_narrow(const Quantised *job, int64_t first, int count, int6
         float scales[8];
         for (int i = 0; i < 8; i++)
             scales[i] = job->group || 8 * half + i >= count ? 1 : avx2_scale(job, first + 8 * half + i, 0);
-        for (int64_t t = begin; t < end; t++) {
-            const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_set1_ps(job->x_scales[t]));
-            avx2_put(_mm256_mul_ps(_mm256_loadu_ps(sums[t - begin] + 8 * half), scale), job->y,
+        for (int64_t t = begin; t < end; t++)
+            avx2_put(_mm256_mul_ps(_mm256_loadu_ps(sums[t - begin] + 8 * half), _mm256_loadu_ps(scales)), job->y,
                      t * job->rows + first + 8 * half, count - 8 * half, job->type);
-        }
     }
 }
 
 AVX2 void gblm_quantised_many_avx2(const Quantised *job, int64_t begin, int64_t end) {
-    typedef void (*Multiply)(const NarrowTile *, int64_t, int, const int16_t *, int64_t, float (*)[NARROW]);
-    static const Multiply kernels[2][3] = {{multiply_avx2_1, multiply_avx2_2, multiply_avx2_4},
-                                           {multiply_avx_vnni_1, multiply_avx_vnni_3, multiply_avx_vnni_6}};
+    typedef void (*Multiply)(const NarrowTile *, int64_t, int64_t, const Block *, int, float (*)[NARROW]);
+    static const Multiply kernels[1 + HAS_AVX_VNNI][2] = {
+        {multiply_avx2_2, multiply_avx2_4},
+#if HAS_AVX_VNNI
+        {multiply_avx_vnni_2, multiply_avx_vnni_6},
+#endif
+    };
     const int vnni = job->path == AVX_VNNI_PATH, most = vnni ? 6 : 4; /* tokens that have registers for their sums */
-    const int64_t stride = job->words * 64;
+    const int64_t group = job->group / BLOCK_COLUMNS;
     for (int64_t first = begin; first < end; first += NARROW)
         for (int64_t t = 0; t < job->tokens; t += AT_ONCE) {
             const int count = end - first < NARROW ? (int)(end - first) : NARROW;
@@ -296,9 +310,9 @@ AVX2 void gblm_quantised_many_avx2(const Quantised *job, int64_t begin, int64_t 
                 const int64_t last = block + DEEP < job->words ? block + DEEP : job->words;
                 fill_narrow(job, first, count, block, last, places, &tile);
                 for (int64_t at = t, some; at < until; at += some) {
-                    const int16_t *x = (const int16_t *)job->x + at * stride + block * 64;
-                    some = until - at >= most ? most : until - at >= most / 2 ? most / 2 : 1;
-                    kernels[vnni][some == most ? 2 : some > 1](&tile, last - block, job->group, x, stride, sums + (at - t));
+                    some = until - at > 2 ? most : 2;
+                    kernels[vnni][some > 2](&tile, (last - block) * WORD_BLOCKS, group, blocks_at(job, at, block),
+                                            (int)(at % BLOCK_TOKENS), sums + (at - t));
                 }
             }
             put_narrow(job, first, count, t, until, sums);

@@ -27,7 +27,15 @@ static inline int bytes_in(int count, int kind) { return kind == PLACES ? (count
 /* Of x, rounded to 16 bits. */
 static inline int64_t bytes_a_token(int64_t words) { return words * 128; }
 
-/* Whether rows are spread for all tokens together, by the functions below. */
+/* For many tokens x is rounded to 8 bits: of 12 tokens 32 columns, by fours. Blocks of the same tokens follow each other. */
+enum { BLOCK_TOKENS = 12, BLOCK_COLUMNS = 32, WORD_BLOCKS = 2 };
+typedef struct {
+    int8_t levels[BLOCK_COLUMNS / 4][BLOCK_TOKENS][4];
+    float scales[BLOCK_TOKENS];
+    int32_t offsets[BLOCK_TOKENS]; /* -128 · the sum of the levels: products of weights + 128, which `vpdpbusd` takes, begin with it */
+} Block;
+
+/* Whether rows are spread for all tokens together, by the functions below; x then has 8 bits. */
 static inline int gblm_by_tiles(const Quantised *job) { return job->path >= AVX2_PATH && job->tokens > FEW_TOKENS; }
 
 /* Rows [begin, end) of y for all tokens; begin is a multiple of GBLM_TILE. With AVX-512, and with AVX2 or AVX-VNNI. */

@@ -51,7 +51,7 @@ def weights_in(folder: ModelSource) -> list[np.ndarray]:
 def test_the_graph_computes_with_the_numbers_of_the_file(tiny, pruned, tmp_path, is_dense, quantise, group) -> None:
     source = tiny("llama") if is_dense else pruned()
     result, folder = export(source, tmp_path / "out", **ON_KERNELS, quantise=quantise, group=group)
-    assert result.checks["weights"] == quantise and result.checks["logits_relative_difference"] < 1e-3
+    assert result.checks["weights"] == quantise and result.checks["logits_relative_difference"] < 5e-2
     model = load_model(source, "float32")
     round_(model, source, ExportSettings(**ON_KERNELS, quantise=quantise, group=group), is_dense=is_dense)
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]

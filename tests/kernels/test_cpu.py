@@ -77,6 +77,15 @@ def levels(layout: str, rows: int, columns: int, group: int | None) -> tuple[Ten
     return layer.dense_weight().double(), layer._weight
 
 
+def steps(x: Tensor, in_blocks: bool) -> Tensor:
+    """Between two values of an input [tokens, columns]: of 8 bits in blocks of 32 columns, or of 16 in a row."""
+    columns = x.shape[1]
+    if not in_blocks:
+        return (x.double().abs().amax(1, keepdim=True) / 32767).expand(-1, columns)
+    padded = torch.nn.functional.pad(x.double().abs(), (0, -columns % 32))
+    return (padded.unflatten(1, (-1, 32)).amax(-1) / 127).repeat_interleave(32, 1)[:, :columns]
+
+
 @pytest.mark.parametrize("layout", QUANTISED)
 @pytest.mark.parametrize("group", [None, 32, 64, 128])
 @pytest.mark.parametrize("path", OF_LEVELS)
@@ -97,21 +106,23 @@ def test_products_and_rows_of_levels(layout: str, group: int | None, path: str) 
                 assert got.dtype == dtype
                 expected = x.double() @ weight.T
                 # half a step of x, sums in float32, and y once more
-                step = x.double().abs().amax(1, keepdim=True) / 32767
-                allowed = 0.51 * step * weight.abs().sum(1) + 2e-6 * (x.double().abs() @ weight.abs().T)
+                in_blocks = tokens > cpu.FEW_TOKENS and path.startswith(("avx", "vnni"))
+                allowed = 0.51 * steps(x, in_blocks) @ weight.abs().T + 2e-6 * (x.double().abs() @ weight.abs().T)
                 allowed += torch.finfo(dtype).eps * expected.abs() + 1e-30
                 assert ((got.double() - expected).abs() <= allowed).all(), (rows, columns, dtype, tokens)
 
 
 @pytest.mark.parametrize("path", OF_LEVELS)
-def test_inputs_that_are_no_ordinary_numbers(path: str) -> None:
+@pytest.mark.parametrize("tokens", [6, 13])
+def test_inputs_that_are_no_ordinary_numbers(tokens: int, path: str) -> None:
     weight, quantised = levels("bitmask-int8", 8, 100, None)
-    x = torch.zeros(6, 100)
+    x = torch.zeros(tokens, 100)
     x[1, 3], x[2, 5], x[3, 7], x[4, 9] = float("nan"), float("inf"), 1e30, 1e-38
     x[5] = torch.linspace(-1e-20, 1e-20, 100)
     y = quantised.linear(x, path)
-    assert not y[0].any() and y[1:3].isnan().all() and not y[4].any()
-    torch.testing.assert_close(y[[3, 5]], (x[[3, 5]].double() @ weight.T).float(), rtol=1e-3, atol=1e-24)
+    assert not y[0].any() and y[1:3].isnan().all() and not y[4].any() and not y[6:].any()
+    allowed = 0.51 * steps(x, tokens > cpu.FEW_TOKENS) @ weight.abs().T + 1e-24
+    assert ((y - x.double() @ weight.T).abs() <= allowed)[[3, 5]].all()
 
 
 @pytest.mark.parametrize("layout", QUANTISED)
@@ -125,8 +136,9 @@ def test_no_integer_overflows(layout: str) -> None:
     expected = 127 * int(layer.dense_weight().count_nonzero())
     for path in OF_LEVELS:
         for sign in (-1.0, 1.0):
-            y = layer._weight.linear(torch.full((1, MOST_COLUMNS), sign), path)
-            assert float(y) == pytest.approx(sign * expected, rel=1e-5)
+            for tokens in (1, 9):
+                y = layer._weight.linear(torch.full((tokens, MOST_COLUMNS), sign), path)
+                assert y.flatten().tolist() == pytest.approx([sign * expected] * tokens, rel=1e-5)
 
 
 @pytest.mark.parametrize("packed", [bitmask(8, 100, torch.float32)[1], levels("bitmask-int8", 8, 100, None)[1]])
@@ -181,7 +193,7 @@ def products():
     for tokens in (1, 5, 33):
         x = torch.randn(tokens, 200)
         wrong = (levels._weight.linear(x) - x @ levels.dense_weight().T).abs().max()
-        assert wrong < 1e-2, (tokens, wrong)
+        assert wrong < (0.5 if tokens > cpu.FEW_TOKENS else 1e-2), (tokens, wrong)
         for path in cpu.paths(torch.float32):
             if tokens <= cpu.FEW_TOKENS or cpu.has_many(torch.float32, path):
                 torch.full((1 << 12,), 1e9)  # what a result that is not written would hold

@@ -44,7 +44,9 @@ def test_the_product_is_that_of_the_dense_layer(kernels: str, layout: str, dtype
         got = packed(x)
         assert got.dtype == dtype
         expected = nn.functional.linear(x.double(), dense.weight.double(), dense.bias.double() if bias else None)
-        torch.testing.assert_close(got.double(), expected, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
+        eight_bits = kernels == "kernels" and packed.kind.tolerance > 0 and x.numel() > cpu.FEW_TOKENS * 100
+        rtol, atol = 1e-5 if dtype == torch.float32 else 2e-2, 0.15 if eight_bits else 1e-2
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol)
 
 
 @LAYOUT_NAMES
