@@ -14,6 +14,7 @@ from gblm_compress.errors import VerificationError
 from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, VALUES
 from gblm_compress.exporters.onnx_rounding import BLOCK_SCALES, BLOCKS, CHANNEL_SCALES, CHANNELS, Blocks, Channels
 from gblm_compress.exporters.onnx_weights import Place
+from gblm_compress.kernels.cpu import FEW_TOKENS
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
@@ -29,7 +30,7 @@ from gblm_compress.tasks.task import Sample
 # told not to.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1, "unrounded blocks": 1e-3}
 MOST_TOKENS = 0.95  # Eight bits may turn a token that the model hardly decides to attend to; with more, all must agree.
-PROMPT_TOKENS = 8
+PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
 
 
@@ -54,7 +55,8 @@ def verify(
     difference = _check_logits(predicted, runtime.predict(sample)[0], at_once, "read at once", share)
     tokens: dict[str, int] = {}
     if reference.task.generates:
-        expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
+        prompt = sample["input_ids"][:, : FEW_TOKENS if dtype == "levels" else PROMPT_TOKENS]
+        expected, got = _decode_side_by_side(reference, runtime, prompt)
         one_by_one = _check_logits(expected, got, dtype, "decoded one by one", share if at_once == dtype else 1.0)
         # A choice is decided if torch's two largest logits are further apart than twice the largest difference: no
         # error of that size can turn it. An export without decided choices is of no use.
