@@ -4,11 +4,11 @@ r"""Bytes against quality and speed: a dense model in llama.cpp's formats beside
         --datasets wiki.test.tokens c4.txt --folder exports --json pareto.json --plot pareto.png
 
 Each pruned model is exported with `--format onnx --kernels` in float16, int8 and int4 (those that are in `--folder`
-already are taken as they are; one that was pruned onto grids of 4 bits in int4 alone), the dense one without kernels in
-int8 and int4, and evaluated in ONNX Runtime, so that what the operators round is counted. The dense model is also
-quantised by llama.cpp (llama-cpp-python), restored, and
-evaluated in torch: what llama.cpp does to activations is not counted. Bytes are those of all weights, which a decode
-step reads: of the exports the data file, of GGUF files their tensors. Both store a tied head once.
+already are taken as they are; one that was fitted to grids of 4 bits in int4 alone), the dense one and what was only
+rounded without kernels in int8 and int4, and evaluated in ONNX Runtime, so that what the operators round is counted.
+The dense model is also quantised by llama.cpp (llama-cpp-python), restored, and evaluated in torch: what llama.cpp does
+to activations is not counted. Bytes are those of all weights, which a decode step reads: of the exports the data file,
+of GGUF files their tensors. Both store a tied head once.
 
 Then all of them decode greedily in turn, in ONNX Runtime and llama.cpp, for each number of threads: medians over
 interleaved rounds, of which the first is warm-up.
@@ -33,13 +33,15 @@ import gblm_compress
 from gblm_compress.exporters.onnx import DATA
 from gblm_compress.machine import environment
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
+from gblm_compress.methods.patterns import DENSE
+from gblm_compress.models import manifest
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
-FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ3_S", "Q3_K_S", "Q2_K")
+FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0", "IQ3_S", "Q3_K_S", "Q2_K")
 PROMPT, GENERATE = 128, 64
 PACKED: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16", "kernels": True},
@@ -47,7 +49,7 @@ PACKED: dict[str, dict[str, Any]] = {
     "int4": {"quantise": "int4", "kernels": True},
 }
 BLOCKS: dict[str, dict[str, Any]] = {"int8": {"quantise": "int8"}, "int4": {"quantise": "int4"}}
-"""The ways to export a pruned model, and a dense one on ONNX Runtime's own operator."""
+"""The ways to export a pruned model, and one without zeros on ONNX Runtime's own operator."""
 Open = Callable[[int], AbstractContextManager[Any]]
 """From a number of threads to a runtime, until it is left."""
 
@@ -64,11 +66,13 @@ def quantised(plain: Path, format: str, path: Path) -> Path:
     return path
 
 
-def of_llama_cpp(dense: ModelSource, scratch: Path, judge: Any) -> list[tuple[dict[str, Any], Open]]:
-    """A row for each of `FORMATS`, and for float16, with what runs it."""
+def of_llama_cpp(
+    dense: ModelSource, formats: list[str], scratch: Path, judge: Any
+) -> list[tuple[dict[str, Any], Open]]:
+    """A row for each of the formats, and for float16, with what runs it."""
     rows: list[tuple[dict[str, Any], Open]] = []
     plain = write_gguf(load_model(dense, "float32"), "float16", scratch / "plain.gguf")
-    for format in ("F16", *FORMATS):
+    for format in ("F16", *formats):
         path = plain if format == "F16" else quantised(plain, format, scratch / f"{format}.gguf")
         size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
         quality = judge(read_gguf(path, load_model(dense, "float32")), processor=load_processor(dense))
@@ -144,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")
     parser.add_argument("--pruned", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, help="of llama.cpp")
     parser.add_argument("--folder", type=Path, required=True, help="where the exports are, or will be")
     parser.add_argument("--datasets", nargs="+", default=["wikitext2", "c4"])
     parser.add_argument("--windows", type=int, default=40)
@@ -162,17 +167,21 @@ def main() -> None:
         size = {"sequence_length": options.length, "max_windows": options.windows, "dtype": "float32"}
         row: dict[str, float | None] = {}
         for dataset, text in zip(options.datasets, texts, strict=True):
-            found = gblm_compress.evaluate(model, dataset=dataset, device="cpu", quiet=True, **size, **of_model)
-            perplexity = found.metrics["perplexity"]
-            row |= {text: perplexity.value, f"{text}, error": perplexity.error}
+            found = gblm_compress.evaluate(
+                model, dataset=dataset, device="cpu", quiet=True, baseline=dense.folder, **size, **of_model
+            )
+            perplexity, fidelity = found.metrics["perplexity"], found.fidelity or {}
+            row |= {text: perplexity.value, f"{text}, error": perplexity.error, f"{text}, KL": fidelity["mean_kl"]}
         return row
 
     with tempfile.TemporaryDirectory() as scratch:
-        found = of_llama_cpp(dense, Path(scratch), judge)
+        found = of_llama_cpp(dense, options.formats, Path(scratch), judge)
         found += of_exports("dense, ONNX Runtime", dense, BLOCKS, options.folder, judge)
         for named in options.pruned:
             name, _, folder = named.partition("=")
-            found += of_exports(name, ModelSource(name, Path(folder)), PACKED, options.folder, judge)
+            model = ModelSource(name, Path(folder))
+            has_zeros = manifest.read(model.folder)["prune"]["pattern"] != DENSE
+            found += of_exports(name, model, PACKED if has_zeros else BLOCKS, options.folder, judge)
         for threads in dict.fromkeys(options.threads):
             time_(found, threads, options.rounds)
     rows = [row for row, _ in found]
