@@ -56,9 +56,17 @@ def engines(name: str, threads: int) -> list[Row]:
         if "GB/s" in row:
             bandwidth = max(other["bandwidth_GB/s"] for other in rows)
             row |= {"tokens/s": 1000 / row["ms_per_token"], "share": row["GB/s"] / bandwidth}
-        if row["weights"].startswith("dense"):
+        if row["weights"].startswith("dense") and "own" not in row["weights"]:
             row |= {key: None for key in row if key.endswith("_over_dense")}
     return rows
+
+
+def without_avx512(measured: str) -> list[Row]:
+    """Rows on CPUs with AVX2 alone, then with AVX-VNNI; both kernels of a row have the same instructions."""
+    paths = ("avx2", "avx-vnni")
+    return [
+        row | {"path": path} for path in paths for n in (2, 1) for row in engines(f"{measured}-epyc-zen5-{path}", n)
+    ]
 
 
 def fits(name: str) -> list[Row]:
@@ -219,7 +227,7 @@ ENGINES = {
     "prompt, × llama.cpp": "{prompt_of_512_over_llama_cpp:.2f}",
 }  # fmt: skip
 SIZES = {
-    "threads": "{threads}", "engine": "{engine}", "weights": "{weights}", "kernels": "{path}",
+    "threads": "{threads}", "engine": "{engine}", "weights": "{weights}", "instructions": "{path}",
     "tokens/s": "{tokens/s:.1f}", "× dense": "{token_over_dense:.2f}", "× llama.cpp": "{token_over_llama_cpp:.2f}",
     "of the bandwidth": "{share:.0%}", "4 sequences, × dense": "{step_of_4_over_dense:.2f}",
     "prompt of 16, × dense": "{prompt_of_16_over_dense:.2f}", "128, × dense": "{prompt_of_128_over_dense:.2f}",
@@ -291,7 +299,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
             "median, ms": "{p50 ms:.1f}", "99th percentile, ms": "{p99 ms:.1f}",
         },
     ),
-    "passes-1-thread": (passes(1), timed(minilm="1x32 1x128 8x128")),
+    "passes-1-thread": (passes(1), timed(minilm="1x32 1x128 8x128 32x128")),
     "passes-2-threads": (passes(2), timed(minilm="1x128 8x128")),
     "passes-larger": (passes(1), timed(bert_base="1x128 8x128", vit_b_16="1 8")),
     "passes-shares": (
@@ -300,15 +308,12 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     ),
     "engines-2-threads": (engines("engines-epyc-zen5-2-cores", 2), ENGINES),
     "engines-1-thread": (engines("engines-epyc-zen5-2-cores", 1), ENGINES),
-    "engines-avx2": (
-        engines("engines-epyc-zen5-avx2", 2) + engines("engines-epyc-zen5-avx2", 1), without_llama_cpp(SIZES)
-    ),
+    "engines-avx2": (without_avx512("engines"), without_llama_cpp(SIZES)),
     "sizes": (
-        [row for n in (2, 1) for row in engines("sizes-epyc-zen5-2-cores", n) if row["path"] != "avx2"], SIZES
+        [row for n in (2, 1) for row in engines("sizes-epyc-zen5-2-cores", n)],
+        {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
     ),
-    "sizes-avx2": (
-        engines("sizes-epyc-zen5-avx2", 2) + engines("sizes-epyc-zen5-avx2", 1), without_llama_cpp(SIZES)
-    ),
+    "sizes-avx2": (without_avx512("sizes"), without_llama_cpp(SIZES)),
     "kernels-float": (
         [row for row in results("cpu-decode-epyc-zen5-2-cores")["kernels"] if row["tokens"] == 1],
         {

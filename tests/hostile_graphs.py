@@ -53,13 +53,15 @@ class Case:
     def feeds(self) -> dict[str, np.ndarray]:
         return {name: self.tensors[name] for name in sorted(self.variable)}
 
-    def products(self) -> list[tuple[np.ndarray, np.ndarray | float]]:
+    def products(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """What a graph that is taken must compute, and how far it may be off; an error where nobody could."""
         roles, _, restored = OPERATORS[self.operator]
         x, *given = (self.tensors[name] for name in self.inputs)
-        exact, steps = x.astype(np.float64), _steps(x) if self.operator == "QuantisedLinear" else None
+        exact, step = x.astype(np.float64), np.zeros(x.shape)
+        if self.operator == "QuantisedLinear":
+            step = 0.51 * steps(x, x.size > FEW_TOKENS * x.shape[-1])
         weights = [restored(*given[at : at + len(roles)]) for at in range(0, len(given), len(roles))]
-        return [(exact @ w.T, 1e-4 + (0 if steps is None else 0.51 * steps @ np.abs(w).T)) for w in weights]
+        return [(exact @ weight.T, 1e-4 + step @ np.abs(weight).T) for weight in weights]
 
 
 def _alive(mask: np.ndarray) -> np.ndarray:
@@ -72,13 +74,13 @@ def _scattered(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
     return dense
 
 
-def _steps(x: np.ndarray) -> np.ndarray:
-    """Between two values of x as kernels take it: in 16 bits of a row, or for many tokens in 8 bits of 32 columns."""
+def steps(x: np.ndarray, in_blocks: bool) -> np.ndarray:
+    """Between two values of an input [..., columns]: of 8 bits in blocks of 32 columns, or of 16 in a row."""
     size = np.abs(x).astype(np.float64)
-    if x.size <= FEW_TOKENS * x.shape[-1]:
+    if not in_blocks:
         return np.broadcast_to(size.max(-1, keepdims=True, initial=0) / 32767, x.shape)
-    blocks = size.reshape(*x.shape[:-1], -1, 32)
-    return np.repeat(blocks.max(-1) / 127, 32, axis=-1)
+    padded = np.pad(size, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 32)])
+    return np.repeat(padded.reshape(*x.shape[:-1], -1, 32).max(-1) / 127, 32, axis=-1)[..., : x.shape[-1]]
 
 
 def restored(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: np.ndarray) -> np.ndarray:

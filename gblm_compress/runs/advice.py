@@ -38,6 +38,7 @@ WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "dense, torch bfloat16": ("dense", "bfloat16", None),
     "dense, ONNX float32": ("dense", "auto", {"format": "onnx", "dtype": "float32"}),
     "dense, ONNX int8": ("quantised", "auto", {"format": "onnx", "quantise": "int8"}),
+    "dense, ONNX int8, own kernels": ("quantised", "auto", {"format": "onnx", "quantise": "int8", "kernels": True}),
     "dense, ONNX int4": ("quantised", "auto", {"format": "onnx", "quantise": "int4"}),
     "packed, torch bitmask": ("pruned", "auto", {"format": "bitmask"}),
     "packed, torch bitmask-int8": ("pruned", "auto", {"format": "bitmask-int8"}),
