@@ -58,7 +58,8 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
 """Each graph's model and export settings. ONNX Runtime has no fast float16 on x86, so that dense float16 weights run on
 this package's dense operator, as the packed model's head does. Dense weights of 8 and 4 bits run on ONNX Runtime's own
 MatMulNBits, in 8 bits on this package's operator too, which shows what is due to zeros."""
-DTYPES = tuple(dict.fromkeys(name.split()[1].rstrip(",") for name in GRAPHS))
+DTYPE_OF = {name: name.replace(",", "").split()[1] for name in GRAPHS}
+DTYPES = tuple(dict.fromkeys(DTYPE_OF.values()))
 KEYS = ("model", "engine", "weights", "path", "threads")  # of a row
 
 
@@ -76,7 +77,7 @@ def exported(models: dict[str, ModelSource], folder: Path, dtype: str) -> dict[s
     """The graphs with weights of a dtype, made where they are not in `folder`."""
     found = {}
     for name, (model, settings) in GRAPHS.items():
-        if name.split()[1].rstrip(",") != dtype:
+        if DTYPE_OF[name] != dtype:
             continue
         found[name] = exported_once(models[model], folder / name.replace(",", "").replace(" ", "-"), settings)
     return found

@@ -26,9 +26,8 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks.task import Sample
 
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
-# Operators for levels round inputs to 16 bits, and for more than 8 tokens to 8; those for blocks to 8, unless they are
-# told not to.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1, "unrounded blocks": 1e-3}
+# Inputs of levels have 16 bits and those of blocks float32, if operators are told so or tokens are few; else 8 bits.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-3, "inputs of 8 bits": 1e-1}
 MOST_TOKENS = 0.95  # Eight bits may turn a token that the model hardly decides to attend to; with more, all must agree.
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
@@ -45,19 +44,20 @@ def verify(
     reference = TorchRuntime(model)
     engine: Any = OnnxRuntime if reference.task.generates else OnnxForward
     predicted, where = reference.predict(sample)[0], ("cpu", torch.get_num_threads())
-    at_once, share = ("blocks", MOST_TOKENS) if dtype == "levels" else (dtype, 1.0)
-    if dtype == "blocks" and "DynamicQuantizeMatMul" not in exported.operators:
-        with _unrounded(exported.folder / GRAPH):
+    rounded, share = "inputs of 8 bits" if dtype in ("levels", "blocks") else dtype, 1.0
+    if rounded != dtype and "DynamicQuantizeMatMul" not in exported.operators:
+        with _exact(exported.folder / GRAPH):
             exact = engine(exported, *where).predict(sample)[0]
-        _check_logits(predicted, exact, f"unrounded {dtype}", "read at once")
+        _check_logits(predicted, exact, dtype, "read at once")
         share = MOST_TOKENS
     runtime = engine(exported, *where)
-    difference = _check_logits(predicted, runtime.predict(sample)[0], at_once, "read at once", share)
+    difference = _check_logits(predicted, runtime.predict(sample)[0], rounded, "read at once", share)
     tokens: dict[str, int] = {}
     if reference.task.generates:
-        prompt = sample["input_ids"][:, : FEW_TOKENS if dtype == "levels" else PROMPT_TOKENS]
-        expected, got = _decode_side_by_side(reference, runtime, prompt)
-        one_by_one = _check_logits(expected, got, dtype, "decoded one by one", share if at_once == dtype else 1.0)
+        few = (FEW_TOKENS, dtype, 1.0)  # are never rounded to 8 bits by our own operators
+        length, decoded, share = few if dtype == "levels" else (PROMPT_TOKENS, rounded, share)
+        expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :length])
+        one_by_one = _check_logits(expected, got, decoded, "decoded one by one", share)
         # A choice is decided if torch's two largest logits are further apart than twice the largest difference: no
         # error of that size can turn it. An export without decided choices is of no use.
         largest = expected.topk(2).values
@@ -70,7 +70,7 @@ def verify(
         same = int((expected.argmax(-1) == got.argmax(-1)).sum())
         tokens = {"greedy_tokens": GREEDY_TOKENS, "decided_greedy_tokens": decided, "identical_greedy_tokens": same}
         difference = max(difference, one_by_one)
-    checks = {"logits_relative_difference": difference, "logits_tolerance": TOLERANCE[at_once], **tokens}
+    checks = {"logits_relative_difference": difference, "logits_tolerance": TOLERANCE[rounded], **tokens}
     return {**checks, "provider": runtime.provider, **zeros}
 
 
@@ -88,14 +88,14 @@ def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: 
 
 
 @contextmanager
-def _unrounded(path: Path) -> Iterator[None]:
-    """Let the MatMulNBits of a graph take inputs in float32 while the `with` runs."""
+def _exact(path: Path) -> Iterator[None]:
+    """Let no operator of a graph round its inputs to 8 bits while the `with` runs."""
     stored = path.read_bytes()
     graph = onnx.load_from_string(stored)
     for node in graph.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
+        if node.op_type in ("MatMulNBits", "QuantisedLinear"):
+            levels = [attribute for attribute in node.attribute if attribute.name == "accuracy_level"]
+            (levels or [node.attribute.add(name="accuracy_level", type=onnx.AttributeProto.INT)])[0].i = 0
     path.write_bytes(graph.SerializeToString())
     try:
         yield

@@ -54,7 +54,9 @@ typedef struct OrtApi {
     OrtStatusPtr CALL(GetDimensions)(const OrtTensorTypeAndShapeInfo *, int64_t *, size_t rank); /* 62 */
     GAP(62, 65);
     OrtStatusPtr CALL(GetTensorTypeAndShape)(const OrtValue *, OrtTensorTypeAndShapeInfo **); /* 65 */
-    GAP(65, 90);
+    GAP(65, 86);
+    OrtStatusPtr CALL(KernelInfoGetAttribute_int64)(const OrtKernelInfo *, const char *name, int64_t *); /* 86 */
+    GAP(86, 90);
     OrtStatusPtr CALL(KernelContext_GetInput)(const OrtKernelContext *, size_t index, const OrtValue **); /* 90 */
     OrtStatusPtr CALL(KernelContext_GetOutput)(OrtKernelContext *, size_t index, const int64_t *shape, size_t rank, OrtValue **); /* 91 */
     GAP(91, 93);

@@ -9,7 +9,8 @@
  * A weight is scale · level. Values of int8 are levels, one for each bit of the mask; levels has no element then. Values of
  * uint8 are places in levels, two to a byte, the first in its low half, and those of each word of the mask begin with a
  * byte. Without a mask, [0, 0], all weights are stored: values are int8 [rows, columns]. A scale is shared by all columns
- * of a row or by 32, 64 or 128. x is rounded once for all the weights of a node, as quantised.c says.
+ * of a row or by 32, 64 or 128. x is rounded once for all the weights of a node, as quantised.c says. The attribute
+ * accuracy_level 0 keeps 16 bits for any number of tokens, as that of MatMulNBits keeps float32.
  *
  * What decides where a kernel reads is checked when a session is made, and kept as a copy: see onnxruntime_op.c.
  */
@@ -144,7 +145,17 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised
     return places && gblm_spreads(job->path, gblm_parts) ? spread(job, &owned[5]) : NULL;
 }
 
+/* The attribute accuracy_level, or -1. */
+static int64_t accuracy_level(const OrtKernelInfo *info) {
+    int64_t level;
+    OrtStatusPtr status = ort->KernelInfoGetAttribute_int64(info, "accuracy_level", &level);
+    if (!status) return level;
+    ort->ReleaseStatus(status);
+    return -1;
+}
+
 static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
+    const int exact = accuracy_level(info) == 0;
     size_t inputs, outputs;
     TRY(ort->KernelInfo_GetInputCount(info, &inputs));
     TRY(ort->KernelInfo_GetOutputCount(info, &outputs));
@@ -156,6 +167,7 @@ static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
     linear->count = (int)count;
     for (size_t i = 0; i < count; i++) {
         TRY(weight_at(info, 4 * i + 1, linear->jobs + i, linear->owned[i]));
+        linear->jobs[i].exact = exact;
         if (linear->jobs[i].words != linear->jobs->words)
             return gblm_invalid("%s: the weights have %lld and %lld columns; all multiply the same x", operator_name,
                                 (long long)linear->jobs->columns, (long long)linear->jobs[i].columns);

@@ -877,7 +877,7 @@ EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int
                                  int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type, int path,
                                  int count) {
     Quantised job = {mask, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
-                     groups_of(columns, group), stride, group, type, path};
+                     groups_of(columns, group), stride, group, type, path, 0};
     if (!can_run(&job, count) || tokens < 1) return 0;
     const Threads threads = gblm_threads(count);
     gblm_quantised_run(&job, 1, x, rounded, &threads);

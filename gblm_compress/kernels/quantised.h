@@ -22,6 +22,7 @@ typedef struct {
     void *y;
     int64_t rows, words, tokens, columns, groups, stride; /* stride: from row to row in levels */
     int group, type, path; /* group: 0 for a row; type: of x and y */
+    int exact;             /* x has 16 bits for many tokens too */
 } Quantised;
 
 /* y = x Wᵀ of each job, for any number of tokens. The jobs differ in the weight, y and rows alone; x is rounded for all of

@@ -36,7 +36,9 @@ typedef struct {
 } Block;
 
 /* Whether rows are spread for all tokens together, by the functions below; x then has 8 bits. */
-static inline int gblm_by_tiles(const Quantised *job) { return job->path >= AVX2_PATH && job->tokens > FEW_TOKENS; }
+static inline int gblm_by_tiles(const Quantised *job) {
+    return job->path >= AVX2_PATH && job->tokens > FEW_TOKENS && !job->exact;
+}
 
 /* Rows [begin, end) of y for all tokens; begin is a multiple of GBLM_TILE. With AVX-512, and with AVX2 or AVX-VNNI. */
 void gblm_quantised_many(const Quantised *job, int64_t begin, int64_t end);

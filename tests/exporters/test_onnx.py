@@ -217,7 +217,7 @@ def test_few_tokens_may_differ_where_inputs_are_rounded_and_none_where_they_are_
 
     of_call(1, tokens=1)
     assert export(exported[0], tmp_path / "out", **options)[0].checks["logits_relative_difference"] < 0.1
-    for number, tokens, dtype in ((0, 1, "unrounded blocks"), (1, 9, "blocks")):
+    for number, tokens, dtype in ((0, 1, "blocks"), (1, 9, "inputs of 8 bits")):
         of_call(number, tokens)
         with pytest.raises(VerificationError, match=f"tokens read at once; 1e-0[13] is allowed in {dtype}"):
             export(exported[0], tmp_path / "other", **options)
