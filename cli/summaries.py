@@ -385,16 +385,14 @@ def _go_on(model: str, *, is_text: bool = False, is_sparse: bool = False) -> tup
     return ("export", model, *onnx, *smaller, "--kernels")
 
 
-def _advised(c: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
-    best, model = c["predictions"][0], given["model"]
+def _advised(best: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    model = given["model"]
     if best["kind"] == "pruned":
         return _prune(model, pattern=given.get("pattern"), sparsity=given.get("sparsity"))
-    if best["kind"] == "quantised":
-        bits = best["name"].rpartition(" ")[2]
-        if bits == "int4":  # rounded without a fit, 4 bits cost much
-            return _prune(model, pattern=DENSE, quantise=bits)
-        return ("export", model, "-o", "onnx", "--format", "onnx", "--quantise", bits)
-    return ()
+    if (bits := best["export"]["quantise"]) == "int4":  # rounded without a fit, 4 bits cost much
+        return _prune(model, pattern=DENSE, quantise=bits)
+    kernels = ("--kernels",) if best["export"].get("kernels") else ()
+    return ("export", model, "-o", "onnx", "--format", "onnx", "--quantise", bits, *kernels)
 
 
 def _compared(c: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -415,7 +413,7 @@ def _timed(model: str, baseline: str) -> tuple[str, ...]:
 
 
 FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
-    "advise": _advised,
+    "advise": lambda c, given: _advised(c["advised"], given) if c["advised"] else (),
     "plan": _planned,
     "prune": lambda c, given: _evaluate(c["folder"], given["model"], given),
     "recover": lambda c, given: _evaluate(c["folder"], given["teacher"], {}),

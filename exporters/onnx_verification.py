@@ -54,8 +54,7 @@ def verify(
     difference = _check_logits(predicted, runtime.predict(sample)[0], rounded, "read at once", share)
     tokens: dict[str, int] = {}
     if reference.task.generates:
-        few = (FEW_TOKENS, dtype, 1.0)  # are never rounded to 8 bits by our own operators
-        length, decoded, share = few if dtype == "levels" else (PROMPT_TOKENS, rounded, share)
+        length, decoded, share = (FEW_TOKENS, dtype, 1.0) if dtype == "levels" else (PROMPT_TOKENS, rounded, share)
         expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :length])
         one_by_one = _check_logits(expected, got, decoded, "decoded one by one", share)
         # A choice is decided if torch's two largest logits are further apart than twice the largest difference: no

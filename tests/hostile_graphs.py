@@ -29,7 +29,7 @@ class Case:
         outputs, inputs: those of the node, in order.
         variable: those tensors that are inputs of the graph rather than initializers.
         damages: what was done to it.
-        accuracy_level: an attribute of QuantisedLinear; 0 keeps 16 bits.
+        attributes: those of the node; accuracy_level 0 keeps 16 bits.
     """
 
     operator: str
@@ -38,7 +38,7 @@ class Case:
     inputs: list[str] = field(init=False)
     variable: set[str] = field(default_factory=lambda: {"x"})
     damages: list[str] = field(default_factory=list)
-    accuracy_level: int = 4
+    attributes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.inputs = list(self.tensors)
@@ -50,8 +50,7 @@ class Case:
         ]
         given = [helper.make_tensor_value_info(name, kind(a.dtype), None) for name, a in self.feeds().items()]
         made = [helper.make_tensor_value_info(name, kind(np.dtype("f4")), None) for name in self.outputs if name]
-        level = {} if self.accuracy_level else {"accuracy_level": 0}
-        node = helper.make_node(self.operator, self.inputs, self.outputs, domain="gblm", **level)
+        node = helper.make_node(self.operator, self.inputs, self.outputs, domain="gblm", **self.attributes)
         graph = helper.make_graph([node], "one", given, made, initializers)
         opsets = [helper.make_opsetid("gblm", 3), helper.make_opsetid("", 20)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -64,7 +63,7 @@ class Case:
         roles, _, restored = OPERATORS[self.operator]
         x, *given = (self.tensors[name] for name in self.inputs)
         if self.operator == "QuantisedLinear":
-            x = rounded(x, eight_bits(x.size // x.shape[-1]) and self.accuracy_level != 0)
+            x = rounded(x, eight_bits(x.size // x.shape[-1]) and not self.attributes)
         x = x.astype(np.float64)
         return [x @ restored(*given[at : at + len(roles)]).T for at in range(0, len(given), len(roles))]
 
@@ -167,8 +166,8 @@ def sound_case(pick: random.Random, operators: Sequence[str] = tuple(OPERATORS))
     for index in range(count):
         parts = made(numbers, pick.choice((1, 2, 5, 17, 40)), words, dtype)
         tensors |= {f"{role}{index}": part for role, part in zip(roles, parts, strict=True)}
-    level = pick.choice((4, 0)) if operator == "QuantisedLinear" else 4
-    return Case(operator, tensors, [f"y{index}" for index in range(count)], accuracy_level=level)
+    attributes = {"accuracy_level": 0} if operator == "QuantisedLinear" and pick.random() < 0.5 else {}
+    return Case(operator, tensors, [f"y{index}" for index in range(count)], attributes=attributes)
 
 
 _EMPTY = ((0,), (0, 5), (5, 0), (2**40, 0), (0, 2**40), (2**30, 0, 2**20, 64))

@@ -59,13 +59,15 @@ class Prediction:
     ms_per_token: float
     low: float
     high: float
+    export: dict[str, Any] | None = None  # settings
 
 
 @dataclass(frozen=True)
 class Advice(records.Result):
-    """The predictions, best first; the ways that do not work here, with the reason; and the advice in words."""
+    """The predictions, best first; the advised one; the ways that do not work here, with the reason; and the words."""
 
     predictions: tuple[Prediction, ...]
+    advised: Prediction | None  # None: leave the model as it is
     left_out: dict[str, str]
     sentences: tuple[str, ...]
     blocks: int
@@ -97,8 +99,8 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
     if not predictions:
         raise UsageError(f"no way works for {source.name!r} here: {next(iter(left_out.values()))}")
     predictions.sort(key=lambda each: each.ms_per_token)
-    said = tuple(sentences(predictions))
-    return Advice(tuple(predictions), left_out, said, len(blocks), time.monotonic() - start)
+    said, best = tuple(sentences(predictions)), (advised(predictions) or [None])[0]
+    return Advice(tuple(predictions), best, left_out, said, len(blocks), time.monotonic() - start)
 
 
 def _cut(source: ModelSource, number: int, settings: AdviseSettings, folder: Path) -> dict[bool, ModelSource]:
@@ -143,13 +145,13 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
     # The slope is steepest from a fast small model to a slow large one, least the other way round.
     middle = whole(short.median, long.median)
     ends = sorted((whole(short.p90, long.p10), middle, whole(short.p10, long.p90)))
-    return Prediction(way, kind, total, middle, ends[0], ends[-1])
+    return Prediction(way, kind, total, middle, ends[0], ends[-1], exported)
 
 
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], object]) -> Spread:
     runtime: Runtime = load_runtime(artefact, dtype, "cpu", threads)
-    vocabulary = vocabulary_of(loading.config_of(artefact))
-    ids = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    draws, vocabulary = torch.Generator().manual_seed(0), vocabulary_of(loading.config_of(artefact))
+    ids = torch.randint(0, vocabulary, (1, PROMPT), generator=draws)
     token, cache = runtime.next_token(ids, None)
     spent = []
     for _ in range(WARM_UP + STEPS):
@@ -160,26 +162,27 @@ def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[
     return Spread.of(spent[WARM_UP:])
 
 
-def sentences(predictions: Sequence[Prediction]) -> Iterator[str]:
-    """The advice in words; the fastest prediction comes first."""
+def advised(predictions: Sequence[Prediction]) -> tuple[Prediction, Prediction] | None:
+    """The way that is worth its loss of quality, and what it is compared with. The fastest prediction comes first."""
     kinds = ("pruned", "dense", "quantised")
     pruned, dense, quantised = (next((p for p in predictions if p.kind == kind), None) for kind in kinds)
-    rival = next((each for each in predictions if each.kind != "pruned"), None)
+    for one, other in ((pruned, next((p for p in predictions if p.kind != "pruned"), None)), (quantised, dense)):
+        if one and other and other.ms_per_token / one.ms_per_token >= WORTH:
+            return one, other
+    return None
 
-    def gains(one: Prediction, other: Prediction) -> bool:
-        return other.ms_per_token / one.ms_per_token >= WORTH
 
-    def against(one: Prediction, other: Prediction) -> str:
+def sentences(predictions: Sequence[Prediction]) -> Iterator[str]:
+    """The advice in words."""
+    if pair := advised(predictions):
+        one, other = pair
+        said = f"{one.name} needs {one.ms_per_token / other.ms_per_token:.2f} times the time of {other.name}"
         if one.high >= other.low:
-            ranges = " and ".join(f"{each.name} {each.low:.1f}–{each.high:.1f}" for each in (one, other))
-            return f"Unclear, as the ranges overlap: {ranges} ms per token; ask again, or measure with `benchmark`"
-        return f"{one.name} needs {one.ms_per_token / other.ms_per_token:.2f} times the time of {other.name}"
-
-    if pruned and rival and gains(pruned, rival):
-        yield f"Does pruning pay here? {against(pruned, rival)}. `evaluate` measures the loss of quality."
-    elif quantised and dense and gains(quantised, dense):
-        yield f"Does quantisation alone pay here? {against(quantised, dense)}."
-    elif rival:
+            ranges = " and ".join(f"{each.name} {each.low:.1f}–{each.high:.1f}" for each in pair)
+            said = f"Unclear, as the ranges overlap: {ranges} ms per token; ask again, or measure with `benchmark`"
+        loss = " `evaluate` measures the loss of quality." if one.kind == "pruned" else ""
+        yield f"Does {'pruning' if loss else 'quantisation alone'} pay here? {said}.{loss}"
+    elif rival := next((each for each in predictions if each.kind != "pruned"), None):
         yield f"Leave the model as it is: nothing is clearly faster than {rival.name}."
     if busy_cores() > 0.5:
         yield "Other programs were running: ask again on a quiet machine before you trust the times."

@@ -95,8 +95,7 @@ def test_an_evaluation_shows_its_data_and_a_note_on_them() -> None:
 
 ON_DEMO = "--dataset demo --sequence-length 512 --max-windows 16"
 FOUND = {
-    "folder": "a/pruned", "sample": "window", "ok": True, "nonzeros": 60, "weights": 80,
-    "predictions": [{"name": "packed, ONNX int8", "kind": "pruned"}],
+    "folder": "a/pruned", "sample": "window", "ok": True, "nonzeros": 60, "weights": 80, "advised": {"kind": "pruned"},
     "rows": [{"method": name, "pattern": "2:4", "perplexity": value} for name, value in (("gblm", 9), ("wanda", 8))],
 }  # fmt: skip
 
@@ -156,6 +155,8 @@ def test_a_dense_model_is_pruned_and_its_export_evaluated_and_not_timed_against_
     words = summaries.FOLLOWING["export"]({"folder": "int8"}, {"model": "my/model"})
     assert " ".join(words) == f"evaluate int8 --baseline my/model {ON_DEMO}"
     assert summaries.FOLLOWING["evaluate"]({"sample": "window"}, {"model": "int8"}) == ()
+    own = {"kind": "quantised", "export": {"quantise": "int8", "kernels": True}}
+    assert summaries.FOLLOWING["advise"]({"advised": own}, {"model": "x"})[-2:] == ("int8", "--kernels")
     assert summaries.FOLLOWING["inspect"](FOUND | {"nonzeros": 61}, {"model": "x"}) == ("prune", "x", "-o", "pruned")
 
 
