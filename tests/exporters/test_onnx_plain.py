@@ -18,7 +18,9 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import BenchmarkSettings, ComputeSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from tests.conftest import export, prune
+from tests.exporters.test_onnx import needs_operator
 from tests.measure.test_onnx_runtime import CONCAT, PAST, PRESENT, runtime
+from tests.scripts import ROOT, python
 from tests.tasks import families
 
 
@@ -104,6 +106,14 @@ def test_forward_passes_in_fewer_bits(exported, tmp_path, quantise: str, operato
         export(pruned, tmp_path / "out", format="onnx", quantise="int8", group=32)
 
 
+@needs_operator
+def test_an_example_packs_graphs_of_other_tools(exported, tmp_path) -> None:
+    script, packed = ROOT / "docs" / "examples" / "pack_onnx.py", tmp_path / "packed.onnx"
+    assert "written to" in python(script, exported["embedding"][1].folder / "model.onnx", packed).stdout
+    assert "BitmaskLinear" in {node.op_type for node in onnx.load(packed).graph.node}
+    assert "nothing to pack" in python(script, packed, tmp_path / "again.onnx", code=1).stderr
+
+
 IDS = torch.arange(300).remainder(7).unsqueeze(0)
 STATE = {
     PAST: f'{PAST}, float[batch, 1, 1] "past_key_values.0.recurrent_state"',
@@ -146,20 +156,16 @@ def test_a_limit_is_found_and_longer_texts_are_read_in_parts(tmp_path: Path, tok
     assert profiled.step_ms
 
 
-def test_a_graph_without_limit_is_left_alone_and_a_fixed_number_of_tokens_refused(tmp_path: Path) -> None:
+def test_a_graph_without_limit_is_left_alone_and_what_is_none_refused(tmp_path: Path) -> None:
     runtime(STATE, tmp_path)
     before = (tmp_path / "model.onnx").read_bytes()
     assert note_limit(tmp_path, "handmade") is None
     assert (tmp_path / "model.onnx").read_bytes() == before
-    runtime(limited(2), tmp_path)
-    with pytest.raises(ModelError, match=r"'handmade': tracing keeps a fixed number of steps.*sparse PyTorch"):
-        note_limit(tmp_path, "handmade")
-
-
-def test_a_limit_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    runtime(STATE, tmp_path)
     content = onnx.load(tmp_path / "model.onnx")
     content.metadata_props.add(key=AT_ONCE, value="0 or so")
     onnx.save(content, tmp_path / "model.onnx")
     with pytest.raises(ModelError, match=r"metadata 'gblm_tokens_at_once' is '0 or so'; a number of tokens is needed"):
         OnnxRuntime(ModelSource("handmade", tmp_path), "cpu", 1)
+    runtime(limited(2), tmp_path)
+    with pytest.raises(ModelError, match=r"'handmade': tracing keeps a fixed number of steps.*sparse PyTorch"):
+        note_limit(tmp_path, "handmade")

@@ -301,11 +301,7 @@ def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
     (tmp_path / "cut.png").write_bytes(png(0)[:45])
     (tmp_path / "words.jpg").write_text("no image")
     Image.fromarray(numpy.full((4, 4), 1000, numpy.uint16)).save(tmp_path / "deep.png")
-    messages = (
-        "cut.png' cannot be read as an image",
-        "deep.png' has pixels of mode I;16",
-        "words.jpg' cannot be read as an image .unknown format.; remove it",
-    )
+    messages = "cut.png' cannot be read", "deep.png' has pixels of mode I;16", "words.jpg' .*unknown format"
     for one, message in zip(read(tmp_path), messages, strict=True):
         with pytest.raises(DataError, match=message):
             one.read("RGB")
