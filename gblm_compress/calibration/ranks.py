@@ -41,8 +41,19 @@ class Ranks:
         """This rank's part, in one piece."""
         if len(samples) < self.size:
             raise UsageError(f"{len(samples)} samples cannot be split over {self.size} processes; give more --samples")
-        first, end = (len(samples) * (self.rank + one) // self.size for one in (0, 1))
-        return samples[first:end]
+        return samples[self._part(len(samples))]
+
+    def _part(self, count: int) -> slice:
+        return slice(*(count * (self.rank + one) // self.size for one in (0, 1)))
+
+    def by_rows(self, compute: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+        """`compute` of matrices, of whose rows each counts alone; every rank computes a part of the rows."""
+        if self.size == 1:
+            return compute(*matrices)
+        rows, result = self._part(len(matrices[0])), torch.zeros_like(matrices[0])
+        result[rows] = compute(*(matrix[rows] for matrix in matrices))
+        self.sum_([result])
+        return result
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks; all ranks must pass the same ones in the same order."""

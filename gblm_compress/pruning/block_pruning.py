@@ -1,12 +1,13 @@
 """Pruning of one block: measure, score, mask, fit the survivors. The loop over the blocks is in `walk.py`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.blocks import Block, layer_statistics
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Statistics
 from gblm_compress.methods.fits import FITS, output_error
@@ -60,7 +61,9 @@ def prune_block_(
         if statistics[name].gram is not None
     }
     for name, layer in layers.items():
-        values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], own[name])
+        weight = weight_matrix(layer).detach().float()
+        shared = block.ranks if block and own[name].fits.needs else Ranks()  # not what takes less than a sum over ranks
+        values, grid = _prune_layer(weight, statistics[name], rules[name], own[name], shared)
         survivors[name] = count_nonzeros(values)
         write_(layer, values, None if fit else grid)  # the block's fit rounds its own result
         if grid is not None:
@@ -104,13 +107,13 @@ def _with_few_tokens(
 
 
 def _prune_layer(
-    weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings
+    weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings, shared: Ranks
 ) -> tuple[Tensor, Grid | None]:
     """The fitted weight [out_features, in_features] in float32, and the grid for its rounding."""
     selection, fit = METHODS[settings.method].select(weight, statistics, rule), FITS[settings.fit]
     fitted = selection.fitted.get(settings.fit)
     if fitted is None:
-        fitted = fit.apply(weight, selection.keep, statistics)
+        fitted = shared.by_rows(lambda dense, keep: fit.apply(dense, keep, statistics), weight, selection.keep)
     check_finite(rule.layer, f"weights after --fit {settings.fit}", fitted)
     make = QUANTISERS[settings.quantise].make
     if make is None:
@@ -119,6 +122,10 @@ def _prune_layer(
     importance = None if norm is None else norm.square()
     grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
     check_scales(rule.layer, grid.scales)
-    if fit.on_grid is not None:
-        fitted = fit.on_grid(weight, fitted, selection.keep, statistics, grid)
+    if on_grid := fit.on_grid:
+
+        def settled(weight: Tensor, fitted: Tensor, keep: Tensor, scales: Tensor) -> Tensor:
+            return on_grid(weight, fitted, keep, statistics, replace(grid, scales=scales))
+
+        fitted = shared.by_rows(settled, weight, fitted, selection.keep, grid.scales)
     return fitted, grid

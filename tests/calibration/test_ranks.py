@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from gblm_compress.calibration.generation import Author
@@ -189,11 +190,15 @@ def test_every_process_has_a_part_in_each_step_and_none_is_held_out_by_one_alone
     assert {index for step in how.plan(3, "fit", Ranks(0, 3)).steps for index in step} == {0, 1}
 
 
-def test_samples_are_shared_without_loss_and_devices_follow_the_rank(monkeypatch) -> None:
+def test_samples_and_rows_are_shared_without_loss_and_devices_follow_the_rank(monkeypatch) -> None:
     shares = [Ranks(rank, 3).share(list(range(10))) for rank in range(3)]
     assert sorted(sample for share in shares for sample in share) == list(range(10))
     with pytest.raises(UsageError, match="2 samples cannot be split over 3 processes"):
         Ranks(0, 3).share([1, 2])
+    monkeypatch.setattr(Ranks, "sum_", lambda ranks, tensors: None)
+    weight, scales = torch.rand(7, 4), torch.rand(7, 1)
+    parts = [Ranks(rank, 3).by_rows(torch.mul, weight, scales) for rank in range(3)]
+    assert [int(part.any(1).sum()) for part in parts] == [2, 2, 3] and torch.equal(sum(parts), weight * scales)
     assert device_of_rank("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert (device_of_rank("cuda"), device_of_rank("cuda:0"), device_of_rank("cpu")) == ("cuda:2", "cuda:0", "cpu")
