@@ -30,7 +30,7 @@ ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of
 FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
 ITERATIONS = 20  # of all rows of a least squares fit, on average (20.1 on SmolLM2 at 50 %, 8,192 tokens)
-READS = 400  # reads of the float32 weights by a CPU while it ranks, saves and verifies them, for any text
+READS = 400  # reads of the float32 weights in blocks by a CPU while it ranks, saves and verifies them, for any text
 SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
 
 
@@ -190,6 +190,8 @@ def passes(settings: PruneSettings) -> float:
 
     Gram matrices and their solutions count as one each, as in a block whose width is a few times smaller than the text.
     """
+    if not settings.needs_text:
+        return 0.0
     count = 1.0 + 3.0 * settings.needs_gradients  # loading and saving; gradients
     count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
     count += sum(choice.passes for choice in settings.choices)
@@ -227,9 +229,9 @@ def cost_of(
     """
     rate, times = cost.operations_per_second(plan.device, getattr(torch, plan.dtype)), passes(plan.settings)
     weights, settings = loading.count_weights(source), plan.settings
-    handling = READS * 4 * weights / cost.bytes_per_second("cpu")
+    handling = READS * 4 * size.in_blocks / cost.bytes_per_second("cpu")
     multiplied = weights if settings.needs_gradients or settings.fits.fits_model else size.in_blocks
-    solving = size.solving / cost.operations_per_second(plan.device, torch.float32)
+    solving = size.solving / plan.ranks.size / cost.operations_per_second(plan.device, torch.float32)
 
     def seconds(text: CalibrationSettings) -> float:
         one = 2 * multiplied * text.samples * text.sequence_length / plan.ranks.size / rate
