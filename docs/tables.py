@@ -362,8 +362,9 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     "bits-dense-int4": (
         results("dense-int4-smollm2-135m")["rows"],
         {
-            "weights": "{weights}", "C4, KL": "{c4[kl]:.3f}", "C4, perplexity": "{c4[perplexity]:.2f}",
-            "WikiText-2, KL": "{wikitext2[kl]:.3f}", "WikiText-2, perplexity": "{wikitext2[perplexity]:.2f}",
+            "model": "{model}", "weights": "{weights}", "MB": "{MB:.1f}",
+            "C4, KL": "{c4_second_txt, KL:.3f}", "C4, perplexity": "{c4_second_txt:.1f}",
+            "WikiText-2, KL": "{wiki_test_tokens, KL:.3f}", "WikiText-2, perplexity": "{wiki_test_tokens:.1f}",
         },
     ),
     "bits-llama-26m": (
