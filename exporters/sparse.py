@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import (
-    check_is_pruned,
-    check_nonzeros,
-    drop_signs_of_zeros_,
-    dtype_of,
-    zeros_of_rounding,
-)
+from gblm_compress.exporters import check_is_pruned, check_nonzeros, drop_signs_of_zeros_, dtype_of, zeros_of_rounding
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits

@@ -156,11 +156,7 @@ def _with_states(output: Any, states: Tensor) -> Any:
 
 @torch.no_grad()
 def _record_calls(
-    weights: Weights,
-    arguments: dict[str, Any],
-    first_block: nn.Module,
-    returned: Any = None,
-    negate: bool = False,
+    weights: Weights, arguments: dict[str, Any], first_block: nn.Module, returned: Any = None, negate: bool = False
 ) -> tuple[list[Call], Any]:
     """The model's calls of its blocks, and what the first returned; `NoChainError` if they form no chain.
 

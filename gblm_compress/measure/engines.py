@@ -27,11 +27,7 @@ GENAI_INPUTS = {
     "past_key_names": "past_key_values.%d.key",
     "past_value_names": "past_key_values.%d.value",
 }
-GENAI_OUTPUTS = {
-    "logits": "logits",
-    "present_key_names": "present.%d.key",
-    "present_value_names": "present.%d.value",
-}
+GENAI_OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
 _SESSION = "model.decoder.session_options"
 # {key: the only text it may have; None for any}. genai loads files and libraries by texts, and gives them to printf.
 _TEXTS: dict[str, str | None] = {

@@ -24,12 +24,7 @@ from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.runs import charts
 from gblm_compress.runs.job import Look, Stage, carry_out
 from gblm_compress.runs.rows import Row
-from gblm_compress.settings import (
-    CalibrationSettings,
-    CompareSettings,
-    ComputeSettings,
-    EvaluateSettings,
-)
+from gblm_compress.settings import CalibrationSettings, CompareSettings, ComputeSettings, EvaluateSettings
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
 

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Samples, Task
-from gblm_compress.tasks.text import (
-    consecutive_windows,
-    drawn_windows,
-    load_text,
-    padded_ids,
-    tokenize,
-    vocabulary_of,
-)
+from gblm_compress.tasks.text import consecutive_windows, drawn_windows, load_text, padded_ids, tokenize, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -321,8 +321,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(
-    ("format", "damage", "message"),
-    [(format, *damaged) for format, damages in DAMAGES.items() for damaged in damages],
+    ("format", "damage", "message"), [(format, *damaged) for format, damages in DAMAGES.items() for damaged in damages]
 )
 def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, message, exported, tmp_path) -> None:
     folder = tmp_path / "damaged"

@@ -20,10 +20,7 @@ def weight(dtype: torch.dtype) -> torch.Tensor:
 def test_survivors_keep_their_bits_and_zeros_are_positive(dtype: torch.dtype) -> None:
     before = weight(dtype)
     keep = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    for got, expected in (
-        (keep_only(before, keep), before.masked_fill(~keep, 0.0)),
-        (positive_zeros(before), before),
-    ):
+    for got, expected in ((keep_only(before, keep), before.masked_fill(~keep, 0.0)), (positive_zeros(before), before)):
         expected = torch.where(expected == 0, torch.zeros((), dtype=dtype), expected)
         assert torch.equal(got, expected) and torch.equal(got.signbit(), expected.signbit())
         assert got.dtype == dtype and not has_negative_zeros(got)
