@@ -4,7 +4,8 @@
 
 Makes Llamas of the real shapes with one block and with two, of random bfloat16 weights. `plan` predicts both prunings,
 then `prune` prunes both from disk. Every further block takes as long as the second one, so the time of the whole model
-follows. Peak memory includes the libraries. New rows are added to the file of `--json`.
+follows. With `--blocks 1` the second is left out, and every block counts as long as the whole run. Peak memory includes
+the libraries. New rows are added to the file of `--json`.
 """
 
 import argparse
@@ -55,10 +56,11 @@ def measured(name: str, shape: Shape, work: Path, options: list[str]) -> dict[st
 
 
 def main() -> None:
-    """Measure one and two blocks, and say what the whole model takes by that."""
+    """Measure one block, and two, and say what the whole model takes by that."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--work", type=Path, required=True, help="a folder for models and outputs")
+    parser.add_argument("--blocks", type=int, choices=(1, 2), default=2)
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--fit", default="fast")
     parser.add_argument("--pattern", default="2:4")
@@ -75,9 +77,11 @@ def main() -> None:
     for name, value in settings.items():
         options += [f"--{name.replace('_', '-')}", value]
     shape = PRESETS[given.preset]
-    one, two = (measured(given.preset, replace(shape, blocks=count), given.work, options) for count in (1, 2))
-    a_block = two["seconds"] - one["seconds"]
-    row = {"model": given.preset, **settings, **two}
+    counts = range(1, given.blocks + 1)
+    one, *two = (measured(given.preset, replace(shape, blocks=count), given.work, options) for count in counts)
+    most = two[0] if two else one
+    a_block = most["seconds"] - one["seconds"] if two else one["seconds"]
+    row = {"model": given.preset, **settings, **most}
     row |= {"seconds_a_block": a_block, "peak_bytes_of_one": one["peak_bytes"]}
     row |= {"hours_of_all": (one["seconds"] + a_block * (shape.blocks - 1)) / 3600, "all_blocks": shape.blocks}
     print(json.dumps(row, indent=2))
