@@ -176,10 +176,7 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
         does=f"benchmark in {' and '.join(settings.runtimes)}",
         reads=(*baselines, *job.measured),
         decides=lambda: [settings, job.compute.dtype, job.device, environment()],
-        looks=[
-            *job.looks_at((), length, "benchmark.prompt plus generate"),
-            partial(_check_runtimes, job, settings),
-        ],
+        looks=[*job.looks_at((), length, "benchmark.prompt plus generate"), partial(_check_runtimes, job, settings)],
         work=partial(benchmark, Contest(job.measured, baselines, settings, job.compute), job.progress),
     )
 
