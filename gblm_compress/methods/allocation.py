@@ -109,8 +109,6 @@ class Allocation(Choice):
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(uniform, help="the same everywhere"),
     "sensitivity": Allocation(
-        by_sensitivity,
-        help="one threshold on the gradient scores of the whole model",
-        needs=Need.GRADIENTS,
+        by_sensitivity, help="one threshold on the gradient scores of the whole model", needs=Need.GRADIENTS
     ),
 }

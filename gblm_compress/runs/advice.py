@@ -67,7 +67,7 @@ class Advice(records.Result):
     """The predictions, best first; the advised one; the ways that do not work here, with the reason; and the words."""
 
     predictions: tuple[Prediction, ...]
-    advised: Prediction | None  # None: leave the model as it is
+    advised: Prediction | None  # None: nothing is clearly faster
     left_out: dict[str, str]
     sentences: tuple[str, ...]
     blocks: int
@@ -99,7 +99,7 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
     if not predictions:
         raise UsageError(f"no way works for {source.name!r} here: {next(iter(left_out.values()))}")
     predictions.sort(key=lambda each: each.ms_per_token)
-    said, best = tuple(sentences(predictions)), (advised(predictions) or [None])[0]
+    said, best = tuple(sentences(predictions)), advised(predictions)
     return Advice(tuple(predictions), best, left_out, said, len(blocks), time.monotonic() - start)
 
 
@@ -162,8 +162,13 @@ def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[
     return Spread.of(spent[WARM_UP:])
 
 
-def advised(predictions: Sequence[Prediction]) -> tuple[Prediction, Prediction] | None:
-    """The way that is worth its loss of quality, and what it is compared with. The fastest prediction comes first."""
+def advised(predictions: Sequence[Prediction]) -> Prediction | None:
+    """The way that is worth its loss of quality, unless ranges overlap. The fastest prediction comes first."""
+    pair = _compared(predictions)
+    return pair[0] if pair and pair[0].high < pair[1].low else None
+
+
+def _compared(predictions: Sequence[Prediction]) -> tuple[Prediction, Prediction] | None:
     kinds = ("pruned", "dense", "quantised")
     pruned, dense, quantised = (next((p for p in predictions if p.kind == kind), None) for kind in kinds)
     for one, other in ((pruned, next((p for p in predictions if p.kind != "pruned"), None)), (quantised, dense)):
@@ -174,7 +179,7 @@ def advised(predictions: Sequence[Prediction]) -> tuple[Prediction, Prediction] 
 
 def sentences(predictions: Sequence[Prediction]) -> Iterator[str]:
     """The advice in words."""
-    if pair := advised(predictions):
+    if pair := _compared(predictions):
         one, other = pair
         said = f"{one.name} needs {one.ms_per_token / other.ms_per_token:.2f} times the time of {other.name}"
         if one.high >= other.low:

@@ -57,10 +57,7 @@ class ModelSettings(ComputeSettings):
 class CalibrationSettings(Settings):
     """The data that pruning measures on."""
 
-    dataset: str = Field(
-        SELF,
-        description=f"self (a language model writes the text itself), {DATA}.",
-    )
+    dataset: str = Field(SELF, description=f"self (a language model writes the text itself), {DATA}.")
     samples: Count = Field(128, description="Number of windows, texts or images.")
     sequence_length: Several = Field(2048, description="Tokens in a window; longer texts are cut to it.")
     seed: Seed = Field(0, description="Random seed for sampling.")

@@ -8,7 +8,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.runs import advice
-from gblm_compress.runs.advice import WAYS, Prediction, advise, sentences
+from gblm_compress.runs.advice import WAYS, Prediction, advise, advised, sentences
 from gblm_compress.settings import AdviseSettings, PruneSettings
 from tests.conftest import export, prune, saved
 from tests.families.tiny import tiny_family
@@ -32,8 +32,7 @@ def test_sizes_are_those_of_the_whole_models_artefacts(tmp_path, monkeypatch) ->
     for name, size in sizes.items():
         assert predicted[name] == pytest.approx(size, rel=0.005), name  # headers of files are not quite linear
     assert [p.ms_per_token for p in found.predictions] == sorted(p.ms_per_token for p in found.predictions)
-    assert all(p.low <= p.ms_per_token <= p.high for p in found.predictions)
-    assert "2:4" in found.left_out["no way"]
+    assert all(p.low <= p.ms_per_token <= p.high for p in found.predictions) and "2:4" in found.left_out["no way"]
     json.dumps(found.as_dict())
 
 
@@ -53,7 +52,8 @@ CANNOT_TELL = f"{PAYS}Unclear, as the ranges overlap: pruned 2.9–5.6 and quant
 def test_the_words_follow_from_the_figures_and_their_ranges(times, spread, said) -> None:
     kinds = zip(("dense", "quantised", "pruned"), times, strict=True)
     made = [Prediction(kind, kind, 0, ms, ms / spread, ms * spread) for kind, ms in kinds]
-    assert next(sentences(sorted(made, key=lambda each: each.ms_per_token))).startswith(said)
+    made.sort(key=lambda each: each.ms_per_token)
+    assert next(sentences(made)).startswith(said) and (advised(made) is None) == ("needs" not in said)
 
 
 def test_a_model_of_few_positions_or_one_block(tmp_path, monkeypatch) -> None:
