@@ -56,7 +56,7 @@ def measured(name: str, shape: Shape, work: Path, options: list[str]) -> dict[st
 
 
 def main() -> None:
-    """Measure one block, and two, and say what the whole model takes by that."""
+    """Measure one block and two, or one alone, and say what the whole model takes by that."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--work", type=Path, required=True, help="a folder for models and outputs")
@@ -77,13 +77,13 @@ def main() -> None:
     for name, value in settings.items():
         options += [f"--{name.replace('_', '-')}", value]
     shape = PRESETS[given.preset]
-    counts = range(1, given.blocks + 1)
-    one, *two = (measured(given.preset, replace(shape, blocks=count), given.work, options) for count in counts)
-    most = two[0] if two else one
-    a_block = most["seconds"] - one["seconds"] if two else one["seconds"]
-    row = {"model": given.preset, **settings, **most}
-    row |= {"seconds_a_block": a_block, "peak_bytes_of_one": one["peak_bytes"]}
-    row |= {"hours_of_all": (one["seconds"] + a_block * (shape.blocks - 1)) / 3600, "all_blocks": shape.blocks}
+    shapes = [replace(shape, blocks=count) for count in range(1, given.blocks + 1)]
+    runs = [measured(given.preset, cut, given.work, options) for cut in shapes]
+    first, last = runs[0], runs[-1]
+    a_block = last["seconds"] - first["seconds"] if len(runs) > 1 else first["seconds"]
+    row = {"model": given.preset, **settings, **last}
+    row |= {"seconds_a_block": a_block, "peak_bytes_of_one": first["peak_bytes"]}
+    row |= {"hours_of_all": (first["seconds"] + a_block * (shape.blocks - 1)) / 3600, "all_blocks": shape.blocks}
     print(json.dumps(row, indent=2))
     if given.json:
         rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []

@@ -28,7 +28,7 @@ DAMPING = 0.01  # of a Gram matrix's diagonal, relative to its mean (SparseGPT, 
 BLOCK_EPOCHS, BLOCK_RATE = 3, 0.007  # passes at most; Adam's step relative to a layer's root mean square weight
 MODEL_EPOCHS, MODEL_RATE = 3, 0.0005  # the same for the fit of the whole model
 COLUMNS = 128  # between two propagations of the accumulated error to the rest of the matrix
-FEW_STEPS = 10  # of conjugate gradients where tokens are fewer than twice the inputs: KL 1.14 (100 steps: 1.32)
+STEPS, FEW_STEPS = 100, 10  # of conjugate gradients at most; where tokens are few
 OPEN_SHARE = 0.9  # Converged rows are dropped once at most this share is open: a copy costs as much as a few sums.
 SWEEPS = 4  # of coordinate descent over all columns
 
@@ -130,22 +130,25 @@ def _propagate(
     return keep_only(result, mask), mask
 
 
+def most_steps(tokens: int | None, inputs: int) -> int:
+    """Of conjugate gradients. With fewer tokens than twice the inputs further ones fit what is special in the text."""
+    return FEW_STEPS if tokens is not None and tokens < 2 * inputs else STEPS
+
+
 def least_squares(
-    weight: Tensor, keep: Tensor, statistics: Statistics, tolerance: float = 1e-2, max_iterations: int = 100
+    weight: Tensor, keep: Tensor, statistics: Statistics, tolerance: float = 1e-2, steps: int | None = None
 ) -> Tensor:
     """The survivors that minimise the layer's reconstruction error for a given mask.
 
     Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of (w − ŵ)ᵀ H (w − ŵ) + λ‖w −
     ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the preconditioner D, from the masked
     weights on. A row is done when its residual r, measured as √(rᵀD⁻¹r), has fallen to `tolerance` of its start. Inputs
-    of any power count alike in this measure. Rows that are done are soon dropped. If tokens are few, it stops after
-    `FEW_STEPS`: further ones fit what is special in the text.
+    of any power count alike in this measure. Rows that are done are soon dropped. It takes `steps` at most, by
+    default `most_steps`.
     """
     import torch
 
     hessian = damped(statistics.moments())
-    if statistics.tokens is not None and statistics.tokens < 2 * len(hessian):
-        max_iterations = min(max_iterations, FEW_STEPS)
     inverse_diagonal = hessian.diagonal().reciprocal()
     mask = keep.to(weight.dtype)
     solution = torch.empty_like(weight)
@@ -155,7 +158,7 @@ def least_squares(
     direction = residual * inverse_diagonal
     product = (residual * direction).sum(1)
     goal = tolerance**2 * product
-    for _ in range(max_iterations):
+    for _ in range(steps or most_steps(statistics.tokens, len(hessian))):
         active = product > goal
         count = int(active.sum())
         if not count:

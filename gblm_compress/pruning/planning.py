@@ -14,7 +14,7 @@ from gblm_compress.machine import cost
 from gblm_compress.machine.memory import free_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Need
-from gblm_compress.methods.fits import BLOCK_EPOCHS, FEW_STEPS, MODEL_EPOCHS
+from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS, most_steps
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
@@ -29,7 +29,7 @@ GRID_BYTES = 12  # more if it is rounded: gradients before rounding, and tempora
 ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
 FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
-STEPS = 20  # of all rows of a least squares fit, on average (20.1 on SmolLM2 at 50 %, 8,192 tokens)
+STEPS = 20  # that a row takes in a least squares fit, on average (20.1 on SmolLM2 at 50 %, 8,192 tokens)
 READS = 400  # reads of the float32 weights in blocks by a CPU while it ranks, saves and verifies them, for any text
 SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
 
@@ -128,7 +128,7 @@ class Size:
         self._states_of_pruning = (2 + settings.fits.fits_block) * place
         read = calibration.samples * length
         # products with Gram matrices: of the steps, to begin with, and for the errors
-        narrow, wide = (3 + (FEW_STEPS if read < 2 * inputs else STEPS) for inputs in (hidden, inner))
+        narrow, wide = (3 + min(STEPS, most_steps(read, inputs)) for inputs in (hidden, inner))
         fitted = hidden * (narrow * (4 * hidden**2 + 2 * hidden * inner) + wide * inner**2)
         self.solving = 2 * blocks * fitted if Need.GRAM in settings.needs else 0  # operations, in float32
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)

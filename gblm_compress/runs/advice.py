@@ -150,8 +150,8 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
 
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], object]) -> Spread:
     runtime: Runtime = load_runtime(artefact, dtype, "cpu", threads)
-    draws, vocabulary = torch.Generator().manual_seed(0), vocabulary_of(loading.config_of(artefact))
-    ids = torch.randint(0, vocabulary, (1, PROMPT), generator=draws)
+    vocabulary = vocabulary_of(loading.config_of(artefact))
+    ids = torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     token, cache = runtime.next_token(ids, None)
     spent = []
     for _ in range(WARM_UP + STEPS):
@@ -182,7 +182,7 @@ def sentences(predictions: Sequence[Prediction]) -> Iterator[str]:
     if pair := _compared(predictions):
         one, other = pair
         said = f"{one.name} needs {one.ms_per_token / other.ms_per_token:.2f} times the time of {other.name}"
-        if one.high >= other.low:
+        if advised(predictions) is None:
             ranges = " and ".join(f"{each.name} {each.low:.1f}–{each.high:.1f}" for each in pair)
             said = f"Unclear, as the ranges overlap: {ranges} ms per token; ask again, or measure with `benchmark`"
         loss = " `evaluate` measures the loss of quality." if one.kind == "pruned" else ""

@@ -125,8 +125,7 @@ class PruneSettings(Settings):
         "chosen again before each fit but the first. Pruned weights are updated too (Wanda++).",
     )
     quantise: QuantiserName = Field(
-        "none",
-        description=f"Values that the surviving weights may take. {describe(QUANTISERS)}.",
+        "none", description=f"Values that the surviving weights may take. {describe(QUANTISERS)}."
     )
     group: Annotated[Group | None, BeforeValidator(_number), Panel.FIT] = Field(
         None,

@@ -138,7 +138,7 @@ def test_least_squares_is_near_the_optimum_where_one_input_dominates(power: floa
     gram = gram * scale * scale.unsqueeze(1)
     keep = wanda_mask(weight, gram, "2:4")
     whole, few = Statistics(gram=gram), Statistics(gram=gram, tokens=127)
-    assert torch.equal(*(least_squares(weight, keep, of, 0.0, steps) for of, steps in ((whole, 10), (few, 100))))
+    assert torch.equal(*(least_squares(weight, keep, of, 0.0, steps) for of, steps in ((whole, 10), (few, None))))
     optimum = error(weight, least_squares(weight, keep, whole, 1e-6, 1000), gram)
     none = error(weight, weight * keep, gram)
     assert none - error(weight, least_squares(weight, keep, whole), gram) > 0.99 * (none - optimum) > 0
