@@ -29,6 +29,7 @@ BLOCK_EPOCHS, BLOCK_RATE = 3, 0.007  # passes at most; Adam's step relative to a
 MODEL_EPOCHS, MODEL_RATE = 3, 0.0005  # the same for the fit of the whole model
 COLUMNS = 128  # between two propagations of the accumulated error to the rest of the matrix
 STEPS, FEW_STEPS = 100, 10  # of conjugate gradients at most; where tokens are few
+ROWS = 2048  # of a layer that are solved at once, so that their temporaries stay small
 OPEN_SHARE = 0.9  # Converged rows are dropped once at most this share is open: a copy costs as much as a few sums.
 SWEEPS = 4  # of coordinate descent over all columns
 
@@ -148,6 +149,9 @@ def least_squares(
     """
     import torch
 
+    if len(weight) > ROWS:
+        parts = [slice(first, first + ROWS) for first in range(0, len(weight), ROWS)]
+        return torch.cat([least_squares(weight[part], keep[part], statistics, tolerance, steps) for part in parts])
     hessian = damped(statistics.moments())
     inverse_diagonal = hessian.diagonal().reciprocal()
     mask = keep.to(weight.dtype)

@@ -14,7 +14,7 @@ from gblm_compress.machine import cost
 from gblm_compress.machine.memory import free_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Need
-from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS, most_steps
+from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS, ROWS, most_steps
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
@@ -27,8 +27,11 @@ from gblm_compress.tasks.task import Sample, Task
 FIT_BYTES = 24  # per weight that Adam fits: master, gradient, two moments, best so far, a copy for products
 GRID_BYTES = 12  # more if it is rounded: gradients before rounding, and temporaries of the scales' gradients
 ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
+SELECTION_BYTES = 24  # per weight of a layer: in float32, scores, and copies that are sorted (23.1 measured)
+SOLVING_BYTES = 32  # per weight of the rows that least squares solves at once
 FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
+LIBRARY_BYTES = 2 * 10**8  # that libraries take from their first use on (0.17 GB measured)
 STEPS = 20  # that a row takes in a least squares fit, on average (20.1 on SmolLM2 at 50 %, 8,192 tokens)
 READS = 400  # reads of the float32 weights in blocks by a CPU while it ranks, saves and verifies them, for any text
 SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
@@ -120,7 +123,6 @@ class Size:
         self.in_blocks = max(0, weights - embeddings)  # weights, not bytes
         block = self.in_blocks // blocks
         self.weights, self.block = weights * itemsize, block * itemsize
-        self.outside_blocks = 2 * tokens * hidden * itemsize
         self.gradients = 4 * weights if settings.needs_gradients else 0
         self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
@@ -132,31 +134,35 @@ class Size:
         fitted = hidden * (narrow * (4 * hidden**2 + 2 * hidden * inner) + wide * inner**2)
         self.solving = 2 * blocks * fitted if Need.GRAM in settings.needs else 0  # operations, in float32
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
-        rounds = ROUND_BYTES if settings.rounds > 1 else 0
-        by_block = settings.needs_gradients or bool(settings.needs & (Need.GRAM | Need.REGIONAL))
-        at_once = block if by_block else min(block, hidden * inner)
+        layer, has_gram = hidden * inner, Need.GRAM in settings.needs  # the largest layer, which is worked on alone
+        solution = 4 * inner**2 + 12 * layer + SOLVING_BYTES * min(ROWS, hidden) * inner if has_gram else 0
         logits = 12 * min(length, LOSS_TOKENS) * vocabulary if settings.needs_gradients else 0  # with their gradients
+        a_sample = self.activations // blocks + logits
+        self.outside_blocks = embeddings * itemsize + a_sample
         at_a_block = (
-            12 * at_once  # accumulators and gradients of a block, or a layer's scores and masks
-            + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
+            (12 * block if settings.needs_gradients or Need.REGIONAL in settings.needs else 0)
+            + (4 * (3 * hidden**2 + inner**2) if has_gram else 0)
             + (self.block if Need.GRAM in settings.block_needs else 0)  # as it was, for the errors of its layers
             + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
-            + ((fit_bytes + rounds) * block if settings.fits.fits_block else 0)
-            + logits
-            + self.activations // blocks
+            + max(
+                SELECTION_BYTES * layer,
+                solution,
+                (fit_bytes + ROUND_BYTES * (settings.rounds > 1)) * block if settings.fits.fits_block else 0,
+            )
+            + a_sample
         )
         at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
         self.working = max(at_a_block, at_the_end if settings.fits.fits_model else 0)
 
     def held(self, offload: bool) -> int:
         """Bytes of memory for weights and work, beside hidden states."""
-        return (self.outside_blocks + self.block if offload else self.weights) + self.working
+        return self.block + max(self.outside_blocks, self.working) if offload else self.weights + self.working
 
     def peak(self, placement: Placement) -> int:
-        """The most bytes of memory, hidden states included, without the program's own."""
+        """The most bytes of memory, hidden states included, without what the program holds before."""
         states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
         of_gradients = self.weights + self.gradients + self.activations if placement.by_sample and self.gradients else 0
-        return max(self.held(placement.offload) + min(states, placement.states), of_gradients)
+        return LIBRARY_BYTES + max(self.held(placement.offload) + min(states, placement.states), of_gradients)
 
     def on_disk(self, settings: PruneSettings, placement: Placement, finished: int) -> int:
         """Bytes on disk for output, gradients, blocks and hidden states, less those that are `finished`."""

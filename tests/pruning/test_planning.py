@@ -34,9 +34,9 @@ def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(
         return size(**chosen).working
 
     inputs, block = 3 * 64**2 + 128**2, size().block  # three inputs of the hidden size, one of the intermediate size
-    # The block as it was is kept beside them, for the errors of its layers' outputs.
-    scores = 12 * (block // 4 - 64 * 128)  # of the block, in place of its largest layer
-    assert working(fit="fast") - working() == scores + 4 * inputs + block
+    # The block as it was is kept too. Least squares has a damped Gram matrix, and takes more of a layer than selection.
+    solution = 4 * 128**2 + (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * 64 * 128
+    assert working(fit="fast") - working() == solution + 4 * inputs + block
     assert working(fit="obs") - working(fit="fast") == planning.FACTOR_BYTES * 128**2
     one, two = (working(fit="balanced", rounds=rounds) for rounds in (1, 2))
     assert two - one == planning.ROUND_BYTES * block // 4
@@ -57,7 +57,8 @@ def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
     (tmp_path / "text" / "config.json").write_text(json.dumps(text))
     both, alone = (vars(size_of(ModelSource(name, tmp_path / name), fit="best")) for name in ("both", "text"))
     assert both == alone
-    assert both["outside_blocks"] == 2 * 257 * 64 * 4 and both["block"] == (both["weights"] // 4 - 257 * 64) // 2 * 4
+    assert both["outside_blocks"] == 257 * 64 * 4 + both["activations"] // 2 + 12 * 64 * 257  # logits with gradients
+    assert both["block"] == (both["weights"] // 4 - 257 * 64) // 2 * 4
     assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
 
 
