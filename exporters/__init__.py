@@ -59,9 +59,10 @@ def export(
 
 
 def _estimate(source: ModelSource, settings: ExportSettings) -> str:
-    format, floats = FORMATS[settings.format], 4 * loading.count_weights(source)
-    seconds = START_SECONDS + format.passes * floats / cost.bytes_per_second("cpu")
-    return cost.sentence(seconds, format.memory * floats)
+    format, weights = FORMATS[settings.format], loading.count_weights(source)
+    itemsize = getattr(torch, dtype_of(source, settings)).itemsize if format.layout else 4  # graphs are made in float32
+    seconds = START_SECONDS + format.passes * 4 * weights / cost.bytes_per_second("cpu")
+    return cost.sentence(seconds, format.memory * itemsize * weights)
 
 
 def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:

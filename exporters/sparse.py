@@ -38,6 +38,7 @@ model = {auto_class}.from_pretrained("THIS FOLDER")
 # Largest difference of a logit, relative to the largest logit: sums run in another order, and 16-bit results are
 # rounded after every layer.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+_Ran = tuple[Tensor, dict[str, Tensor]]  # the prediction, and the buffers after it that a folder does not hold
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
@@ -80,9 +81,8 @@ def export(
         save_packed(model, temporary)
         loading.save_processor(processor, temporary, source)
         progress.say("verifying …")
-        exported = ModelSource(str(output), temporary)
-        reloaded = _verify_tensors(exported, model, dense)
-        difference = _verify_run(exported, reloaded, sample, _run(model, sample) if kind.tolerance else reference)
+        reference = _run(model, sample) if kind.tolerance else reference
+        difference = _verify(ModelSource(str(output), temporary), model, dense, sample, reference)
         rounded = {name: model.get_submodule(name) for name in dense} if kind.tolerance else {}
         moved = [layer.error(dense[name]) for name, layer in rounded.items()]
         kept = {name: count_nonzeros(layer.dense_weight()) for name, layer in rounded.items()}
@@ -110,8 +110,7 @@ def export(
     return checks
 
 
-def _run(model: Any, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-    """The prediction, and the buffers after it that a folder does not hold."""
+def _run(model: Any, sample: Sample) -> _Ran:
     prediction = TorchRuntime(model).predict(sample)
     packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear))
     kept = model.state_dict()
@@ -119,8 +118,8 @@ def _run(model: Any, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
     return prediction, {name: buffer for name, buffer in named.items() if not name.startswith(packed)}
 
 
-def _verify_tensors(exported: ModelSource, written: Any, dense: dict[str, Tensor]) -> Any:
-    """Reload the folder and compare each tensor bit for bit; rounded weights within the layout's tolerance."""
+def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor], sample: Sample, reference: _Ran) -> float:
+    """Reload the folder. Compare each tensor, rounded weights within the layout's tolerance, and the prediction."""
     model = loading.load_model(exported)
     for name, weight in dense.items():
         packed = model.get_submodule(name)
@@ -134,24 +133,6 @@ def _verify_tensors(exported: ModelSource, written: Any, dense: dict[str, Tensor
     for name, tensor in written.state_dict().items():
         if name not in restored or not same_bits(restored[name], tensor):
             raise VerificationError(f"{name}: the reloaded folder does not restore it bit for bit")
-    return model
-
-
-def _check_products(name: str, packed: PackedLinear) -> None:
-    weight, allowed = packed.dense_weight().float(), 1e-3 if packed.dtype == torch.float32 else 1e-2
-    for tokens in (1, 64):
-        x = torch.randint(-127, 128, (tokens, packed.in_features), generator=torch.Generator().manual_seed(tokens))
-        x[:, ::32] = 127  # so that 8 bits with a scale for 32 columns hold all inputs
-        x = (x / 128).to(packed.dtype)
-        expected = x.float() @ weight.T
-        difference = (packed.product(x, None).float() - expected).abs().max()
-        if not difference <= allowed * expected.abs().max():
-            raise VerificationError(f"{name}: its {packed.kernel(tokens)} is not the product of its weight")
-
-
-def _verify_run(
-    exported: ModelSource, model: Any, sample: Sample, reference: tuple[Tensor, dict[str, Tensor]]
-) -> float:
     expected, buffers = reference
     prediction, computed = _run(model, sample)
     for name in sorted(computed.keys() | buffers.keys()):
@@ -166,3 +147,15 @@ def _verify_run(
             f"on real data; {tolerance:.0e} is allowed"
         )
     return difference
+
+
+def _check_products(name: str, packed: PackedLinear) -> None:
+    weight, allowed = packed.dense_weight().float(), 1e-3 if packed.dtype == torch.float32 else 1e-2
+    for tokens in (1, 64):
+        x = torch.randint(-127, 128, (tokens, packed.in_features), generator=torch.Generator().manual_seed(tokens))
+        x[:, ::32] = 127  # so that 8 bits with a scale for 32 columns hold all inputs
+        x = (x / 128).to(packed.dtype)
+        expected = x.float() @ weight.T
+        difference = (packed.product(x, None).float() - expected).abs().max()
+        if not difference <= allowed * expected.abs().max():
+            raise VerificationError(f"{name}: its {packed.kernel(tokens)} is not the product of its weight")

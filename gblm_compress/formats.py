@@ -21,7 +21,7 @@ class Format:
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # the first, if the checkpoint's own is absent
     reads: tuple[str, ...] = ()  # the options of `ExportSettings` that it takes; it refuses the others
     copies: int = 0  # dense copies of the weights on disk during the export, besides the output
-    memory: float = 3.0  # its peak, in copies of the float32 weights
+    memory: float = 3.0  # its peak, in copies of the weights; of float32 weights for ONNX
     passes: float = 300.0  # its time, in reads of the float32 weights by a CPU
     layout: str | None = None  # a name in `LAYOUTS`
     synonyms: tuple[str, ...] = ()

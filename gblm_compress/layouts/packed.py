@@ -1,6 +1,6 @@
 """Checks of packed tensors before a kernel reads them, and comparisons of weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.methods.zeros import is_finite
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of stored weights
+AT_ONCE = 1 << 20  # weights of a matrix that are worked on together, so that temporaries stay in the cache
 MOVES_MUCH = {8: 0.03, 4: 0.25}  # {bits of a level: the largest share of a weight that rounding may move}
 
 
@@ -31,5 +32,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def share_moved(stored: Tensor, weight: Tensor) -> float:
     """The share of a weight that rounding moved: Σ |stored - weight| / Σ |weight|."""
-    moved, total = (part.abs().sum(dtype=torch.float64) for part in (stored.float() - weight.float(), weight.float()))
+
+    def sums(stored: Tensor, weight: Tensor) -> Tensor:
+        parts = torch.stack((stored.float() - weight.float(), weight.float()))
+        return parts.abs().sum((1, 2), dtype=torch.float64)[None]
+
+    moved, total = by_rows(sums, stored, weight).sum(0)
     return float(moved / total) if moved else 0.0
+
+
+def by_rows(compute: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """`compute` of some rows of the matrices at a time, one below the other."""
+    step = max(1, AT_ONCE // matrices[0].shape[1])
+    return torch.cat([compute(*(each[at : at + step] for each in matrices)) for at in range(0, len(matrices[0]), step)])

@@ -332,6 +332,3 @@ class PackedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.rows.weight
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"

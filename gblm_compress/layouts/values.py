@@ -5,6 +5,7 @@ place in a table of 16 levels; a byte holds two, the low half first. Each word o
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import PADDING, WORD, bits, starts_of, word_counts, words
 from gblm_compress.layouts.masks import Mask, Shape
-from gblm_compress.layouts.packed import DTYPES, MOVES_MUCH, check_tensor, same_bits
+from gblm_compress.layouts.packed import AT_ONCE, DTYPES, MOVES_MUCH, by_rows, check_tensor, same_bits
 from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
 
 Held = Mapping[str, Tensor]
@@ -168,6 +169,9 @@ class Levels(Floats):
 
     def pack(self, weight: Tensor, *, group: int | None = None, grid: Grid | None = None) -> dict[str, Tensor]:
         """Round nonzero weights to the nearest points of `grid`, or of a new one with scales for `group` columns."""
+        if self.mask.name is None and grid is None and weight.numel() > AT_ONCE and len(weight) > 1:
+            parts = [self.pack(rows, group=group) for rows in weight.chunk(1 + weight.numel() // AT_ONCE)]
+            return self.stack(parts, [len(part["scales"]) for part in parts], weight.shape[1])
         keep = weight != 0
         stored = self.mask.choose(keep)
         grid = grid or make_grid(weight.float(), keep, self.kind, group or self.group)
@@ -228,8 +232,12 @@ class Levels(Floats):
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
         """Whether each weight is the grid point nearest to the matrix's weight, and zeros are 0."""
-        on_grid = rounded(weight.float(), weight != 0, self.grid(held, weight.shape[1]))
-        return same_bits(restored, on_grid.to(weight.dtype))
+        grid = self.grid(held, weight.shape[1])
+
+        def on_grid(weight: Tensor, scales: Tensor) -> Tensor:
+            return rounded(weight.float(), weight != 0, replace(grid, scales=scales)).to(weight.dtype)
+
+        return same_bits(restored, by_rows(on_grid, weight, grid.scales))
 
     def for_cpu(self, held: Held, shape: Shape, dtype: torch.dtype) -> cpu.Weight | None:
         columns, scales, values = shape[1], held["scales"], held["values"]
@@ -317,12 +325,15 @@ def group_of(columns: int, groups: int) -> int | None:
 
 def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
     """The correction in kernels, [rows] in float32: Σ scale · level of a row, or Σ level if the row has one scale."""
-    rows, columns = levels.shape
-    group = group_of(columns, scales.shape[1])
-    if group is None:
-        return levels.sum(1, dtype=torch.int64).float()
-    sums = pad(levels, (0, -columns % group)).reshape(rows, -1, group).sum(-1, dtype=torch.int64)
-    return (sums * scales.view(torch.float16).double()).sum(1).float()
+    group = group_of(levels.shape[1], scales.shape[1])
+
+    def sums(levels: Tensor, scales: Tensor) -> Tensor:
+        if group is None:
+            return levels.sum(1, dtype=torch.int64).float()
+        padded = pad(levels, (0, -levels.shape[1] % group)).reshape(*scales.shape, group)
+        return (padded.sum(-1, dtype=torch.int64) * scales.view(torch.float16).double()).sum(1).float()
+
+    return by_rows(sums, levels, scales)
 
 
 def _bytes(places: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
 QUANTISED = pytest.mark.parametrize("layout", ROUNDING)
 
 
+@pytest.fixture(autouse=True)
+def two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("packed", "values"):
+        monkeypatch.setattr(f"gblm_compress.layouts.{module}.AT_ONCE", 400)
+
+
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 200), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_places_lie_as_documented(seed: int, rows: int, columns: int, density: float) -> None:
