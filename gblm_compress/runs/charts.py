@@ -27,10 +27,7 @@ ERRORS = (
     "calibration text when it was pruned and fitted. Pruning costs most in dark layers."
 )
 TIMES = "a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
-LOSS = (
-    "The divergence from the dense model's predictions, with the training's share of the text's cross-entropy, on text "
-    "that the training does not see. Lower is better; the filled dot was kept."
-)
+LOSS = "The divergence from dense on text that the training does not see. Lower is better; the filled dot was kept."
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,6 @@ class RecoverSettings(Settings):
         description="Peak learning rate, relative to a tensor's root mean square weight. If unset: 0.003 for encoders "
         "and images; for language models 0.0007 after the fits balanced and best, else 0.002.",
     )
-    text_weight: Annotated[float, Panel.MORE] = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of the text's cross-entropy in the loss; the rest is the divergence from dense.",
-    )
     seed: Seed = Field(0, description="Random seed for the order of the windows, and for self.")
     disjoint_from: Annotated[tuple[GivenText, ...], Panel.MORE] = Field(
         (),

@@ -79,10 +79,9 @@ class Imitation:
         samples: Sequence[Sample],
         dense: Callable[[Sequence[int]], Tensor],  # numbers of samples -> their `prediction`, concatenated
         compute: str,  # dtype of products
-        text_weight: float = 0.0,  # share of `Task.loss`; the rest is `Task.divergence`
     ) -> None:
         self.model, self.samples, self._task, self._dense = model, samples, task, dense
-        self._compute, self._text_weight = compute, text_weight
+        self._compute = compute
         self._head = head_and_embedding(model)[0]
         self._head_is_last = self._head is not None and self._ends_with(self._head)
 
@@ -93,15 +92,11 @@ class Imitation:
         with autocast(dense.device, self._compute):
             own, target = self._outputs(together(samples), dense)
         # `unbind`, because the gradient of a slice of the logits would be padded to all of them.
-        losses = [self._loss(*each) for each in zip(own.unbind(), target.unbind(), samples, strict=True)]
+        losses = []
+        for own_one, dense_one, sample in zip(own.unbind(), target.unbind(), samples, strict=True):
+            judged = dense_one if self._head is None else self._task.judged(dense_one[None], sample)
+            losses.append(self._task.divergence(judged, self._task.judged(own_one[None], sample)))
         return torch.stack(losses).mean()
-
-    def _loss(self, own: Tensor, dense: Tensor, sample: Sample) -> Tensor:
-        judged, weight = self._task.judged(own[None], sample), self._text_weight
-        if self._head is not None:
-            dense = self._task.judged(dense[None], sample)
-        loss = self._task.divergence(dense, judged)
-        return (1 - weight) * loss + weight * self._task.loss(judged.float(), sample) if weight else loss
 
     def _outputs(self, sample: Sample, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of the pruned and the dense model [samples, …]."""

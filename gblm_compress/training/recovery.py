@@ -73,11 +73,8 @@ class RecoverResult(records.Result):
 def check_kind(source: ModelSource, settings: RecoverSettings) -> None:
     """Refuse options that are for language models alone."""
     task = loading.task_of(source)
-    for option, given in (("text_weight", settings.text_weight), ("disjoint_from", settings.disjoint_from)):
-        if given and not task.generates:
-            raise UsageError(
-                f"{option} is for causal language models, and {source.name!r} is {task.help}; leave it out"
-            )
+    if settings.disjoint_from and not task.generates:
+        raise UsageError(f"disjoint_from is for causal language models; {source.name!r} is {task.help}; leave it out")
 
 
 def checkpoint_bytes(pruned: ModelSource) -> int:
@@ -90,10 +87,7 @@ def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
         return settings.rate
     if not loading.task_of(source).generates:
         return RATE_OF_OTHERS
-    pruning = manifest.read(source.folder)["prune"]
-    # Folders of 0.1.0 have the key "update" instead.
-    fitted = pruning.get("fit") in ("balanced", "best") or pruning.get("update") == "reconstruct"
-    return RATE_AFTER_A_FIT if fitted else RATE
+    return RATE_AFTER_A_FIT if manifest.read(source.folder)["prune"].get("fit") in ("balanced", "best") else RATE
 
 
 def bytes_a_weight(compute: torch.dtype, density: float, processes: int) -> float:
@@ -192,7 +186,7 @@ class Recovery:
             pool = self._pool(windows, dense.config, compute, store)
             weights = self._weights(student, getattr(torch, compute))
             voice = Teacher(dense, task, windows.samples, windows.used, compute, pool)
-            loss = Imitation(student, task, windows.samples, voice.predictions, compute, settings.text_weight)
+            loss = Imitation(student, task, windows.samples, voice.predictions, compute)
             progress.say(
                 f"{'going on with' if before.step else 'training'} {self.source.name} on {self.device}: "
                 f"{settings.steps:,} steps of {settings.batch} × {settings.sequence_length} tokens, rate "

@@ -128,9 +128,7 @@ def test_a_weight_that_runs_several_times_is_measured_in_all_of_its_runs(make) -
 
 def test_what_is_around_the_blocks_is_the_innermost_module_that_runs_once() -> None:
     """ALBERT's classifier reads what a pooler makes of the encoder's output; HRM repeats the module of its blocks."""
-    embedder, classifier = (
-        families.encoder("albert", TASKS[task].auto_class) for task in ("embedding", "classification")
-    )
+    embedder, classifier = (families.encoder("albert", TASKS[t].auto_class) for t in ("embedding", "classification"))
     ids = [{**sample, "attention_mask": torch.ones_like(sample["input_ids"])} for sample in samples()]
     for model, encoder in ((embedder, embedder.encoder), (classifier, classifier.albert.encoder)):
         assert calls_of(ResidentWeights(model), TASKS["embedding"], ids, [])[0].blocks == [encoder]

@@ -95,9 +95,8 @@ def test_without_zeros_int4_has_even_steps_and_the_best_of_the_tried_scales(grou
 
     for row, scales in zip(weight.tolist(), grid.scales.tolist(), strict=True):
         pairs = list(zip(row, importance.tolist(), strict=True))
-        for part, scale in zip(
-            [pairs[at : at + (group or 96)] for at in range(0, 96, group or 96)], scales, strict=True
-        ):
+        for at, scale in zip(range(0, 96, group or 96), scales, strict=True):
+            part = pairs[at : at + (group or 96)]
             largest = max(abs(value) for value, _ in part) / 7
             tried = [error(part, float(torch.tensor(largest * (1 - step / 40)).half())) for step in range(13)]
             assert error(part, scale) == pytest.approx(min(tried), rel=1e-5)

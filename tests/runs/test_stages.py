@@ -67,8 +67,8 @@ def test_a_fault_that_shows_before_the_work(keys, message) -> None:
 
 def test_what_recovery_has_for_language_models_alone_is_told_before_the_pruning(tmp_path) -> None:
     source = families.written(tmp_path / "bert", "bert")
-    found = faults(model=str(source.folder), recover={"sequence_length": 32, "data": ["demo"], "text_weight": 0.5})
-    assert any("text_weight is for causal language models, and" in fault for fault in found)
+    found = faults(model=str(source.folder), recover={"sequence_length": 32, "data": ["demo"], "disjoint_from": ["a"]})
+    assert any("disjoint_from is for causal language models; " in fault for fault in found)
 
 
 @pytest.mark.parametrize("model", ["tiny", "owner/model"])

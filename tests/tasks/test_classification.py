@@ -77,8 +77,7 @@ def test_metrics_are_those_of_a_count() -> None:
         judged = [TASKS[task].measure(one, sample) for one, sample in zip(logits, samples, strict=True)]
         found = TASKS[task].metrics(judged)
         assert list(found) == [*TASKS[task].accuracies, "cross_entropy"]
-        assert [each.value for each in found.values()] == pytest.approx(
-            [mean(each) for each in (*accuracies, entropies)]
-        )
+        expected = [mean(each) for each in (*accuracies, entropies)]
+        assert [each.value for each in found.values()] == pytest.approx(expected)
         assert next(iter(found.values())).error == pytest.approx((mean(first) * (1 - mean(first)) / 19) ** 0.5)
     assert TASK.metrics([TASK.measure(logits[0], {})]) == {}

@@ -107,9 +107,8 @@ def test_agreement_of_neighbours_by_a_plain_loop() -> None:
     one, other = (normalize(torch.randn(30, 6), dim=1) for _ in range(2))
     shares = []
     for i in range(30):
-        nearest = [
-            {j for _, j in sorted((-float(v[i] @ v[j]), j) for j in range(30) if j != i)[:4]} for v in (one, other)
-        ]
+        others = [j for j in range(30) if j != i]
+        nearest = [{j for _, j in sorted((-float(v[i] @ v[j]), j) for j in others)[:4]} for v in (one, other)]
         shares.append(len(nearest[0] & nearest[1]) / 4)
     assert top_agreement(one, other, 4) == pytest.approx(sum(shares) / 30)
     assert top_agreement(one, one, 4) == 1.0

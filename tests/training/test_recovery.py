@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from torch.nn.functional import cosine_similarity, kl_div, nll_loss
+from torch.nn.functional import cosine_similarity, kl_div
 
 from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks
@@ -89,10 +89,9 @@ def by_hand(source, teacher, windows, settings) -> tuple[float, dict[str, torch.
     masks = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.dim() == 2}
 
     def loss(index: int) -> torch.Tensor:
-        ids, share = windows.samples[index]["input_ids"], settings.text_weight
+        ids = windows.samples[index]["input_ids"]
         own, target = (model(ids).logits[0, :-1].log_softmax(-1) for model in (student, dense))
-        divergence = kl_div(own, target.detach(), reduction="batchmean", log_target=True)
-        return (1 - share) * divergence + share * nll_loss(own, ids[0, 1:])
+        return kl_div(own, target.detach(), reduction="batchmean", log_target=True)
 
     def gradients(step: int) -> None:
         for index in windows.steps[step]:
@@ -106,19 +105,17 @@ def by_hand(source, teacher, windows, settings) -> tuple[float, dict[str, torch.
     return before, {name: parameter.detach() for name, parameter in student.named_parameters()}
 
 
-@pytest.mark.parametrize("text_weight", [0.0, 0.3])
-def test_it_is_adam_on_the_loss_of_looks_with_the_zeros_kept(text_weight, train, sparse, tiny, tmp_path, prose) -> None:
-    result = train(text_weight=text_weight)
+def test_it_is_adam_on_the_loss_of_looks_with_the_zeros_kept(train, sparse, tiny, tmp_path, prose) -> None:
+    result = train()
     assert result.best == len(result.curve) - 1 and result.after < result.before  # so that the last weights are kept
-    settings, windows = windows_for(sparse, prose, text_weight=text_weight)
+    settings, windows = windows_for(sparse, prose)
     loss, expected = by_hand(sparse, tiny("llama"), windows, settings)
     assert result.before == pytest.approx(loss, rel=1e-4)
     got, before = weights(tmp_path / "out"), weights(sparse.folder)
     for name, tensor in got.items():
         assert torch.allclose(tensor.float(), expected[name], rtol=2e-2, atol=1e-3), name  # stored in bfloat16
         assert not torch.signbit(tensor[tensor == 0]).any()
-    layers = manifest.read(tmp_path / "out")["layers"]
-    for name in layers:
+    for name in manifest.read(tmp_path / "out")["layers"]:
         assert ((before[f"{name}.weight"] == 0) <= (got[f"{name}.weight"] == 0)).all()
         assert not torch.equal(before[f"{name}.weight"], got[f"{name}.weight"])
     assert torch.equal(before["model.embed_tokens.weight"], got["model.embed_tokens.weight"])
@@ -221,7 +218,7 @@ def test_a_folder_of_version_0_1_0_is_read_exported_and_recovered(train, sparse,
     gone = {"refine": "swap", "guidance": 0.5, "update": "reconstruct", "distillation_epochs": 2, "fit_dtype": "auto"}
     edit_json(old / manifest.MANIFEST, gblm_compress="0.1.0", prune=manifest.read(old)["prune"] | gone)
     result = train("recovered", source=ModelSource("old", old), rate=None)
-    assert result.rate == 0.0007 and result.after < result.before
+    assert result.after < result.before
     for name in (old, tmp_path / "recovered"):
         export(ModelSource("m", name), tmp_path / f"{name.name}-exported", format="bitmask")
     assert manifest.read(tmp_path / "recovered-exported")["prune"]["guidance"] == 0.5
