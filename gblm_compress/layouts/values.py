@@ -233,11 +233,8 @@ class Levels(Floats):
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
         """Whether each weight is the grid point nearest to the matrix's weight, and zeros are 0."""
         grid = self.grid(held, weight.shape[1])
-
-        def on_grid(weight: Tensor, scales: Tensor) -> Tensor:
-            return rounded(weight.float(), weight != 0, replace(grid, scales=scales)).to(weight.dtype)
-
-        return same_bits(restored, by_rows(on_grid, weight, grid.scales))
+        point = by_rows(lambda w, s: rounded(w.float(), w != 0, replace(grid, scales=s)), weight, grid.scales)
+        return same_bits(restored, point.to(weight.dtype))
 
     def for_cpu(self, held: Held, shape: Shape, dtype: torch.dtype) -> cpu.Weight | None:
         columns, scales, values = shape[1], held["scales"], held["values"]

@@ -24,9 +24,9 @@ from gblm_compress.storage import records
 from gblm_compress.tasks.causal_lm import LOSS_TOKENS
 from gblm_compress.tasks.task import Sample, Task
 
-FIT_BYTES = 24  # per weight that Adam fits: master, gradient, two moments, best so far, a copy for products
+FIT_BYTES = 18  # per weight that Adam fits: survivors as master, gradient, two moments and best so far; a dense copy
 GRID_BYTES = 12  # more if it is rounded: gradients before rounding, and temporaries of the scales' gradients
-ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
+ROUND_BYTES = 18  # more with several rounds: values of pruned weights, start of the round, the best so far
 SELECTION_BYTES = 24  # per weight of a layer: in float32, scores, and copies that are sorted (23.1 measured)
 SOLVING_BYTES = 32  # per weight of the rows that least squares solves at once
 FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)

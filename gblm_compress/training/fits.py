@@ -93,8 +93,10 @@ def reconstruct_(
             masks = {name: one != 0 for name, (one, _) in start.items()}
             weights = Weights(layers, grids, start=start, revive=left > 0, ranks=ranks)
             progress = Trainer(block.module, weights, loss, plan).run()
-            values = weights.values
             found = progress.curve[progress.best].held_out
+            if found < least and left == 0:
+                return weights.finish()
+            values = weights.values
             if found < least:
                 least = found
                 best = {name: (keep_only(one, masks[name]), factors) for name, (one, factors) in values.items()}
