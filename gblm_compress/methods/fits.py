@@ -142,9 +142,9 @@ def least_squares(
     """The survivors that minimise the layer's reconstruction error for a given mask.
 
     Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of (w − ŵ)ᵀ H (w − ŵ) + λ‖w −
-    ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the preconditioner D, from the masked
-    weights on. A row is done when its residual r, measured as √(rᵀD⁻¹r), has fallen to `tolerance` of its start. Inputs
-    of any power count alike in this measure. Rows that are done are soon dropped. It takes `steps` at most, by
+    ŵ‖². `ROWS` rows at once are solved by conjugate gradients with the diagonal as the preconditioner D, from the
+    masked weights on. A row is done when its residual r, measured as √(rᵀD⁻¹r), has fallen to `tolerance` of its start.
+    Inputs of any power count alike in this measure. Rows that are done are soon dropped. It takes `steps` at most, by
     default `most_steps`.
     """
     import torch

@@ -136,7 +136,7 @@ def card_text(content: dict[str, Any], library: str, loading: str) -> str:
     lines += [f"# {_plain(', '.join(title))}", "", _plain(" ".join(done)), "", "```python", loading, "```", ""]
     if rows:
         lines += ["| | |", "| --- | --- |", *(f"| {key} | {_plain(value)} |" for key, value in rows.items()), ""]
-    lines += [f"All settings, the nonzeros of each layer and the results of verification are in `{MANIFEST}`.", ""]
+    lines += [f"All settings and the nonzeros of each layer are in `{MANIFEST}`.", ""]
     return "\n".join(lines)
 
 

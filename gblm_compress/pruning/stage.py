@@ -260,8 +260,8 @@ def _pruned_before(source: ModelSource) -> list[str]:
     zeros = 1 - sum(layer["nonzeros"] for layer in layers) / weights
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers}))
     return [
-        f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so a lower "
-        "sparsity does nothing: prune the dense model to change method or pattern"
+        f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); its zeros are the first to "
+        "be pruned again: prune the dense model to change method or pattern"
     ]
 
 

@@ -46,7 +46,7 @@ def test_the_manifest_holds_every_setting_and_an_export_says_where_it_comes_from
 
 def test_what_is_pruned_already_is_said(folder, pruning, tiny, tmp_path) -> None:
     again = pruning("again", ModelSource("out", folder), method="magnitude", sparsity=0.3)
-    assert "out is pruned already (2:4, 50.0 % zeros); zeros stay zeros" in again.warnings[0]
+    assert "out is pruned already (2:4, 50.0 % zeros); its zeros are the first" in again.warnings[0]
     assert manifest.read(tmp_path / "again")["base_model"]["sha256"] == tiny("llama").fingerprint
 
 
