@@ -350,6 +350,14 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
             "C4, KL": "{c4_second_txt[mean_kl]:.3f}", "seconds": "{seconds:.0f}",
         },
     ),
+    "rounds-64": (
+        results("rounds-smollm2-135m")["rows_64"],
+        {
+            "`--fit`": "`{fit}`", "`--rounds`": "{rounds}", "WikiText-2": "{wiki_test_tokens[perplexity]:.1f}",
+            "WikiText-2, KL": "{wiki_test_tokens[mean_kl]:.3f}", "C4": "{c4_second_txt[perplexity]:.1f}",
+            "C4, KL": "{c4_second_txt[mean_kl]:.3f}", "seconds": "{seconds:.0f}", "peak GB": "{peak_GB:.1f}",
+        },
+    ),
     "fits-unstructured": (fits("fits-unstructured-smollm2-135m"), by_fit("none", "fast", "balanced")),
     "bits": (
         bits(),
