@@ -4,15 +4,12 @@
 
 Makes Llamas of the real shapes with one block and with two, of random bfloat16 weights. `plan` predicts both prunings,
 then `prune` prunes both from disk. Every further block takes as long as the second one, so the time of the whole model
-follows. With `--blocks 1` the second is left out, and every block counts as long as the whole run. With `--exports` the
-pruned models are exported too; the second block gives the memory for each weight. Peak memory includes the libraries.
-New rows are added to the file of `--json`.
+follows. With `--blocks 1` the second is left out, and every block counts as long as the whole run. Peak memory includes
+the libraries. New rows are added to the file of `--json`.
 """
 
 import argparse
 import json
-import math
-import os
 import shutil
 import subprocess
 import sys
@@ -27,32 +24,25 @@ from gblm_compress.errors import GblmError
 from gblm_compress.machine import environment
 
 
-def told(*words: str) -> tuple[dict[str, Any], int]:
-    """The JSON document that a command of gblm-compress prints, and its peak memory in bytes."""
+def told(*words: str) -> dict[str, Any]:
+    """The JSON document that a command of gblm-compress prints."""
     command = [sys.executable, "-m", "gblm_compress", *words, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise GblmError(f"{' '.join(words)} ended with exit code {process.returncode}")
-    return json.loads(printed), usage.ru_maxrss * 1024
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise GblmError(f"{' '.join(words)} ended with exit code {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-def measured(name: str, shape: Shape, work: Path, options: list[str], formats: list[str]) -> dict[str, Any]:
-    """Plan and prune a model of that shape, and export it. Its folder and the outputs are removed."""
-    model, output, packed = work / f"{name}-{shape.blocks}", work / "pruned", work / "packed"
-    size, exports = write_random_llama(model, shape), {}
+def measured(name: str, shape: Shape, work: Path, options: list[str]) -> dict[str, Any]:
+    """Plan and prune a model of that shape. Its folder and the output are removed."""
+    model, output = work / f"{name}-{shape.blocks}", work / "pruned"
+    size = write_random_llama(model, shape)
     try:
-        planned, _ = told("plan", str(model), *options)
-        pruned, _ = told("prune", str(model), "-o", str(output), *options)
-        for format in formats:
-            exported, peak = told("export", str(output), "-o", str(packed), "--format", format)
-            exports[format] = {"seconds": exported["seconds"], "bytes": exported["bytes"], "peak_bytes": peak}
-            shutil.rmtree(packed)
+        planned = told("plan", str(model), *options)
+        pruned = told("prune", str(model), "-o", str(output), *options)
     finally:
-        for folder in (model, output, packed):
+        for folder in (model, output):
             shutil.rmtree(folder, ignore_errors=True)
     return {
         "blocks": shape.blocks,
@@ -62,7 +52,6 @@ def measured(name: str, shape: Shape, work: Path, options: list[str], formats: l
         "peak_bytes": pruned["peak_memory_bytes"],
         "planned_bytes": planned["memory_bytes"],
         "planned_disk_bytes": planned["disk_bytes"],
-        "exports": exports,
     }
 
 
@@ -78,7 +67,6 @@ def main() -> None:
     parser.add_argument("--samples", default="16")
     parser.add_argument("--sequence-length", default="512")
     parser.add_argument("--memory", default="1GiB", help="so little that the model stays on disk")
-    parser.add_argument("--exports", nargs="+", default=[], metavar="FORMAT")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -90,15 +78,12 @@ def main() -> None:
         options += [f"--{name.replace('_', '-')}", value]
     shape = PRESETS[given.preset]
     shapes = [replace(shape, blocks=count) for count in range(1, given.blocks + 1)]
-    runs = [measured(given.preset, cut, given.work, options, given.exports) for cut in shapes]
+    runs = [measured(given.preset, cut, given.work, options) for cut in shapes]
     first, last = runs[0], runs[-1]
     a_block = last["seconds"] - first["seconds"] if len(runs) > 1 else first["seconds"]
     row = {"model": given.preset, **settings, **last}
     row |= {"seconds_a_block": a_block, "peak_bytes_of_one": first["peak_bytes"]}
     row |= {"hours_of_all": (first["seconds"] + a_block * (shape.blocks - 1)) / 3600, "all_blocks": shape.blocks}
-    weights = sum(map(math.prod, shape.matrices().values()))
-    for format, exported in last["exports"].items() if len(runs) > 1 else ():
-        exported["bytes_a_weight"] = (exported["peak_bytes"] - first["exports"][format]["peak_bytes"]) / weights
     print(json.dumps(row, indent=2))
     if given.json:
         rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []

@@ -417,17 +417,6 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
             "s, a block": "{seconds_a_block:.0f}", "hours, all blocks": "{hours_of_all:.1f}",
         },
     ),
-    "cost-exports": (
-        [
-            {"format": name, "peak": export["peak_bytes"] / 1e9, **export}
-            for row in results("large-epyc-zen5")["rows"]
-            for name, export in row.get("exports", {}).items()
-        ],
-        {
-            "format": "`{format}`", "s": "{seconds:.0f}", "peak GB": "{peak:.1f}",
-            "bytes, each further weight": "{bytes_a_weight:.1f}",
-        },
-    ),
     "vit": (
         images("vit-fashion-mnist", method=METHODS, pattern=("unstructured", "2:4"), zeros=(0.5,), labels=("data",)),
         VISION,
