@@ -289,6 +289,10 @@ ENCODERS = {
 MINILM = results("encoders-minilm")
 
 
+JUDGED = {
+    "WikiText-2": "{wiki_test_tokens[perplexity]:.1f}", "WikiText-2, KL": "{wiki_test_tokens[mean_kl]:.3f}",
+    "C4": "{c4_second_txt[perplexity]:.1f}", "C4, KL": "{c4_second_txt[mean_kl]:.3f}",
+}  # fmt: skip
 TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     "encoders": (MINILM, ENCODERS),
     "encoders-short": ([row for row in MINILM if row["method"].startswith(("obs+best", "pruned", "recov"))], ENCODERS),
@@ -345,17 +349,14 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     "rounds": (
         results("rounds-smollm2-135m")["rows"],
         {
-            "pattern": "{pattern}", "`--rounds`": "{rounds}", "WikiText-2": "{wiki_test_tokens[perplexity]:.1f}",
-            "WikiText-2, KL": "{wiki_test_tokens[mean_kl]:.3f}", "C4": "{c4_second_txt[perplexity]:.1f}",
-            "C4, KL": "{c4_second_txt[mean_kl]:.3f}", "seconds": "{seconds:.0f}",
+            "pattern": "{pattern}", "`--rounds`": "{rounds}", **JUDGED, "seconds": "{seconds:.0f}",
         },
     ),
     "rounds-64": (
         results("rounds-smollm2-135m")["rows_64"],
         {
-            "`--fit`": "`{fit}`", "`--rounds`": "{rounds}", "WikiText-2": "{wiki_test_tokens[perplexity]:.1f}",
-            "WikiText-2, KL": "{wiki_test_tokens[mean_kl]:.3f}", "C4": "{c4_second_txt[perplexity]:.1f}",
-            "C4, KL": "{c4_second_txt[mean_kl]:.3f}", "seconds": "{seconds:.0f}", "peak GB": "{peak_GB:.1f}",
+            "`--fit`": "`{fit}`", "`--rounds`": "{rounds}", **JUDGED,
+            "seconds": "{seconds:.0f}", "peak GB": "{peak_GB:.1f}",
         },
     ),
     "fits-unstructured": (fits("fits-unstructured-smollm2-135m"), by_fit("none", "fast", "balanced")),
