@@ -15,7 +15,8 @@ def kl_divergence(logits: Tensor, dense: Tensor) -> Tensor:
 
     The gradient is computed with the value, a few rows at a time in float32 or wider.
     """
-    divergence: Tensor = _Divergence.apply(logits, dense)  # type: ignore[no-untyped-call]
+    apply: Any = _Divergence.apply  # has types since torch 2.15
+    divergence: Tensor = apply(logits, dense)
     return divergence
 
 
