@@ -204,7 +204,7 @@ def passes(settings: PruneSettings) -> float:
     count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
     count += sum(choice.passes for choice in settings.choices)
     if settings.fits.fits_block:
-        count += 1.0 + 3.0 * BLOCK_EPOCHS * settings.rounds
+        count += 1.0 + 3.0 * BLOCK_EPOCHS + 4.0 * (settings.rounds - 1)  # further rounds stop early
     if settings.fits.fits_model:
         count += 1.0 + 4.0 * MODEL_EPOCHS
     return count
