@@ -407,6 +407,11 @@ def _push(run: str, best: str | None) -> tuple[str, ...]:
     return ("push", run, best) if best and (Path(run) / best).is_dir() else ()
 
 
+def _timed(model: str, baseline: str) -> tuple[str, ...]:
+    """Evaluate a timed export; export a timed folder."""
+    return _evaluate(model, baseline, {}) if _manifest(model).get("kind") == "export" else _go_on(model)
+
+
 FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "advise": lambda c, given: _advised(c["advised"], given) if c["advised"] else (),
     "plan": _planned,
@@ -415,11 +420,7 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
     "export": lambda c, given: _go_on(c["folder"]) or _evaluate(c["folder"], given["model"], {}),
     "inspect": lambda c, given: _go_on(given["model"], is_sparse=c["nonzeros"] <= MOST_NONZEROS * c["weights"]),
-    "benchmark": lambda _, given: (
-        _evaluate(given["models"][0], given["baseline"][0], {})
-        if _manifest(given["models"][0]).get("kind") == "export"
-        else _go_on(given["models"][0])
-    ),
+    "benchmark": lambda _, given: _timed(given["models"][0], given["baseline"][0]),
     "report": lambda result, given: _push(given["runs"][-1], result.runs[-1].best),
     "compare": _compared,
     "run": lambda result, _: _push(result.output, result.best),

@@ -32,12 +32,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def share_moved(stored: Tensor, weight: Tensor) -> float:
     """The share of a weight that rounding moved: Σ |stored - weight| / Σ |weight|."""
-
-    def sums(stored: Tensor, weight: Tensor) -> Tensor:
-        parts = torch.stack((stored.float() - weight.float(), weight.float()))
-        return parts.abs().sum((1, 2), dtype=torch.float64)[None]
-
-    moved, total = by_rows(sums, stored, weight).sum(0)
+    moved = by_rows(lambda s, w: (s.float() - w.float()).abs().sum(1, dtype=torch.float64), stored, weight).sum()
+    total = by_rows(lambda w: w.float().abs().sum(1, dtype=torch.float64), weight).sum()
     return float(moved / total) if moved else 0.0
 
 

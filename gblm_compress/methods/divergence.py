@@ -16,8 +16,7 @@ def kl_divergence(logits: Tensor, dense: Tensor) -> Tensor:
     The gradient is computed with the value, a few rows at a time in float32 or wider.
     """
     apply: Any = _Divergence.apply  # has types since torch 2.15
-    divergence: Tensor = apply(logits, dense)
-    return divergence
+    return apply(logits, dense)
 
 
 class _Divergence(torch.autograd.Function):

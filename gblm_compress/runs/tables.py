@@ -96,12 +96,12 @@ def table(title: str, rows: Iterable[Row], labels: dict[str, str], figures: Sequ
     shown = [figure for figure in figures if any(figure in line for line in lines.values())]
     headings = [name_of(figure) + " ms" * figure.endswith("_ms") for figure in shown]
     columns = dict.fromkeys(labels, False) | dict.fromkeys(headings, True)
-    firsts = ([Cell(f"{each:,}", each) if isinstance(each, int) else Cell(str(each)) for each in key] for key in lines)
-    cells = [
-        [*own, *(cell_of(line.get(figure)) for figure in shown)]
-        for own, line in zip(firsts, lines.values(), strict=True)
-    ]
+    cells = [[*map(_label, key), *(cell_of(line.get(figure)) for figure in shown)] for key, line in lines.items()]
     return Table(title, columns, cells, notes)
+
+
+def _label(value: Any) -> Cell:
+    return Cell(f"{value:,}", value) if isinstance(value, int) else Cell(str(value))
 
 
 def gates(report: RunReport) -> Table:

@@ -225,8 +225,12 @@ class Document:
                 return
             if not self.header and not force:
                 raise UsageError(f"{named} exists; give another file, or --force to replace it")
-            if self.header and path.stat().st_size and not path.read_bytes().startswith(self.header.encode()):
+            if self.header and path.stat().st_size and not self._begins(path):
                 raise UsageError(f"{named} exists and was not written by this program; give another file")
+
+    def _begins(self, path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(self.header.encode())) == self.header.encode()
 
     @contextmanager
     def reserved(self, path: Path, force: bool = False) -> Iterator[Callable[[str | bytes], None]]:
