@@ -169,7 +169,7 @@ class Levels(Floats):
 
     def pack(self, weight: Tensor, *, group: int | None = None, grid: Grid | None = None) -> dict[str, Tensor]:
         """Round nonzero weights to the nearest points of `grid`, or of a new one with scales for `group` columns."""
-        if self.mask.name is None and grid is None and weight.numel() > AT_ONCE and len(weight) > 1:
+        if grid is None and weight.numel() > AT_ONCE and len(weight) > 1:
             parts = [self.pack(rows, group=group) for rows in weight.chunk(1 + weight.numel() // AT_ONCE)]
             return self.stack(parts, [len(part["scales"]) for part in parts], weight.shape[1])
         keep = weight != 0
