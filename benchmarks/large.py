@@ -1,11 +1,15 @@
-"""What it takes to prune a large model on a small machine, measured on its first blocks.
+"""What it takes to prune a large model on a small machine, measured on its first blocks, and to export one.
 
     python benchmarks/large.py llama-3.1-70b --work scratch --method wanda --fit fast --json large.json
+    python benchmarks/large.py llama-3.1-8b --work scratch --exports bitmask-int8 --json large-exports.json
 
 Makes Llamas of the real shapes with one block and with two, of random bfloat16 weights. `plan` predicts both prunings,
 then `prune` prunes both from disk. Every further block takes as long as the second one, so the time of the whole model
 follows. With `--blocks 1` the second is left out, and every block counts as long as the whole run. Peak memory includes
 the libraries. New rows are added to the file of `--json`.
+
+With `--exports` a whole model is made, of which half of the weights are zero, and exported. The peak is of memory that
+the processes hold themselves: pages of files, which the system drops when it needs room, are left out.
 """
 
 import argparse
@@ -13,10 +17,13 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ending import exit_after
 from random_llama import PRESETS, Shape, write_random_llama
 
@@ -55,21 +62,43 @@ def measured(name: str, shape: Shape, work: Path, options: list[str]) -> dict[st
     }
 
 
-def main() -> None:
+def own_bytes(process: psutil.Process) -> int:
+    """Memory of a process and its children that is not shared with files."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        for each in (process, *process.children(recursive=True)):
+            memory = each.memory_info()
+            total += memory.rss - memory.shared
+    return total
+
+
+def exported(model: Path, work: Path, form: str) -> dict[str, Any]:
+    """Export a model, and remove the output; `form` is a value of `--format` with further options."""
+    words = ["export", str(model), "-o", str(work / "exported"), "--json", "--format", *form.split()]
+    with subprocess.Popen([sys.executable, "-m", "gblm_compress", *words], stdout=subprocess.PIPE, text=True) as run:
+        process, peak = psutil.Process(run.pid), 0
+        while run.poll() is None:
+            peak = max(peak, own_bytes(process))
+            time.sleep(0.1)
+        said = run.communicate()[0]
+    if run.returncode:
+        raise GblmError(f"{' '.join(words)} ended with exit code {run.returncode}")
+    shutil.rmtree(work / "exported")
+    result = json.loads(said)
+    return {"export": form, "peak_bytes": peak, **{name: result[name] for name in ("seconds", "bytes", "checks")}}
+
+
+def all_exported(name: str, work: Path, forms: list[str]) -> list[dict[str, Any]]:
+    model = work / name
+    size = write_random_llama(model, PRESETS[name], zeros=True)
+    try:
+        return [{"model": name, "checkpoint_bytes": size, **exported(model, work, form)} for form in forms]
+    finally:
+        shutil.rmtree(model)
+
+
+def pruned_row(given: argparse.Namespace) -> dict[str, Any]:
     """Measure one block and two, or one alone, and say what the whole model takes by that."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--work", type=Path, required=True, help="a folder for models and outputs")
-    parser.add_argument("--blocks", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--method", default="wanda")
-    parser.add_argument("--fit", default="fast")
-    parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--samples", default="16")
-    parser.add_argument("--sequence-length", default="512")
-    parser.add_argument("--memory", default="1GiB", help="so little that the model stays on disk")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
     settings = {
         name: getattr(given, name) for name in ("method", "fit", "pattern", "samples", "sequence_length", "memory")
     }
@@ -84,10 +113,30 @@ def main() -> None:
     row = {"model": given.preset, **settings, **last}
     row |= {"seconds_a_block": a_block, "peak_bytes_of_one": first["peak_bytes"]}
     row |= {"hours_of_all": (first["seconds"] + a_block * (shape.blocks - 1)) / 3600, "all_blocks": shape.blocks}
-    print(json.dumps(row, indent=2))
+    return row
+
+
+def main() -> None:
+    """Measure what is asked for; print it, and add it to the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for models and outputs")
+    parser.add_argument("--blocks", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--method", default="wanda")
+    parser.add_argument("--fit", default="fast")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--samples", default="16")
+    parser.add_argument("--sequence-length", default="512")
+    parser.add_argument("--memory", default="1GiB", help="so little that the model stays on disk")
+    parser.add_argument("--exports", nargs="+", help="values of --format, each with its further options")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    new = all_exported(given.preset, given.work, given.exports) if given.exports else [pruned_row(given)]
+    print(json.dumps(new, indent=2))
     if given.json:
         rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
-        document = {"environment": environment(), "rows": [*rows, row]}
+        document = {"environment": environment(), "rows": [*rows, *new]}
         given.json.write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -22,6 +22,7 @@ from gblm_compress.models.loading import save_processor
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 
 DEVIATION = 0.02
+MEDIAN = 0.6745  # of the absolute values, in deviations
 INDEX = "model.safetensors.index.json"
 
 
@@ -76,12 +77,13 @@ PRESETS = {
 }
 
 
-def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed: int = 0) -> int:
+def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed: int = 0, zeros: bool = False) -> int:
     """Write the model and its tokenizer; the same bytes for the same arguments.
 
     Args:
         folder: is made, and must not exist.
         dtype: of every tensor: bfloat16, float16 or float32.
+        zeros: the smaller half of the weights of each block is zero.
 
     Returns:
         Bytes of all tensors.
@@ -96,6 +98,9 @@ def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed
     for number, shapes in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _random(size, getattr(torch, dtype), generator) for name, size in shapes.items()}
+        for name, tensor in tensors.items():
+            if zeros and ".layers." in name and tensor.dim() == 2:
+                tensor[tensor.abs() < MEDIAN * DEVIATION] = 0
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())

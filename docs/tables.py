@@ -418,6 +418,16 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
             "s, a block": "{seconds_a_block:.0f}", "hours, all blocks": "{hours_of_all:.1f}",
         },
     ),
+    "cost-exports": (
+        [
+            row | {name: row[f"{name}_bytes"] / 1e9 for name in ("checkpoint", "peak")} | {"file": row["bytes"] / 1e9}
+            for row in results("large-exports-epyc-zen5")["rows"]
+        ],
+        {
+            "model": "{model}", "GB": "{checkpoint:.1f}", "`export --format`": "`{export}`", "s": "{seconds:.0f}",
+            "peak GB": "{peak:.1f}", "GB written": "{file:.1f}",
+        },
+    ),
     "vit": (
         images("vit-fashion-mnist", method=METHODS, pattern=("unstructured", "2:4"), zeros=(0.5,), labels=("data",)),
         VISION,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.formats import FORMATS
@@ -16,7 +16,7 @@ from gblm_compress.kernels import cpu
 from gblm_compress.machine import cost
 from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.methods.quantisation import columns_of_a_scale
-from gblm_compress.methods.zeros import count_nonzeros, made_zero
+from gblm_compress.methods.zeros import has_negative_zeros, made_zero
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.source import ModelSource
@@ -59,10 +59,9 @@ def export(
 
 
 def _estimate(source: ModelSource, settings: ExportSettings) -> str:
-    format, weights = FORMATS[settings.format], loading.count_weights(source)
-    itemsize = getattr(torch, dtype_of(source, settings)).itemsize if format.layout else 4  # graphs are made in float32
-    seconds = START_SECONDS + format.passes * 4 * weights / cost.bytes_per_second("cpu")
-    return cost.sentence(seconds, format.memory * itemsize * weights)
+    weights = loading.count_weights(source)
+    seconds = START_SECONDS + FORMATS[settings.format].passes * 4 * weights / cost.bytes_per_second("cpu")
+    return cost.sentence(seconds, weights * _exporter(settings).bytes_a_weight(source, settings))
 
 
 def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:
@@ -122,14 +121,23 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
     return stored if (stored := loading.stored_dtype(source)) in dtypes else dtypes[0]
 
 
-def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights with so few zeros that a mask, with a bit for each weight, takes more bytes than they save."""
-    total = sum(weight.numel() for weight in weights.values())
-    zeros = total - sum(map(count_nonzeros, weights.values()))
-    width = 8 * next(iter(weights.values())).element_size()
-    if zeros * width <= total:
+def table_share(source: ModelSource) -> float:
+    """The share of a model's weights that are in its embedding."""
+    table = getattr(loading.load_skeleton(source).get_input_embeddings(), "weight", None)
+    return 0.0 if table is None else table.numel() / loading.count_weights(source)
+
+
+def check_is_pruned(kept: Mapping[str, int], weights: int, itemsize: int) -> None:
+    """Refuse layers with so few zeros that a mask, with a bit for each weight, takes more bytes than they save.
+
+    Args:
+        kept: the nonzeros of each layer.
+        weights: the number of weights of all, of `itemsize` bytes.
+    """
+    zeros, width = weights - sum(kept.values()), 8 * itemsize
+    if zeros * width <= weights:
         raise UsageError(
-            f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
+            f"{100 * zeros / weights:.1f} % of the weights in the {len(kept)} layers are zero, and packed they would "
             f"take more bytes (packing pays from {100 / width:.1f} %): the model is dense; prune it first"
         )
 
@@ -138,7 +146,10 @@ def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
 def drop_signs_of_zeros_(model: nn.Module, layers: Iterable[str]) -> None:
     """Make -0.0 in the weights 0.0. Other tools multiply by a mask, and a packed layer would store each -0.0."""
     for name in layers:
-        weight_matrix(model.get_submodule(name)).add_(0.0)
+        if has_negative_zeros(
+            weight := weight_matrix(model.get_submodule(name))
+        ):  # writing takes memory if it is mapped
+            weight.add_(0.0)
 
 
 def zeros_of_rounding(before: Mapping[str, int], after: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -157,20 +168,20 @@ def zeros_of_rounding(before: Mapping[str, int], after: Mapping[str, int], sizes
     return checks
 
 
-def check_nonzeros(source: ModelSource, weights: Mapping[str, Tensor]) -> None:
-    """Refuse a pruned layer if the dtype of the export makes most of its nonzeros zero."""
+def check_nonzeros(source: ModelSource, kept: Mapping[str, int]) -> None:
+    """Refuse a pruned layer if the dtype of the export makes most of its nonzeros zero; it keeps so many."""
     if not manifest.is_pruned(source.folder):
         return
     layers = manifest.read(source.folder)["layers"]
-    for name, weight in weights.items():
-        stated, kept = layers[name]["nonzeros"], count_nonzeros(weight)
-        if 2 * kept < stated:
+    for name, nonzeros in kept.items():
+        stated = layers[name]["nonzeros"]
+        if 2 * nonzeros < stated:
             raise ModelError(
-                f"{name}: {stated - kept} of its {stated} nonzeros would be zero: float16 does not hold such small "
+                f"{name}: {stated - nonzeros} of its {stated} nonzeros would be zero: float16 does not hold such small "
                 "numbers; export in float32 or bfloat16"
             )
 
 
 def _exporter(settings: ExportSettings) -> Any:
-    """The module with `check` and `export`. `export` writes a verified folder or none, and returns checks."""
+    """The module with `check`, `bytes_a_weight` and `export`, which writes a verified folder or none; see the docs."""
     return import_module(FORMATS[settings.format].exporter)

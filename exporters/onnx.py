@@ -8,15 +8,17 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
+from gblm_compress.calibration.weights import StreamedWeights
 from gblm_compress.errors import ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.exporters import (
     check_is_pruned,
@@ -26,17 +28,18 @@ from gblm_compress.exporters import (
     onnx_fused,
     onnx_plain,
     onnx_weights,
+    table_share,
 )
 from gblm_compress.exporters.onnx_packing import use_kernels_
-from gblm_compress.exporters.onnx_rounding import Rounded, by_channels, round_, use_nbits_
+from gblm_compress.exporters.onnx_rounding import Rounded, by_channels, packer, round_, use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
-from gblm_compress.formats import FORMATS, MOST_NONZEROS
+from gblm_compress.formats import MOST_NONZEROS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models import loading, manifest
-from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -86,6 +89,15 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
                 )
 
 
+def bytes_a_weight(source: ModelSource, settings: ExportSettings) -> float:
+    """Peak memory. With a fused graph: the weights as exported, and three float32 copies of the embedding."""
+    if graph_of(loading.load_skeleton(source), settings) == "plain":
+        return 17.0
+    bits = {"int8": 9, "int4": 5}.get(settings.quantise or "", 8 * getattr(torch, dtype_of(source, settings)).itemsize)
+    copied = settings.quantise and not settings.kernels  # by ONNX Runtime, in another order
+    return bits / 8 * (2.2 if copied else 1.0) + 12 * table_share(source)
+
+
 def graph_of(model: nn.Module, settings: ExportSettings) -> str:
     return settings.graph or ("plain" if onnx_fused.why_not(model) else "fused")
 
@@ -99,81 +111,99 @@ def export(
     bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With
     `kernels`, float16 is the dtype of the weights alone, and layers without zeros run on the dense operator.
     """
-    stored = dtype_of(source, settings)
-    model = loading.load_model(source, stored)
-    if settings.kernels and stored == "float16":
-        model = model.float()
-    processor = loading.load_processor(source)
-    layers = _packed_layers(source, model) if settings.kernels else manifest.pruned_layers(source, model)
-    drop_signs_of_zeros_(model, layers)
-    weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
-    check_nonzeros(source, weights)
-    if layers and settings.kernels:
-        check_is_pruned(weights)
-    rounded = round_(model, source, settings, is_dense=not layers) if settings.quantise else None
-    loaded = _Loaded(source, settings, model, processor, layers, rounded)
-    graph = graph_of(model, settings)
+    graph = graph_of(loading.load_skeleton(source), settings)
+    made = _made(source, settings, graph, progress)
     try:
-        return _write(loaded, output, graph, force=force, progress=progress)
+        return _write(made, output, force=force, progress=progress)
     except ModelError as error:
         if settings.graph or graph == "plain" or is_out_of_memory(error):
             raise
         reason = first_line(error)
     progress.say(f"a plain graph replaces the fused one: {reason}")
-    return _write(loaded, output, "plain", reason, force=force, progress=progress)
-
-
-def _packed_layers(source: ModelSource, model: nn.Module) -> list[str]:
-    """What `kernels` run packed: pruned layers; in a folder from elsewhere, layers with enough zeros to gain."""
-    layers = manifest.pruned_layers(source, model)
-    if manifest.is_pruned(source.folder):
-        return layers
-    weights = {name: weight_matrix(model.get_submodule(name)) for name in layers}
-    return [name for name, weight in weights.items() if count_nonzeros(weight) <= MOST_NONZEROS * weight.numel()]
+    checks = _write(_made(source, settings, "plain", progress), output, force=force, progress=progress)
+    return {"graph": "plain", "why_not_fused": reason, **checks}
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class _Made:
+    """A model as the graph will hold it.
+
+    Attributes:
+        stored, dtype: of the weights, and of the arithmetic.
+        layers: those that were pruned; with kernels, those that run packed.
+        zeros: {one of them: the number of its zeros}.
+        rounded: None without `quantise`.
+    """
+
     source: ModelSource
     settings: ExportSettings
+    graph: str
+    stored: str
+    dtype: str
     model: Any
     processor: Any
-    layers: list[str]  # that were pruned
+    layers: list[str]
+    zeros: dict[str, int]
     rounded: Rounded | None
 
 
-def _write(
-    loaded: _Loaded, output: Path, graph: str, why_not_fused: str | None = None, *, force: bool, progress: Progress
-) -> dict[str, Any]:
-    """Write the verified folder of a loaded model, with a fused or plain graph; the checks."""
-    source, settings, model, rounded = loaded.source, loaded.settings, loaded.model, loaded.rounded
-    task, stored = loading.task_of(source), dtype_of(source, settings)
-    half = settings.kernels and stored == "float16"  # the weights only: the arithmetic is float32
-    dtype = "float32" if half else stored
+def _made(source: ModelSource, settings: ExportSettings, graph: str, progress: Progress) -> _Made:
+    """Load a model, check its zeros, and round it. For a fused graph, which needs no run, its matrices stay on disk."""
+    stored, processor, rounded = dtype_of(source, settings), loading.load_processor(source), None
+    dtype = "float32" if settings.kernels else stored
+    model = loading.load_skeleton(source, dtype) if graph == "fused" else loading.load_model(source, stored)
+    named = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]
+    layers = manifest.pruned_layers(source, model)
+    if graph == "fused":
+        StreamedWeights(source, model, "cpu").attach_(getattr(torch, stored))
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    else:
+        drop_signs_of_zeros_(model, layers)
+        model = model.to(getattr(torch, dtype))
+    kept, sizes = {}, {}
+    for name in progress.track(layers, "counting zeros", unit="layers"):
+        weight = weight_matrix(model.get_submodule(name))
+        kept[name], sizes[name] = count_nonzeros(weight), weight.numel()
+    check_nonzeros(source, kept)
+    if settings.kernels and not manifest.is_pruned(source.folder):  # from elsewhere: layers with enough zeros to gain
+        layers = [name for name in layers if kept[name] <= MOST_NONZEROS * sizes[name]]
+    if settings.kernels and layers:
+        packed = {name: kept[name] for name in layers}
+        check_is_pruned(packed, sum(sizes[name] for name in layers), getattr(torch, dtype).itemsize)
+    if settings.quantise:
+        pack = packer(source, settings, is_dense=not layers)
+        rounded = round_(model, progress.track(named, "rounding", unit="layers"), pack, sizes)
+        kept |= rounded.nonzeros
+    zeros = {name: sizes[name] - kept[name] for name in layers}
+    return _Made(source, settings, graph, stored, dtype, model, processor, layers, zeros, rounded)
+
+
+def _write(made: _Made, output: Path, *, force: bool, progress: Progress) -> dict[str, Any]:
+    """Write the verified folder of a model; the checks."""
+    source, settings, model, rounded = made.source, made.settings, made.model, made.rounded
+    graph, stored, dtype, task = made.graph, made.stored, made.dtype, loading.task_of(made.source)
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
-    copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
-    outputs.check_space(output, int(source.bytes_on_disk * wider) * copies, "the export")
+    outputs.check_space(output, int(source.bytes_on_disk * wider), "the export")
+    genai_config: dict[str, Any] | None
     with outputs.atomic_folder(output, force=force) as temporary:
-        genai_config: dict[str, Any] | None
-        with TemporaryDirectory(dir=temporary) as scratch:  # for the builder, until the weights are saved
-            if graph == "fused":
-                progress.say(f"building the fused graph of {type(model).__name__} …")
-                program, genai_config = onnx_fused.build(model, loaded.processor, source, dtype, Path(scratch))
+        if graph == "fused":
+            progress.say(f"building the fused graph of {type(model).__name__} …")
+            program, places, genai_config = onnx_fused.build(model, made.processor, source, dtype)
+        else:
+            progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
+            program, places, genai_config = onnx_plain.build(model, source)
+        if rounded:
+            merged = onnx_weights.stacked(rounded.layers, places)
+            if settings.kernels:
+                use_kernels_(program, list(merged), packed=merged, tables=rounded.tables)
             else:
-                progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
-                program, genai_config = onnx_plain.build(model, source)
-            places = onnx_weights.find(program, model)
-            if rounded:
-                merged = onnx_weights.stacked(rounded.layers, places)
-                if settings.kernels:
-                    use_kernels_(program, list(merged), packed=merged, tables=rounded.tables)
-                else:
-                    use_nbits_(program, merged, rounded.tables)
-            elif settings.kernels:
-                pruned = list(dict.fromkeys(places[layer].initializer for layer in loaded.layers if layer in places))
-                use_kernels_(program, pruned, half=half)
-            progress.say("saving …")
-            ir.save(program, temporary / GRAPH, external_data=DATA)
+                use_nbits_(program, merged, rounded.tables)
+        elif settings.kernels:
+            pruned = list(dict.fromkeys(places[layer].initializer for layer in made.layers if layer in places))
+            use_kernels_(program, pruned, half=stored != dtype)
+        progress.say("saving …")
+        ir.save(program, temporary / GRAPH, external_data=DATA)
         if settings.kernels:
             shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
             if genai_config:
@@ -182,25 +212,24 @@ def _write(
         model.config.save_pretrained(temporary)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(temporary)
-        loading.save_processor(loaded.processor, temporary, source)
+        loading.save_processor(made.processor, temporary, source)
         if genai_config:
             (temporary / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
         progress.say("verifying in ONNX Runtime …")
         recurs = any("recurrent_state" in (value.name or "") for value in program.graph.inputs)
         limit = onnx_plain.note_limit(temporary, source.name) if recurs else None
-        sample = task.probe(loaded.processor, model.config)
+        sample = task.probe(made.processor, model.config)
         if recurs:
             sample = {**sample, "input_ids": sample["input_ids"].repeat(1, LENGTHEN)}
         exactness = ("levels" if settings.kernels else "blocks") if settings.quantise else dtype
         checks = {
             "graph": graph,
-            **({"why_not_fused": why_not_fused} if why_not_fused else {}),
             "nodes": len(program.graph),
             **({"tokens_at_once": limit} if limit else {}),
             "dtype": stored,
             **({"weights": settings.quantise, **rounded.checks} if rounded else {}),
             "arithmetic": dtype,
-            **verify(ModelSource(source.name, temporary), model, sample, exactness, loaded.layers, places),
+            **verify(ModelSource(source.name, temporary), model, sample, exactness, made.zeros, places),
         }
         content = {"kind": "export", "format": settings.format, "dtype": stored, "checks": checks}
         loading_code = _LOADING_KERNELS if settings.kernels else _LOADING

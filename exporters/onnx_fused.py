@@ -11,18 +11,23 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx_ir.tape import Tape
+from safetensors.torch import save_file
 from torch import nn
 
 from gblm_compress.errors import ModelError, is_out_of_memory
-from gblm_compress.exporters.onnx_weights import constant, initializer
+from gblm_compress.exporters.onnx_builder import PARTS
+from gblm_compress.exporters.onnx_weights import Place, constant, initializer
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
+from gblm_compress.models.files import SINGLE
 from gblm_compress.models.source import ModelSource
 
 _NAMES = "Ernie4_5 Gemma Gemma2 Gemma3 Granite HunYuanDenseV1 Llama Mistral Nemotron Phi Phi3 Qwen2 Qwen3 SmolLM3"
@@ -67,32 +72,19 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
-def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: Path) -> tuple[ir.Model, dict[str, Any]]:
-    """The graph and its `genai_config.json`, built in `folder`, which must outlive the graph."""
-    given, built = folder / "model", folder / "graph"
-    model.save_pretrained(given)
-    loading.save_processor(tokenizer, given)
-    stored = json.loads((given / "config.json").read_text())
-    (given / "config.json").write_text(json.dumps(_in_terms_of_the_builder(stored)))
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", given, "-o", built, *_ARGUMENTS[dtype]]
-    command += ["-c", folder / "cache", "--extra_options", *_OPTIONS]
-    if type(model).__name__ == "Phi3ForCausalLM":
-        command += ["fuse_mlp_gate_up=true"]  # one layer in the model
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
-    )
-    if done.returncode:
-        said = RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300])
-        if is_out_of_memory(said):
-            raise said
-        raise ModelError(
-            f"{source.name!r}: onnxruntime-genai's model builder does not manage {type(model).__name__} "
-            f"({said}); export with --graph plain"
-        )
-    program = ir.load(built / "model.onnx")
+def build(
+    model: Any, tokenizer: Any, source: ModelSource, dtype: str
+) -> tuple[ir.Model, dict[str, Place], dict[str, Any]]:
+    """The graph, where it has layers, and its `genai_config.json`. Its matrices are read from the model when used."""
+    with TemporaryDirectory() as folder:
+        built = _built(model, tokenizer, source, dtype, Path(folder))
+        program, parts = ir.load(built / "model.onnx"), json.loads((built / PARTS).read_text())
+        config = json.loads((built / "genai_config.json").read_text())
     # The builder adds the commit of the git repository around its environment.
     program.producer_version = (program.producer_version or "").partition("+")[0]
-    config = json.loads((built / "genai_config.json").read_text())
+    places: dict[str, Place] = {}
+    for name, made_of in parts.items():
+        places |= _fill_(program.graph.initializers[name], model, **made_of)
     config["model"]["decoder"]["session_options"]["provider_options"] = []
     attentions = [node for node in program.graph if node.op_type == "GroupQueryAttention"]
     for node, is_rotary in zip(attentions, getattr(model.config, "no_rope_layers", None) or (), strict=False):
@@ -107,7 +99,54 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     _ask_for_no_more(program)
     turns = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
     calculate_rotations_(program, [each.float().cpu().numpy() for each in turns])
-    return program, config
+    return program, places, config
+
+
+def _built(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: Path) -> Path:
+    """The folder of the builder's graph, its `genai_config.json` and `PARTS`."""
+    given, built = folder / "model", folder / "graph"
+    model.config.save_pretrained(given)
+    model.generation_config.save_pretrained(given)
+    vectors = {name: one.detach() for name, one in model.named_parameters() if one.dim() == 1 and len(one)}
+    save_file(vectors, given / SINGLE)
+    loading.save_processor(tokenizer, given)
+    stored = json.loads((given / "config.json").read_text())
+    (given / "config.json").write_text(json.dumps(_in_terms_of_the_builder(stored)))
+    command = [sys.executable, "-m", "gblm_compress.exporters.onnx_builder", "-i", given, "-o", built]
+    command += [*_ARGUMENTS[dtype], "-c", folder / "cache", "--extra_options", *_OPTIONS]
+    if type(model).__name__ == "Phi3ForCausalLM":
+        command += ["fuse_mlp_gate_up=true"]  # one layer in the model
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
+    if done.returncode:
+        said = RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300])
+        if is_out_of_memory(said):
+            raise said
+        raise ModelError(
+            f"{source.name!r}: onnxruntime-genai's model builder does not manage {type(model).__name__} "
+            f"({said}); export with --graph plain"
+        )
+    return built
+
+
+def _fill_(value: ir.Value, model: Any, turned: bool, rows: dict[str, int]) -> dict[str, Place]:
+    """Let weights of `model`, one below the other or `turned`, be an initializer; {layer: its place}."""
+    modules = [model.get_submodule(name) for name in rows]
+
+    def made() -> ir.Tensor[Any]:
+        weights = [module.weight.detach() for module in modules]
+        stacked = (weights[0] if len(weights) == 1 else torch.cat(weights)).numpy()
+        return ir.Tensor(stacked.T if turned else stacked)
+
+    assert value.dtype is not None and value.shape is not None
+    value.const_value = ir.LazyTensor(made, dtype=value.dtype, shape=value.shape, name=value.name)
+    shape = tuple(map(int, value.shape))
+    places, start = {}, 0
+    for name, height in rows.items():
+        places[name] = Place(str(value.name), shape, start, start + height)
+        start += height
+    return places
 
 
 def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:

@@ -42,14 +42,15 @@ def use_kernels_(
     """
     stored = np.float16 if half else np.float32
 
-    def parts(name: str, weight: Any) -> dict[str, Any]:
+    def parts(name: str, dense: Any) -> dict[str, Any]:
         if packed is not None:
             return quantised_parts(packed[name])
-        held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(_as_stored(name, weight, stored)))
+        held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(_as_stored(name, dense.numpy().T, stored)))
         starts = row_starts(held["mask"]).numpy()
         return {MASK: held["mask"].numpy(), VALUES: held["values"].numpy(), STARTS: starts}
 
-    def store(name: str, weight: Any) -> Rows | None:
+    def store(name: str, dense: Callable[[], Any]) -> Rows | None:
+        weight = dense()
         for table in tables:
             if np.array_equal(table.dense_weight().numpy(), weight):
                 return _quantised_rows(program.graph, name, quantised_parts(table))
@@ -74,22 +75,22 @@ def quantised_parts(layer: PackedLinear) -> dict[str, Any]:
 def _use_packed(
     program: ir.Model, names: Sequence[str], operator: str, parts: Callable[[str, Any], dict[str, Any]]
 ) -> None:
-    """`parts` makes the operator's inputs, {suffix: array}, of a name and its weight [rows, columns]."""
+    """`parts` makes the operator's inputs, {suffix: array}, of a name and its dense tensor [columns, rows]."""
     graph = program.graph
     inputs: dict[str, list[ir.Value]] = {}
     same_input: dict[ir.Value, list[ir.Node]] = {}
     for name in names:
         dense = graph.initializers[name]
         assert dense.const_value is not None
-        weight = dense.const_value.numpy().T
-        used_by = {f"{node.op_type} input {index}" for node, index in dense.uses()}
-        if used_by != {"MatMul input 1"} or weight.shape[1] % WORD:
+        columns, used_by = dense.const_value.shape[0], {f"{node.op_type} input {index}" for node, index in dense.uses()}
+        if used_by != {"MatMul input 1"} or columns % WORD:
             raise ModelError(
                 f"{name}: {operator} replaces only a MatMul whose in_features is a multiple of {WORD}; this "
-                f"weight has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export without "
+                f"weight has in_features={columns} and is used by {', '.join(sorted(used_by))}. Export without "
                 "--kernels"
             )
-        inputs[name] = [initializer(graph, name + suffix, array) for suffix, array in parts(name, weight).items()]
+        made = parts(name, dense.const_value)
+        inputs[name] = [initializer(graph, name + suffix, array) for suffix, array in made.items()]
         for matmul, _ in dense.uses():
             same_input.setdefault(matmul.inputs[0], []).append(matmul)
     order = {node: number for number, node in enumerate(graph)}

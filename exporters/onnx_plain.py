@@ -16,6 +16,7 @@ import torch
 
 from gblm_compress.errors import ModelError, translated
 from gblm_compress.exporters.onnx_slim import slim_
+from gblm_compress.exporters.onnx_weights import Place, find
 from gblm_compress.measure.engines import GENAI_INPUTS, GENAI_OUTPUTS
 from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
 from gblm_compress.models.architecture import cache_kinds
@@ -58,10 +59,11 @@ def check(source: ModelSource, config: Any) -> None:
         raise _not_plain(source, ", ".join(sorted(kinds)))
 
 
-def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | None]:
-    """The traced graph and its `genai_config.json`; None if onnxruntime-genai does not run the model."""
+def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Place], dict[str, Any] | None]:
+    """The traced graph, where it has layers, and its `genai_config.json`; None if genai does not run the model."""
     if not task_of(type(model)).generates:
-        return _forward(model, source), None
+        program = _forward(model, source)
+        return program, find(program, model), None
     program = _trace(model, source)
     slim_(program)
     _fold_windows_(program, model.config)
@@ -71,7 +73,7 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | N
             f"{source.name!r}: the graph that transformers' exporter makes of {type(model).__name__} has no cache; "
             "export to a sparse PyTorch format"
         )
-    return program, genai_config(program, model.config)
+    return program, find(program, model), genai_config(program, model.config)
 
 
 def _trace(model: Any, source: ModelSource) -> ir.Model:

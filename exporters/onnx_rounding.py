@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -14,18 +14,18 @@ import torch
 from onnx_ir.tape import Tape
 from torch import Tensor, nn
 
+from gblm_compress.calibration.weights import show_, tie_of
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters import zeros_of_rounding
 from gblm_compress.exporters.onnx_weights import Rows, constant, initializer, rows_of, use_rows_, widened
 from gblm_compress.layouts import LAYOUTS
-from gblm_compress.layouts.packed import MOVES_MUCH, share_moved
+from gblm_compress.layouts.packed import MOVES_MUCH, by_rows, share_moved
 from gblm_compress.layouts.packed_linear import PackedLinear
-from gblm_compress.methods.quantisation import Grid, check_scales, make_grid, nearest
+from gblm_compress.methods.quantisation import Grid, check_scales, nearest, scales_of
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models import loading
-from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
+from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.grids import read_grids
-from gblm_compress.models.manifest import pruned_layers
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import ExportSettings
 
@@ -36,38 +36,41 @@ INT8_INPUTS = 4  # Accuracy level: inputs are rounded to 8 bits, if that is fast
 
 
 class Rounded(NamedTuple):
-    """Packed layers by name, packed head and embedding, and entries of the checks."""
+    """Packed layers by name, their nonzeros, packed head and embedding, and entries of the checks."""
 
     layers: dict[str, Any]
+    nonzeros: dict[str, int]
     tables: list[Any]
     checks: dict[str, Any]
 
 
 @torch.no_grad()
-def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dense: bool) -> Rounded:
-    """Round all linear layers of the blocks, head and embedding, in place."""
-    pack = _packer(source, settings, is_dense)
-    layers, moved, before, after = {}, {}, {}, {}
-    named: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
-    for name, layer in named.items():
-        layers[name] = pack(name, weight_matrix(layer).float(), False)
-        moved[name] = layers[name].error(weight_matrix(layer))
-        rounded = layers[name].dense_weight()
-        before[name], after[name] = count_nonzeros(weight_matrix(layer)), count_nonzeros(rounded)
-        layer.weight.copy_(as_matrix(layer, rounded))
-    tables: dict[int, Any] = {}  # one if head and embedding are tied
+def round_(
+    model: Any, layers: Iterable[tuple[str, Any]], pack: Callable[[str, Tensor, bool], Any], sizes: Mapping[str, int]
+) -> Rounded:
+    """Round layers, (name, module) each, head and embedding, in place.
+
+    `sizes` are the numbers of weights of the pruned layers.
+    """
+    packed, moved, before, after = {}, {}, {}, {}
+    for name, layer in layers:
+        weight = weight_matrix(layer).float()
+        packed[name] = pack(name, weight, False)
+        rounded = packed[name].dense_weight()
+        moved[name] = share_moved(rounded, weight)
+        before[name], after[name] = count_nonzeros(weight), count_nonzeros(rounded)
+        show_(layer, packed[name])
+    tables: dict[Any, Any] = {}  # one if head and embedding are tied
     for name, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
-        weight = module.weight if isinstance(module, nn.Embedding | nn.Linear) else None  # images have neither
-        if weight is not None and weight.data_ptr() not in tables:
-            tables[weight.data_ptr()] = pack(name, weight.float(), True)
-            weight.copy_(tables[weight.data_ptr()].dense_weight())
-    much = [name for name, share in moved.items() if share > layers[name].largest_error]
+        if isinstance(module, nn.Embedding | nn.Linear) and tie_of(module) not in tables:  # images have neither
+            tables[tie_of(module)] = table = pack(name, module.weight.float(), True)
+            show_(module, table)
+    much = [name for name, share in moved.items() if share > packed[name].largest_error]
     checks = {"largest_rounding_error": max(moved.values()), **({"layers_rounded_much": much} if much else {})}
-    sizes = {name: named[name].weight.numel() for name in pruned_layers(source, model) if name in named}
-    return Rounded(layers, list(tables.values()), checks | zeros_of_rounding(before, after, sizes))
+    return Rounded(packed, after, list(tables.values()), checks | zeros_of_rounding(before, after, sizes))
 
 
-def _packer(source: ModelSource, settings: ExportSettings, is_dense: bool) -> Callable[[str, Tensor, bool], Any]:
+def packer(source: ModelSource, settings: ExportSettings, *, is_dense: bool) -> Callable[[str, Tensor, bool], Any]:
     """A function that packs a weight [out_features, in_features]; ModelError if float16 cannot hold the scales."""
     grids = read_grids(source)
     if not settings.kernels:
@@ -88,11 +91,11 @@ def _packer(source: ModelSource, settings: ExportSettings, is_dense: bool) -> Ca
     def pack_on_grid(name: str, weight: Tensor, is_table: bool) -> Any:
         layout, group = (LAYOUTS[of_layers].tables or "", None) if is_table else (of_layers, settings.group)
         kind: Any = LAYOUTS[layout].kind
-        grid = grids.get(name)
-        if grid is None or not kind.holds(grid):
-            grid = make_grid(weight, weight != 0, kind.kind, group or kind.group)
-        check_scales(name, grid.scales.float(), "export without --kernels or without --quantise")
-        return PackedLinear.from_dense(layout, weight, grid=grid)
+        group, grid = group or kind.group, grids.get(name)
+        grid = grid if kind.holds(grid) else None
+        scales = grid.scales.float() if grid else by_rows(lambda rows: scales_of(rows, group), weight)
+        check_scales(name, scales, "export without --kernels or without --quantise")
+        return PackedLinear.from_dense(layout, weight, grid=grid, group=group)
 
     return pack_on_grid
 
@@ -158,9 +161,6 @@ class Blocks:
         weight = (centred * self.scales[:, :, None]).reshape(rows, -1)[:, : self.columns]
         return torch.from_numpy(weight + np.float32(0))
 
-    def error(self, weight: Tensor) -> float:
-        return share_moved(self.dense_weight(), weight)
-
     def rows(self, graph: ir.Graph, name: str) -> Rows:
         rows, blocks, size = self.levels.shape
         levels = initializer(graph, name + BLOCKS[self.bits], self.levels)
@@ -217,9 +217,6 @@ class Channels:
     def dense_weight(self) -> Tensor:
         return torch.from_numpy((self.levels * self.scales + np.float32(0)).T)
 
-    def error(self, weight: Tensor) -> float:
-        return share_moved(self.dense_weight(), weight)
-
     def rows(self, graph: ir.Graph, name: str) -> Rows:
         levels = initializer(graph, name + CHANNELS, np.ascontiguousarray(self.levels))
         scales = initializer(graph, name + CHANNEL_SCALES, self.scales)
@@ -241,9 +238,10 @@ def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks | Channels], table
         tables: head and embedding, which replace initializers of the same numbers.
     """
 
-    def store(name: str, weight: Any) -> Rows | None:
+    def store(name: str, dense: Callable[[], Any]) -> Rows | None:
         known = packed.get(name)
         if known is None:
+            weight = dense()
             known = next((table for table in tables if np.array_equal(table.dense_weight().numpy(), weight)), None)
         return None if known is None else known.rows(program.graph, name)
 

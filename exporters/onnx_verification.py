@@ -1,6 +1,6 @@
 """Verifies an ONNX folder before it is put in place: its predictions and zeros must be the model's in torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gblm_compress.errors import VerificationError
 from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, VALUES
@@ -19,8 +19,6 @@ from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
-from gblm_compress.methods.zeros import count_nonzeros
-from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks.task import Sample
@@ -35,13 +33,13 @@ GREEDY_TOKENS = 32
 
 
 def verify(
-    exported: ModelSource, model: Any, sample: Sample, dtype: str, layers: list[str], places: dict[str, Place]
+    exported: ModelSource, model: Any, sample: Sample, dtype: str, zeros: Mapping[str, int], places: dict[str, Place]
 ) -> dict[str, Any]:
-    """Reopen a folder in ONNX Runtime; compare predictions, and zeros of `layers`, with torch.
+    """Reopen a folder in ONNX Runtime; compare predictions with torch, and each layer's `zeros` with the file.
 
     `dtype` is an entry of `TOLERANCE`.
     """
-    zeros = _verify_zeros(exported.folder, model, layers, places)
+    counted = _verify_zeros(exported.folder, zeros, places)
     reference = TorchRuntime(model)
     engine: Any = OnnxRuntime if reference.task.generates else OnnxForward
     predicted, where = reference.predict(sample)[0], ("cpu", torch.get_num_threads())
@@ -56,7 +54,7 @@ def verify(
     tokens: dict[str, int] = {}
     if reference.task.generates:
         length, decoded, share = (FEW_TOKENS, dtype, 1.0) if dtype == "levels" else (PROMPT_TOKENS, rounded, share)
-        expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :length])
+        expected, got = _decoded(reference, runtime, sample["input_ids"][:, :length])
         one_by_one = _check_logits(expected, got, decoded, "decoded one by one", share)
         # A choice is decided if torch's two largest logits are further apart than twice the largest difference: no
         # error of that size can turn it. An export without decided choices is of no use.
@@ -71,20 +69,19 @@ def verify(
         tokens = {"greedy_tokens": GREEDY_TOKENS, "decided_greedy_tokens": decided, "identical_greedy_tokens": same}
         difference = max(difference, one_by_one)
     checks = {"logits_relative_difference": difference, "logits_tolerance": TOLERANCE[rounded], **tokens}
-    return {**checks, "provider": runtime.provider, **zeros}
+    return {**checks, "provider": runtime.provider, **counted}
 
 
-def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [GREEDY_TOKENS, vocabulary] of both, each fed the tokens that the reference chooses."""
-    ids, cache, other_cache = prompt, None, None
-    expected, got = [], []
-    for _ in range(GREEDY_TOKENS):
-        logits, cache = reference.last_logits(ids, cache)
-        other, other_cache = runtime.last_logits(ids, other_cache)
-        expected.append(logits[0])
-        got.append(other[0])
-        ids = logits.argmax(-1, keepdim=True)
-    return torch.stack(expected), torch.stack(got)
+def _decoded(reference: TorchRuntime, runtime: OnnxRuntime, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [GREEDY_TOKENS, vocabulary] of both: ONNX Runtime decodes its most likely tokens, torch reads them."""
+    ids, (logits, cache) = prompt, runtime.last_logits(prompt, None)
+    got = [logits[0]]
+    while len(got) < GREEDY_TOKENS:
+        token = logits.argmax(-1, keepdim=True)
+        logits, cache = runtime.last_logits(token, cache)
+        ids = torch.cat([ids, token], 1)
+        got.append(logits[0])
+    return reference.predict({"input_ids": ids})[0, -GREEDY_TOKENS:], torch.stack(got)
 
 
 @contextmanager
@@ -115,13 +112,10 @@ def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str, share: fl
     return difference
 
 
-def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dict[str, Place]) -> dict[str, int]:
+def _verify_zeros(folder: Path, zeros: Mapping[str, int], places: dict[str, Place]) -> dict[str, int]:
     initializers = ir.load(folder / GRAPH).graph.initializers
     decoded: dict[str, Any] = {}
-    total = 0
-    for layer in layers:
-        weight = weight_matrix(model.get_submodule(layer)).detach()
-        expected = weight.numel() - count_nonzeros(weight)
+    for layer, expected in zeros.items():
         if layer not in places:
             raise VerificationError(f"{layer}: no initializer of the graph holds its weight")
         place = places[layer]
@@ -130,8 +124,7 @@ def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dic
         got = int((place.of(decoded[place.initializer]) == 0).sum())
         if got != expected:
             raise VerificationError(f"{layer}: {expected} zeros in the model, {got} in the graph's initializer")
-        total += got
-    return {"layers_checked": len(layers), "zeros": total}
+    return {"layers_checked": len(zeros), "zeros": sum(zeros.values())}
 
 
 def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:

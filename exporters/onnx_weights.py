@@ -1,7 +1,8 @@
 """The weights of an ONNX graph: the places of a model's layers, and other forms to store them."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -29,43 +30,27 @@ class Place:
 
 
 def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
-    """{layer: its place} of every linear weight, by content: alone, transposed, or side by side in one initializer.
-
-    An initializer of one layer is renamed after it; some exporters number them.
-    """
-    by_row: dict[bytes, list[tuple[str, Any]]] = {}
+    """{layer: its place} of every linear weight, by content, in either orientation; its initializer gets its name."""
+    by_row: dict[bytes, dict[str, Any]] = {}
     for name, layer in ((n, layer) for block in prunable_layers(model) for n, layer in block.items()):
         weight = weight_matrix(layer).detach().numpy()
-        by_row.setdefault(weight[0].tobytes(), []).append((name, weight))
+        by_row.setdefault(weight[0].tobytes(), {})[name] = weight
     found: dict[str, Place] = {}
     for value in list(program.graph.initializers.values()):
         if value.const_value is None or len(value.const_value.shape) != 2:
             continue
         array = value.const_value.numpy()
-        parts = _layers_of(array.T, by_row, found)
-        if not parts and len(whole := _layers_of(array, by_row, found)) == 1:
-            parts = dict.fromkeys(whole, range(array.shape[1]))
-        if len(parts) == 1:
-            program.graph.initializers.pop(value.name)
-            value.name = f"{next(iter(parts))}.weight"
-            program.graph.initializers[value.name] = value
-        found |= {name: Place(value.name or "", array.shape, part.start, part.stop) for name, part in parts.items()}
-    return found
-
-
-def _layers_of(rows: Any, by_row: dict[bytes, list[tuple[str, Any]]], found: Container[str]) -> dict[str, range]:
-    """{layer: its rows} of weights one below the other, without those `found` before; empty if there are other rows."""
-    layers: dict[str, range] = {}
-    start = 0
-    while start < len(rows):
-        for name, weight in by_row.get(rows[start].tobytes(), ()):
-            part = range(start, start + len(weight))
-            if name not in found and name not in layers and np.array_equal(weight, rows[start : part.stop]):
-                layers[name], start = part, part.stop
+        for rows in (array.T, array):
+            same = by_row.get(rows[0].tobytes(), {})
+            known = next((name for name in same if np.array_equal(same[name], rows)), None)
+            if known is not None:
+                del same[known]
+                program.graph.initializers.pop(value.name)
+                value.name = renamed = f"{known}.weight"
+                program.graph.initializers[renamed] = value
+                found[known] = Place(renamed, array.shape, 0, array.shape[1])
                 break
-        else:
-            return {}
-    return layers
+    return found
 
 
 def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[str, Packed]:
@@ -105,8 +90,8 @@ class Rows:
     read: Callable[[Tape, ir.Node], ir.Value]
 
 
-# Stores an initializer, from its name and its weight [out_features, in_features] in float32; None leaves it.
-Store: TypeAlias = Callable[[str, Any], Rows | None]
+# Stores an initializer, from its name and what makes its weight [out_features, in_features]; None leaves it.
+Store: TypeAlias = Callable[[str, Callable[[], Any]], Rows | None]
 
 
 def use_rows_(program: ir.Model, store: Store, embeddings: bool) -> None:
@@ -124,10 +109,10 @@ def use_rows_(program: ir.Model, store: Store, embeddings: bool) -> None:
         if before is None or before.name not in graph.initializers or before.const_value is None:
             continue
         if before not in turned:
-            array = before.const_value.numpy()
-            if array.ndim != 2 or array.dtype != np.float32:
+            tensor = before.const_value
+            if len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
                 continue
-            made = store(before.name, array.T if before is weight else array)
+            made = store(before.name, partial(_array, tensor, turned=before is weight))
             if made is None:
                 continue
             turned[before] = made
@@ -147,13 +132,17 @@ def use_rows_(program: ir.Model, store: Store, embeddings: bool) -> None:
         _store_embeddings_(graph, store)
 
 
+def _array(tensor: Any, turned: bool) -> Any:
+    return tensor.numpy().T if turned else tensor.numpy()
+
+
 def _store_embeddings_(graph: ir.Graph, store: Store) -> None:
     for gather in [node for node in graph if node.op_type == "Gather"]:
         table = gather.inputs[0]
         if table is None or table.name not in graph.initializers or table.dtype != ir.DataType.FLOAT:
             continue
         if len(table.shape or ()) == 2 and len(table.uses()) == 1 and table.const_value is not None:
-            made = store(table.name, table.const_value.numpy())
+            made = store(table.name, table.const_value.numpy)
             if made is not None:
                 _read(graph, gather, made)
                 del graph.initializers[table.name]

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import check_is_pruned, check_nonzeros, drop_signs_of_zeros_, dtype_of, zeros_of_rounding
+from gblm_compress.exporters import (
+    check_is_pruned,
+    check_nonzeros,
+    drop_signs_of_zeros_,
+    dtype_of,
+    table_share,
+    zeros_of_rounding,
+)
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
-from gblm_compress.layouts.packed import same_bits
+from gblm_compress.layouts.packed import same_bits, share_moved
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
@@ -51,6 +58,14 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
             raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which export to {settings.format} needs")
 
 
+def bytes_a_weight(source: ModelSource, settings: ExportSettings) -> float:
+    """Peak memory: a converted model, the packed one, and three float32 copies of the embedding."""
+    dtype, width = dtype_of(source, settings), LAYOUTS[FORMATS[settings.format].layout or ""].width
+    itemsize = getattr(torch, dtype).itemsize
+    converted = itemsize if dtype != loading.stored_dtype(source) else 0  # or its pages are those of its files
+    return converted + (width / 8 if width else itemsize) + 12 * table_share(source)
+
+
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
@@ -68,9 +83,10 @@ def export(
     layout_name = FORMATS[settings.format].layout or ""
     layout = LAYOUTS[layout_name]
     kind = layout.kind
-    check_nonzeros(source, dense)
+    kept = {name: count_nonzeros(weight) for name, weight in dense.items()}
+    check_nonzeros(source, kept)
     if kind.counts and not layout.width:
-        check_is_pruned(dense)
+        check_is_pruned(kept, sum(weight.numel() for weight in dense.values()), getattr(torch, dtype).itemsize)
     progress.say("packing …")
     options: dict[str, Any] = {"grids": read_grids(source), "group": settings.group} if layout.width else {}
     tables = None if settings.keep_head else layout.tables
@@ -83,11 +99,12 @@ def export(
         progress.say("verifying …")
         reference = _run(model, sample) if kind.tolerance else reference
         difference = _verify(ModelSource(str(output), temporary), model, dense, sample, reference)
-        rounded = {name: model.get_submodule(name) for name in dense} if kind.tolerance else {}
-        moved = [layer.error(dense[name]) for name, layer in rounded.items()]
-        kept = {name: count_nonzeros(layer.dense_weight()) for name, layer in rounded.items()}
-        had = {name: count_nonzeros(dense[name]) for name in kept}
-        zeros = zeros_of_rounding(had, kept, {name: dense[name].numel() for name in pruned if name in kept})
+        moved, left, had = [], {}, {}
+        for name in dense if kind.tolerance else ():
+            stored = model.get_submodule(name).dense_weight()
+            moved.append(share_moved(stored, dense[name]))
+            left[name], had[name] = count_nonzeros(stored), count_nonzeros(dense[name])
+        zeros = zeros_of_rounding(had, left, {name: dense[name].numel() for name in pruned if name in left})
         checks = {
             "packed_layers": len(dense),
             **({"layers_left_dense": shared} if shared else {}),

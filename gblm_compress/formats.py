@@ -20,8 +20,6 @@ class Format:
     runtimes: tuple[str, ...] = FOLDER_RUNTIMES  # the first evaluates it
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # the first, if the checkpoint's own is absent
     reads: tuple[str, ...] = ()  # the options of `ExportSettings` that it takes; it refuses the others
-    copies: int = 0  # dense copies of the weights on disk during the export, besides the output
-    memory: float = 3.0  # its peak, in copies of the weights; of float32 weights for ONNX
     passes: float = 300.0  # its time, in reads of the float32 weights by a CPU
     layout: str | None = None  # a name in `LAYOUTS`
     synonyms: tuple[str, ...] = ()
@@ -64,9 +62,7 @@ FORMATS = {
         runtimes=("onnxruntime", "genai"),
         dtypes=("float32", "float16"),
         reads=("graph", "kernels", "quantise", "group"),
-        copies=2,
-        memory=4.2,
-        passes=850.0,
+        passes=1100.0,
     ),
     **{layout.format: _packed(name, layout) for name, layout in LAYOUTS.items()},
 }

@@ -40,7 +40,7 @@ finally:
         sys.exit(1)
 """
 """The program as two ranks: a free port and what to change in each of them, then the arguments."""
-BUILDER = "import runpy\nrunpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"
+BUILDER = "from gblm_compress.exporters.onnx_builder import main\nmain()"
 IMPORTED = [
     __name__, "onnxruntime", "onnxruntime_genai.models.builder", "optimum.exporters.tasks", "pyarrow.parquet",
     "transformers.models.llama.modeling_llama",

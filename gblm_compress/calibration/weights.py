@@ -4,7 +4,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.methods.zeros import count_nonzeros, is_finite
 from gblm_compress.models import grids, loading, manifest
-from gblm_compress.models.architecture import find_blocks
+from gblm_compress.models.architecture import as_matrix, find_blocks, is_linear
 from gblm_compress.models.checkpoint import Checkpoint, check_shape
 from gblm_compress.models.source import ModelSource
 
@@ -35,6 +36,30 @@ class ResidentWeights:
     @contextmanager
     def outer(self) -> Iterator[None]:
         yield
+
+
+class Shown(nn.Module):
+    """A parametrization: a weight that takes memory only while it is used. `dense` makes it."""
+
+    def __init__(self, dense: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.dense = dense
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.dense()
+
+
+def tie_of(module: Any) -> Any:
+    """Equal for modules that share their weight."""
+    return module.parametrizations.weight[0] if parametrize.is_parametrized(module) else module.weight.data_ptr()
+
+
+def show_(module: Any, packed: Any) -> None:
+    """Let a layer or an embedding, and those tied to it, compute with `packed.dense_weight()` [rows, columns]."""
+    if parametrize.is_parametrized(module):
+        module.parametrizations.weight[0].dense = lambda: as_matrix(module, packed.dense_weight())
+    else:
+        module.weight.copy_(as_matrix(module, packed.dense_weight()))
 
 
 class StreamedWeights:
@@ -91,7 +116,7 @@ class StreamedWeights:
         absent = {}
         try:
             for group in self._groups[block]:
-                parameter = nn.Parameter(self._read(group), requires_grad=False)
+                parameter = nn.Parameter(self._read(group, self.model.get_parameter(group[0])), requires_grad=False)
                 for name in group:
                     absent[name] = self._replace(name, parameter)
             yield
@@ -99,9 +124,9 @@ class StreamedWeights:
             for name, before in absent.items():
                 self._replace(name, before)
 
-    def _read(self, group: list[str]) -> Tensor:
+    def _read(self, group: list[str], wanted: Tensor) -> Tensor:
         name = next(name for name in group if name in self._checkpoint)
-        stored, wanted = self._checkpoint.read(name), self.model.get_parameter(group[0])
+        stored = self._checkpoint.read(name)
         check_shape(name, list(stored.shape), wanted)
         read = stored.to(self._device, wanted.dtype)
         if group[0] not in self._finite and not is_finite(read):
@@ -109,9 +134,28 @@ class StreamedWeights:
         self._finite.add(group[0])
         return read
 
+    def attach_(self, rounded_to: torch.dtype) -> None:
+        """Give the model all parameters, as `rounded_to` holds them, without -0.0. Matrices stay in their files."""
+        for group in (group for groups in self._groups.values() for group in groups):
+            modules, wanted = [self._owner(name) for name in group], self.model.get_parameter(group[0])
+
+            def read(group: list[str] = group, wanted: Tensor = wanted) -> Tensor:
+                return self._read(group, wanted).to(rounded_to).to(wanted.dtype) + 0.0
+
+            if all(is_linear(module) or isinstance(module, nn.Embedding) for module in modules) and wanted.dim() == 2:
+                weight = Shown(read)
+                for module in modules:
+                    module.weight = nn.Parameter(torch.empty(0, dtype=wanted.dtype), requires_grad=False)
+                    parametrize.register_parametrization(module, "weight", weight, unsafe=True)
+            else:
+                for name in group:
+                    self._replace(name, nn.Parameter(read(), requires_grad=False))
+
+    def _owner(self, name: str) -> Any:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def _replace(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        path, _, leaf = name.rpartition(".")
-        parameters = self.model.get_submodule(path)._parameters
+        parameters, leaf = self._owner(name)._parameters, name.rpartition(".")[2]
         before, parameters[leaf] = parameters[leaf], parameter
         return before
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from gblm_compress.errors import ModelError, UsageError
@@ -24,7 +25,7 @@ _MULTIPLIES: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies by one weight matrix that can be pruned."""
-    kind = type(module)
+    kind = type_before_parametrizations(module)
     if isinstance(module, nn.Linear) and kind not in _MULTIPLIES:  # tried with a small weight
         x, weight = torch.arange(10.0).view(2, 5).sin(), torch.arange(15.0).view(3, 5).cos()
         small = copy(module)

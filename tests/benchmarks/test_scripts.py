@@ -87,3 +87,13 @@ def test_a_large_model_is_pruned_by_its_first_blocks_beside_its_plan(program, tm
     a_block, whole = row["seconds_a_block"], row["hours_of_all"] * 3600
     assert whole == pytest.approx(row["seconds"] + 3 * a_block)
     assert not list(work.iterdir())
+
+
+def test_a_large_model_is_exported(tmp_path, monkeypatch) -> None:
+    result, work = tmp_path / "result.json", tmp_path / "work"
+    with loaded("large", "toy", "--work", work, "--exports", "bitmask-int8", "--json", result) as script:
+        monkeypatch.setitem(script.PRESETS, "toy", script.Shape(64, 128, 2, heads=4, kv_heads=2, vocabulary=512))
+        script.main()
+    (row,) = json.loads(result.read_text())["rows"]
+    assert row["checks"]["nonzero_fraction"] == pytest.approx(0.5, abs=0.02)
+    assert row["peak_bytes"] > row["bytes"] > 0 and not list(work.iterdir())

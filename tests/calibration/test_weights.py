@@ -1,12 +1,14 @@
 """A model whose blocks come from disk one at a time, against the same model in memory."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from gblm_compress.calibration.weights import HiddenStates, StatePool, StreamedWeights
-from gblm_compress.models.loading import load_skeleton
+from gblm_compress.calibration.weights import HiddenStates, StatePool, StreamedWeights, show_, tie_of
+from gblm_compress.models.architecture import head_and_embedding
+from gblm_compress.models.loading import load_model, load_skeleton
 from tests.conftest import ARCHITECTURES, saved
 from tests.families.tiny import tiny_family
 
@@ -25,6 +27,24 @@ def test_only_the_part_at_work_has_weights_and_changes_to_it_do_not_last(tiny) -
         assert not streamed.model.model.norm.weight.is_meta
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
     assert {path.name: path.read_bytes() for path in tiny("llama").folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_attached_matrices_stay_on_disk_and_the_model_computes_the_same(kind: str, tiny) -> None:
+    ids, dense = torch.arange(12)[None], load_model(tiny(kind), "float32")
+    model = load_skeleton(tiny(kind), "float32")
+    StreamedWeights(tiny(kind), model, "cpu").attach_(torch.float16)
+    held = sum(parameter.numel() for parameter in model.parameters())
+    assert held == sum(parameter.numel() for parameter in dense.parameters() if parameter.dim() == 1)
+    for parameter in dense.parameters():
+        parameter.data = parameter.data.half().float()
+    assert torch.equal(model(ids).logits, dense(ids).logits)
+    head, embedding = head_and_embedding(model)
+    assert (tie_of(head) == tie_of(embedding)) == dense.config.tie_word_embeddings
+    rows = torch.full_like(embedding.weight, 0.5)
+    show_(embedding, Mock(dense_weight=lambda: rows))
+    assert torch.equal(embedding.weight, rows)
+    assert torch.equal(head.weight, rows) == dense.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, "qwen3_moe"])

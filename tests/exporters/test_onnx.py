@@ -15,7 +15,7 @@ from torch import nn
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
 from gblm_compress.exporters import onnx as exporter
-from gblm_compress.exporters import onnx_packing, onnx_plain, onnx_verification, onnx_weights
+from gblm_compress.exporters import onnx_packing, onnx_plain, onnx_verification
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
@@ -187,7 +187,7 @@ def forgetful(last_logits: Callable[..., Any]) -> Callable[..., Any]:
     ("owner", "name", "wrong", "message"),
     [
         (OnnxRuntime, "predict", lambda _, sample: torch.zeros(*sample["input_ids"].shape, 257), "and torch differ"),
-        (onnx_weights, "find", lambda *_: {}, "no initializer of the graph holds its weight"),
+        (onnx_plain, "find", lambda *_: {}, "no initializer of the graph holds its weight"),
         (onnx_verification, "decode", lambda *_: np.ones((1, 1)), r"zeros in the model, 0 in the graph's initializer"),
         (OnnxRuntime, "last_logits", forgetful(OnnxRuntime.last_logits), "largest logit on 32 tokens decoded one by"),
     ],
@@ -229,7 +229,7 @@ def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, tmp_path
     expected[:, 0], expected[1::2, 1] = 1.005, 1.0
     got = expected + 5e-3
     got[1::2, 1] += 7e-3
-    monkeypatch.setattr(onnx_verification, "_decode_side_by_side", lambda *_: (expected, got))
+    monkeypatch.setattr(onnx_verification, "_decoded", lambda *_: (expected, got))
     monkeypatch.setitem(onnx_verification.TOLERANCE, "float32", 2e-2)
     checks = export(exported[0], tmp_path / "out", **PLAIN)[0].checks
     assert checks["decided_greedy_tokens"] == checks["identical_greedy_tokens"] == 16

@@ -13,7 +13,7 @@ import transformers
 from torch.nn.utils import prune
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.exporters import onnx_fused
+from gblm_compress.exporters import onnx_builder, onnx_fused
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import load_runtime
@@ -207,6 +207,21 @@ def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, m
     with pytest.raises(ModelError, match=r"builder does not manage LlamaForCausalLM \(.+\); export with --graph plain"):
         export(tiny("llama"), tmp_path / "out", format="onnx", graph="fused")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_builder_sees_numbers_in_place_of_weights(tiny, monkeypatch) -> None:
+    """`parts_of` reads them back from what a graph may do with weights, and from nothing else."""
+    monkeypatch.setattr(onnx_builder, "load_file", lambda path: {})
+    monkeypatch.setattr(onnx_builder, "_layers", {})
+    layers = onnx_builder.numbered(str(tiny("llama").folder)).model.layers
+    query, key, down = (
+        module.weight.float().numpy()
+        for module in (layers[1].self_attn.q_proj, layers[1].self_attn.k_proj, layers[0].mlp.down_proj)
+    )
+    names = {f"model.layers.1.self_attn.{name}_proj": len(rows) for name, rows in (("q", query), ("k", key))}
+    assert onnx_builder.parts_of(np.concatenate([query, key]).T) == {"turned": True, "rows": names}
+    assert onnx_builder.parts_of(down) == {"turned": False, "rows": {"model.layers.0.mlp.down_proj": len(down)}}
+    assert onnx_builder.parts_of(2 * down) is None and onnx_builder.parts_of(np.ones((3, 9))) is None
 
 
 def test_a_plain_graph_takes_the_place_of_a_fused_one_that_does_not_run(tmp_path, monkeypatch) -> None:
