@@ -317,6 +317,10 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         [row for n in (2, 1) for row in engines("sizes-epyc-zen5-2-cores", n)],
         {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
     ),
+    "sizes-8b": (
+        [row for n in (2, 1) for row in engines("sizes-8b-epyc-zen5-2-cores", n)],
+        {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
+    ),
     "sizes-avx2": (without_avx512("sizes"), without_llama_cpp(SIZES)),
     "kernels-float": (
         [row for row in results("cpu-decode-epyc-zen5-2-cores")["kernels"] if row["tokens"] == 1],
