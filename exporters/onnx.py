@@ -8,7 +8,6 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
 from gblm_compress.calibration.weights import StreamedWeights
 from gblm_compress.errors import ModelError, UsageError, first_line, is_out_of_memory
@@ -156,8 +154,6 @@ def _made(source: ModelSource, settings: ExportSettings, graph: str, progress: P
     layers = manifest.pruned_layers(source, model)
     if graph == "fused":
         StreamedWeights(source, model, "cpu").attach_(getattr(torch, stored))
-        with suppress(OSError):
-            model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     else:
         drop_signs_of_zeros_(model, layers)
         model = model.to(getattr(torch, dtype))

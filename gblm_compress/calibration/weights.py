@@ -142,6 +142,7 @@ class StreamedWeights:
             def read(group: list[str] = group, wanted: Tensor = wanted) -> Tensor:
                 return self._read(group, wanted).to(rounded_to).to(wanted.dtype) + 0.0
 
+            self._read(group, wanted)  # so that faults of the files are found before any work
             if all(is_linear(module) or isinstance(module, nn.Embedding) for module in modules) and wanted.dim() == 2:
                 weight = Shown(read)
                 for module in modules:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
     """As `load_model`, with its parameters on the meta device; its buffers are real."""
     import torch
     from accelerate import init_empty_weights
+    from transformers import GenerationConfig
 
     auto_class = _auto_class(source)
     dtype = stored_dtype(source) if dtype == "auto" else dtype
@@ -67,6 +68,9 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
         with init_empty_weights(include_buffers=False):
             model = auto_class.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
         model.tie_weights()  # making it empty has untied it
+    # Without such a file, or with one that is not JSON, transformers takes what the config says.
+    with _named_errors(source, "its generation_config.json cannot be read"), suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     return _prepared_(model.eval().requires_grad_(False))
 
 

@@ -50,6 +50,10 @@ def as_a(architecture: str, model_type: str = "bert"):
         (as_a("BertForMaskedLM"), load_model, "BertForMaskedLM is for fill-mask; a causal"),
         (as_a("PreTrainedModel"), load_model, "PreTrainedModel is for no task"),
         (as_a("ViTForImageClassification", "vit"), load_processor, "its image processor cannot be loaded"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text("[1]"), loading.load_skeleton,
+            r"its generation_config\.json cannot be read",
+        ),
     ],
 )  # fmt: skip
 def test_a_folder_of_another_kind_or_incomplete_is_told_what_it_lacks(change, load, message: str, source) -> None:
