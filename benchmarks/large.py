@@ -8,8 +8,8 @@ then `prune` prunes both from disk. Every further block takes as long as the sec
 follows. With `--blocks 1` the second is left out, and every block counts as long as the whole run. Peak memory includes
 the libraries. New rows are added to the file of `--json`.
 
-With `--exports` a whole model is made, of which half of the weights are zero, and exported. The peak is of memory that
-the processes hold themselves: pages of files, which the system drops when it needs room, are left out.
+With `--exports` a whole model is made and exported; half of its weights are zero. The peak counts the memory of all
+processes without pages of files, because the system drops these when it needs room.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def exported(model: Path, work: Path, form: str) -> dict[str, Any]:
 
 
 def all_exported(name: str, work: Path, forms: list[str]) -> list[dict[str, Any]]:
+    """Make a model with zeros, export it in each form, and remove it."""
     model = work / name
     size = write_random_llama(model, PRESETS[name], zeros=True)
     try:

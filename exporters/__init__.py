@@ -59,9 +59,11 @@ def export(
 
 
 def _estimate(source: ModelSource, settings: ExportSettings) -> str:
-    weights = loading.count_weights(source)
+    weights, skeleton = loading.count_weights(source), loading.load_skeleton(source)
     seconds = START_SECONDS + FORMATS[settings.format].passes * 4 * weights / cost.bytes_per_second("cpu")
-    return cost.sentence(seconds, weights * _exporter(settings).bytes_a_weight(source, settings))
+    table = getattr(skeleton.get_input_embeddings(), "weight", torch.empty(0))  # packed from three float32 copies
+    memory = weights * _exporter(settings).bytes_a_weight(source, skeleton, settings) + 12 * table.numel()
+    return cost.sentence(seconds, memory)
 
 
 def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:
@@ -121,19 +123,8 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
     return stored if (stored := loading.stored_dtype(source)) in dtypes else dtypes[0]
 
 
-def table_share(source: ModelSource) -> float:
-    """The share of a model's weights that are in its embedding."""
-    table = getattr(loading.load_skeleton(source).get_input_embeddings(), "weight", None)
-    return 0.0 if table is None else table.numel() / loading.count_weights(source)
-
-
 def check_is_pruned(kept: Mapping[str, int], weights: int, itemsize: int) -> None:
-    """Refuse layers with so few zeros that a mask, with a bit for each weight, takes more bytes than they save.
-
-    Args:
-        kept: the nonzeros of each layer.
-        weights: the number of weights of all, of `itemsize` bytes.
-    """
+    """Refuse layers that keep so many of all `weights` that a mask, of a bit for each, takes more than zeros save."""
     zeros, width = weights - sum(kept.values()), 8 * itemsize
     if zeros * width <= weights:
         raise UsageError(
@@ -146,9 +137,8 @@ def check_is_pruned(kept: Mapping[str, int], weights: int, itemsize: int) -> Non
 def drop_signs_of_zeros_(model: nn.Module, layers: Iterable[str]) -> None:
     """Make -0.0 in the weights 0.0. Other tools multiply by a mask, and a packed layer would store each -0.0."""
     for name in layers:
-        if has_negative_zeros(
-            weight := weight_matrix(model.get_submodule(name))
-        ):  # writing takes memory if it is mapped
+        weight = weight_matrix(model.get_submodule(name))
+        if has_negative_zeros(weight):  # a weight that is mapped to its file takes memory when it is written to
             weight.add_(0.0)
 
 

@@ -26,7 +26,6 @@ from gblm_compress.exporters import (
     onnx_fused,
     onnx_plain,
     onnx_weights,
-    table_share,
 )
 from gblm_compress.exporters.onnx_packing import use_kernels_
 from gblm_compress.exporters.onnx_rounding import Rounded, by_channels, packer, round_, use_nbits_
@@ -87,13 +86,13 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
                 )
 
 
-def bytes_a_weight(source: ModelSource, settings: ExportSettings) -> float:
-    """Peak memory. With a fused graph: the weights as exported, and three float32 copies of the embedding."""
-    if graph_of(loading.load_skeleton(source), settings) == "plain":
+def bytes_a_weight(source: ModelSource, skeleton: Any, settings: ExportSettings) -> float:
+    """Peak memory. With a fused graph: the weights as exported."""
+    if graph_of(skeleton, settings) == "plain":
         return 17.0
     bits = {"int8": 9, "int4": 5}.get(settings.quantise or "", 8 * getattr(torch, dtype_of(source, settings)).itemsize)
     copied = settings.quantise and not settings.kernels  # by ONNX Runtime, in another order
-    return bits / 8 * (2.2 if copied else 1.0) + 12 * table_share(source)
+    return bits / 8 * (2.2 if copied else 1.0)
 
 
 def graph_of(model: nn.Module, settings: ExportSettings) -> str:
@@ -109,16 +108,16 @@ def export(
     bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With
     `kernels`, float16 is the dtype of the weights alone, and layers without zeros run on the dense operator.
     """
-    graph = graph_of(loading.load_skeleton(source), settings)
-    made = _made(source, settings, graph, progress)
+    made = _made(source, settings, progress)
     try:
         return _write(made, output, force=force, progress=progress)
     except ModelError as error:
-        if settings.graph or graph == "plain" or is_out_of_memory(error):
+        if settings.graph or made.graph == "plain" or is_out_of_memory(error):
             raise
         reason = first_line(error)
     progress.say(f"a plain graph replaces the fused one: {reason}")
-    checks = _write(_made(source, settings, "plain", progress), output, force=force, progress=progress)
+    made = _made(source, settings.model_copy(update={"graph": "plain"}), progress)
+    checks = _write(made, output, force=force, progress=progress)
     return {"graph": "plain", "why_not_fused": reason, **checks}
 
 
@@ -145,11 +144,13 @@ class _Made:
     rounded: Rounded | None
 
 
-def _made(source: ModelSource, settings: ExportSettings, graph: str, progress: Progress) -> _Made:
+def _made(source: ModelSource, settings: ExportSettings, progress: Progress) -> _Made:
     """Load a model, check its zeros, and round it. For a fused graph, which needs no run, its matrices stay on disk."""
     stored, processor, rounded = dtype_of(source, settings), loading.load_processor(source), None
     dtype = "float32" if settings.kernels else stored
-    model = loading.load_skeleton(source, dtype) if graph == "fused" else loading.load_model(source, stored)
+    model = loading.load_skeleton(source, dtype)
+    if (graph := graph_of(model, settings)) == "plain":
+        model = loading.load_model(source, stored)
     named = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]
     layers = manifest.pruned_layers(source, model)
     if graph == "fused":

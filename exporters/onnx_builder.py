@@ -20,7 +20,8 @@ from torch import nn
 
 from gblm_compress.models.files import SINGLE
 
-PARTS = "parts.json"  # {initializer: the layers of which it has so many rows, one below the other; if it is turned}
+# A file beside the graph: {initializer: {"rows": {layer: how many rows it has of it}, "turned": whether it is turned}}.
+PARTS = "parts.json"
 _BYTE = torch.float8_e4m3fn  # The builder wants floating point. It holds whole numbers up to 16.
 _MARK, _DIGITS = 15, 5  # A number is a mark and its digits.
 _layers: dict[str, int] = {}  # rows of each layer, in order of their numbers

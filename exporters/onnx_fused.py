@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -141,12 +142,8 @@ def _fill_(value: ir.Value, model: Any, turned: bool, rows: dict[str, int]) -> d
 
     assert value.dtype is not None and value.shape is not None
     value.const_value = ir.LazyTensor(made, dtype=value.dtype, shape=value.shape, name=value.name)
-    shape = tuple(map(int, value.shape))
-    places, start = {}, 0
-    for name, height in rows.items():
-        places[name] = Place(str(value.name), shape, start, start + height)
-        start += height
-    return places
+    shape, ends = tuple(map(int, value.shape)), accumulate(rows.values())
+    return {name: Place(str(value.name), shape, end - rows[name], end) for name, end in zip(rows, ends, strict=True)}
 
 
 def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:

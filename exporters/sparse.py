@@ -16,7 +16,6 @@ from gblm_compress.exporters import (
     check_nonzeros,
     drop_signs_of_zeros_,
     dtype_of,
-    table_share,
     zeros_of_rounding,
 )
 from gblm_compress.formats import FORMATS
@@ -58,12 +57,11 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
             raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which export to {settings.format} needs")
 
 
-def bytes_a_weight(source: ModelSource, settings: ExportSettings) -> float:
-    """Peak memory: a converted model, the packed one, and three float32 copies of the embedding."""
+def bytes_a_weight(source: ModelSource, skeleton: Any, settings: ExportSettings) -> float:
+    """Peak memory: the packed model, and the dense one if it is converted; else its pages are those of its files."""
     dtype, width = dtype_of(source, settings), LAYOUTS[FORMATS[settings.format].layout or ""].width
     itemsize = getattr(torch, dtype).itemsize
-    converted = itemsize if dtype != loading.stored_dtype(source) else 0  # or its pages are those of its files
-    return converted + (width / 8 if width else itemsize) + 12 * table_share(source)
+    return (width / 8 if width else itemsize) + (itemsize if dtype != loading.stored_dtype(source) else 0)
 
 
 def export(
