@@ -20,7 +20,7 @@ from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.methods.zeros import count_nonzeros, is_finite
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import as_matrix, find_blocks, is_linear
-from gblm_compress.models.checkpoint import Checkpoint, check_shape
+from gblm_compress.models.checkpoint import Checkpoint, check_shape, read_tensor
 from gblm_compress.models.source import ModelSource
 
 
@@ -174,12 +174,34 @@ def _tied_parameters(model: nn.Module) -> list[list[str]]:
 
 @dataclass
 class StatePool:
-    """Room for all hidden states of a run."""
+    """Room for all hidden states of a run, and for what is put away for a while."""
 
     folder: Path  # empty at the start, for what `left` does not hold
     left: int  # bytes of host memory
     device: torch.device
     numbers: Iterator[int] = field(default_factory=count)  # of files
+
+    @contextmanager
+    def put_away(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[int], Tensor]]:
+        """Hold tensors in host memory or in a file. The function gives one of them back, on the device."""
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size <= self.left:
+            held = [tensor.cpu() for tensor in tensors]
+            self.left -= size
+            try:
+                yield lambda index: held[index].to(self.device)
+            finally:
+                self.left += size
+            return
+        path = self.new_file()
+        save_file({str(index): tensor.cpu().contiguous() for index, tensor in enumerate(tensors)}, path)
+        try:
+            yield lambda index: read_tensor(path, str(index)).to(self.device)
+        finally:
+            path.unlink()
+
+    def new_file(self) -> Path:
+        return self.folder / f"{next(self.numbers)}.safetensors"
 
 
 class HiddenStates(Sequence[Tensor]):
@@ -213,7 +235,7 @@ class HiddenStates(Sequence[Tensor]):
         if self._memory is not None:
             self._memory[index : index + 1].copy_(states)
             return
-        before, path = self._files.get(index), self._pool.folder / f"{next(self._pool.numbers)}.safetensors"
+        before, path = self._files.get(index), self._pool.new_file()
         save_file({"states": states.cpu().contiguous()}, path)
         self._files[index] = path
         if before is not None:  # not overwritten: a tensor mapped to it may still be read

@@ -10,7 +10,8 @@ rows. Add a fit by writing one and listing it in `FITS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,20 +35,26 @@ OPEN_SHARE = 0.9  # Converged rows are dropped once at most this share is open: 
 SWEEPS = 4  # of coordinate descent over all columns
 
 
-def damped(gram: Tensor) -> Tensor:
-    """H + λI, λ = `DAMPING` times the mean of H's diagonal, or 1 if H = 0: positive definite for any H."""
+@contextmanager
+def damped(gram: Tensor) -> Iterator[Tensor]:
+    """H + λI within the `with`, in the memory of H. λ = `DAMPING` times the mean of H's diagonal, or 1 if H = 0.
+
+    It is positive definite for any H.
+    """
     import torch
 
-    mean = gram.diagonal().mean()
-    result = gram.clone()
-    result.diagonal().add_(torch.where(mean == 0, 1.0, DAMPING * mean))
-    return result
+    diagonal = gram.diagonal()
+    before, mean = diagonal.clone(), diagonal.mean()
+    diagonal.add_(torch.where(mean == 0, 1.0, DAMPING * mean))
+    try:
+        yield gram
+    finally:
+        diagonal.copy_(before)
 
 
-def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, the relative error of a layer's output; 0 if XWᵀ is zero."""
-    change = weight - pruned
-    lost, whole = ((matrix @ gram).mul_(matrix).sum().clamp_min(0) for matrix in (change, weight))
+def output_error(pruned: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, the relative error of a layer's output; 0 if XWᵀ is zero. `weight` may be narrower."""
+    lost, whole = ((matrix @ gram).mul_(matrix).sum().clamp_min(0) for matrix in (weight - pruned, weight.float()))
     return float((lost / whole).sqrt()) if whole > 0 else 0.0
 
 
@@ -59,7 +66,8 @@ def inverse_factor(gram: Tensor) -> Tensor:
     """
     import torch
 
-    lower, failed = torch.linalg.cholesky_ex(damped(gram.double()))
+    with damped(gram.double()) as hessian:
+        lower, failed = torch.linalg.cholesky_ex(hessian)
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed:
@@ -149,10 +157,17 @@ def least_squares(
     """
     import torch
 
-    if len(weight) > ROWS:
-        parts = [slice(first, first + ROWS) for first in range(0, len(weight), ROWS)]
-        return torch.cat([least_squares(weight[part], keep[part], statistics, tolerance, steps) for part in parts])
-    hessian = damped(statistics.moments())
+    result, count = torch.empty_like(weight), steps or most_steps(statistics.tokens, weight.shape[1])
+    with damped(statistics.moments()) as hessian:
+        for first in range(0, len(weight), ROWS):
+            part = slice(first, first + ROWS)
+            result[part] = _conjugate_gradients(weight[part], keep[part], hessian, tolerance, count)
+    return result
+
+
+def _conjugate_gradients(weight: Tensor, keep: Tensor, hessian: Tensor, tolerance: float, steps: int) -> Tensor:
+    import torch
+
     inverse_diagonal = hessian.diagonal().reciprocal()
     mask = keep.to(weight.dtype)
     solution = torch.empty_like(weight)
@@ -162,7 +177,7 @@ def least_squares(
     direction = residual * inverse_diagonal
     product = (residual * direction).sum(1)
     goal = tolerance**2 * product
-    for _ in range(steps or most_steps(statistics.tokens, len(hessian))):
+    for _ in range(steps):
         active = product > goal
         count = int(active.sum())
         if not count:
@@ -194,22 +209,22 @@ def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics,
     It starts at the nearest grid points. Column by column, each survivor moves to the grid point with the least damped
     reconstruction error while all others stay. No step raises the error.
     """
-    hessian = damped(statistics.moments())
     # Transposed: a column lies in one piece of memory.
     goal, wishes, mask, chosen = (
         matrix.T.contiguous() for matrix in (weight, fitted, keep, rounded(fitted, keep, grid))
     )
     columns = weight.shape[1]
-    for _ in range(SWEEPS):
-        for left in range(0, columns, COLUMNS):
-            right = min(left + COLUMNS, columns)
-            slope = hessian[left:right] @ (goal - chosen)
-            for column in range(left, right):
-                place = column - left
-                wish = chosen[column] + slope[place] / hessian[column, column]
-                point = rounded(wish.unsqueeze(1), mask[column].unsqueeze(1), grid.of_column(column)).squeeze(1)
-                slope[place + 1 :].addr_(hessian[column + 1 : right, column], point - chosen[column], alpha=-1)
-                wishes[column], chosen[column] = wish, point
+    with damped(statistics.moments()) as hessian:
+        for _ in range(SWEEPS):
+            for left in range(0, columns, COLUMNS):
+                right = min(left + COLUMNS, columns)
+                slope = hessian[left:right] @ (goal - chosen)
+                for column in range(left, right):
+                    place = column - left
+                    wish = chosen[column] + slope[place] / hessian[column, column]
+                    point = rounded(wish.unsqueeze(1), mask[column].unsqueeze(1), grid.of_column(column)).squeeze(1)
+                    slope[place + 1 :].addr_(hessian[column + 1 : right, column], point - chosen[column], alpha=-1)
+                    wishes[column], chosen[column] = wish, point
     return keep_only(wishes.T, keep)
 
 

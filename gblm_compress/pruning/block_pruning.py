@@ -1,6 +1,7 @@
 """Pruning of one block: measure, score, mask, fit the survivors. The loop over the blocks is in `walk.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,62 +36,76 @@ class LayerResult:
     survivors: int = 0  # before they were rounded, to a grid or to the dtype of the file; some may have become zero
 
 
+@dataclass(frozen=True)
+class BlockFit:
+    run: Callable[..., dict[str, Grid]]  # (block, layers, grids, choose) -> grids, see `reconstruct_`
+    put_away: Callable[[Sequence[Tensor]], AbstractContextManager[Callable[[int], Tensor]]]  # of a `StatePool`
+
+
 @torch.no_grad()
 def prune_block_(
     block: Block | None,  # None for a method that reads no text
     layers: dict[str, nn.Module],
-    gradients: dict[str, Tensor],  # in the stored layout of the weights, if the method needs them
+    gradients: dict[str, Tensor],  # in the stored layout of the weights, if the method needs them; emptied
     settings: PruneSettings,
     budgets: dict[str, Budget],
-    fit: Callable[..., dict[str, Grid]] | None = None,  # (block, layers, grids, choose) -> grids, see `reconstruct_`
+    fit: BlockFit | None = None,
 ) -> tuple[dict[str, LayerResult], dict[str, Grid]]:
     """Prune the layers of one block in place. Returns {name: result}, and {name: grid} of rounded layers.
 
     A layer that never ran on the text stays as it is. An expert with few tokens is pruned by magnitude.
     """
     statistics = layer_statistics(block, layers, gradients, settings.block_needs)
+    gradients.clear()
     few = _with_few_tokens(block, layers, statistics)
     layers = {name: layer for name, layer in layers.items() if name in few or statistics[name].tokens != 0}
     rules = {name: Rule(name, budgets[name].pattern, budgets[name].sparsity, settings.alpha) for name in layers}
     own = {name: settings.model_copy(update=_BY_MAGNITUDE) if name in few else settings for name in layers}
+    rounded, again = fit is None, fit is not None and settings.rounds > 1  # the block's fit rounds its own result
     grids: dict[str, Grid] = {}
     survivors: dict[str, int] = {}
-    dense = {
-        name: weight_matrix(layer).detach().clone()
-        for name, layer in layers.items()
-        if statistics[name].gram is not None
-    }
+    kept, places = _for_errors(layers, statistics)
     for name, layer in layers.items():
-        weight = weight_matrix(layer).detach().float()
         shared = block.ranks if block and own[name].fits.needs else Ranks()  # not what takes less than a sum over ranks
-        values, grid = _prune_layer(weight, statistics[name], rules[name], own[name], shared)
-        survivors[name] = count_nonzeros(values)
-        write_(layer, values, None if fit else grid)  # the block's fit rounds its own result
+        survivors[name], grid = _prune_layer_(layer, statistics[name], rules[name], own[name], shared, rounded)
         if grid is not None:
             grids[name] = grid
+        if not again:
+            del statistics[name]  # they take as much memory as a fit
 
     def choose(name: str, stored: Tensor) -> Tensor:
         values = as_matrix(layers[name], stored)
         selection = METHODS[own[name].method].select(values, statistics[name], rules[name])
         return as_matrix(layers[name], selection.keep)  # back to the stored layout: a transposition undoes itself
 
-    if fit is not None and layers:
-        grids = fit(block, layers, grids=grids, choose=choose)
     results = {}
-    for name, layer in layers.items():
-        weight, error = weight_matrix(layer).detach(), None
-        if name in dense:
-            error = output_error(dense[name].float(), weight.float(), statistics[name].moments())
-        results[name] = LayerResult(
-            budgets[name].pattern.name,
-            (weight.shape[0], weight.shape[1]),
-            count_nonzeros(weight),
-            is_transposed(layer),
-            by_magnitude=name in few,
-            output_error=error,
-            survivors=survivors[name],
-        )
+    with fit.put_away(kept) if fit else nullcontext(kept[:].__getitem__) as get:
+        kept.clear()
+        if fit is not None and layers:
+            grids = fit.run(block, layers, grids=grids, choose=choose)
+        for name, layer in layers.items():
+            weight = weight_matrix(layer).detach()
+            results[name] = LayerResult(
+                budgets[name].pattern.name,
+                (weight.shape[0], weight.shape[1]),
+                count_nonzeros(weight),
+                is_transposed(layer),
+                by_magnitude=name in few,
+                output_error=output_error(weight.float(), *map(get, places[name])) if name in places else None,
+                survivors=survivors[name],
+            )
     return results, grids
+
+
+def _for_errors(
+    layers: dict[str, nn.Module], statistics: dict[str, Statistics]
+) -> tuple[list[Tensor], dict[str, tuple[int, int]]]:
+    """Gram matrices, each once, and dense weights; and the places of each layer's weight and Gram matrix in them."""
+    grams = {name: gram for name in layers if (gram := statistics[name].gram) is not None}
+    once = {id(gram): gram for gram in grams.values()}
+    weights = [weight_matrix(layers[name]).detach().clone() for name in grams]
+    places = {name: (len(once) + i, list(once).index(id(gram))) for i, (name, gram) in enumerate(grams.items())}
+    return [*once.values(), *weights], places
 
 
 def _with_few_tokens(
@@ -106,26 +121,27 @@ def _with_few_tokens(
     return frozenset(name for name, tokens in routed.items() if tokens is not None and tokens < least)
 
 
-def _prune_layer(
-    weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings, shared: Ranks
-) -> tuple[Tensor, Grid | None]:
-    """The fitted weight [out_features, in_features] in float32, and the grid for its rounding."""
+def _prune_layer_(
+    layer: nn.Module, statistics: Statistics, rule: Rule, settings: PruneSettings, shared: Ranks, rounded: bool
+) -> tuple[int, Grid | None]:
+    """Prune a layer in place. Returns how many weights survive, and the grid, to which `rounded` ones go."""
+    weight = weight_matrix(layer).detach().float()
     selection, fit = METHODS[settings.method].select(weight, statistics, rule), FITS[settings.fit]
     fitted = selection.fitted.get(settings.fit)
     if fitted is None:
         fitted = shared.by_rows(lambda dense, keep: fit.apply(dense, keep, statistics), weight, selection.keep)
     check_finite(rule.layer, f"weights after --fit {settings.fit}", fitted)
-    make = QUANTISERS[settings.quantise].make
-    if make is None:
-        return fitted, None
-    norm = statistics.activation_norm  # measured for another choice, if at all: no grid asks for text
-    importance = None if norm is None else norm.square()
-    grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
-    check_scales(rule.layer, grid.scales)
-    if on_grid := fit.on_grid:
+    grid, make = None, QUANTISERS[settings.quantise].make
+    if make is not None:
+        norm = statistics.activation_norm  # measured for another choice, if at all: no grid asks for text
+        importance = None if norm is None else norm.square()
+        grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
+        check_scales(rule.layer, grid.scales)
+        if on_grid := fit.on_grid:
 
-        def settled(weight: Tensor, fitted: Tensor, keep: Tensor, scales: Tensor) -> Tensor:
-            return on_grid(weight, fitted, keep, statistics, replace(grid, scales=scales))
+            def settled(weight: Tensor, fitted: Tensor, keep: Tensor, scales: Tensor) -> Tensor:
+                return on_grid(weight, fitted, keep, statistics, replace(grid, scales=scales))
 
-        fitted = shared.by_rows(settled, weight, fitted, selection.keep, grid.scales)
-    return fitted, grid
+            fitted = shared.by_rows(settled, weight, fitted, selection.keep, grid.scales)
+    write_(layer, fitted, grid if rounded else None)
+    return count_nonzeros(fitted), grid

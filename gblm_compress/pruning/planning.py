@@ -24,7 +24,7 @@ from gblm_compress.storage import records
 from gblm_compress.tasks.causal_lm import LOSS_TOKENS
 from gblm_compress.tasks.task import Sample, Task
 
-FIT_BYTES = 18  # per weight that Adam fits: survivors as master, gradient, two moments and best so far; a dense copy
+FIT_BYTES = 14  # per weight that Adam fits: survivors as master, gradient, moments, best so far (12 measured)
 GRID_BYTES = 12  # more if it is rounded: gradients before rounding, and temporaries of the scales' gradients
 ROUND_BYTES = 18  # more with several rounds: values of pruned weights, start of the round, the best so far
 SELECTION_BYTES = 24  # per weight of a layer: in float32, scores, and copies that are sorted (23.1 measured)
@@ -134,40 +134,42 @@ class Size:
         fitted = hidden * (narrow * (4 * hidden**2 + 2 * hidden * inner) + wide * inner**2)
         self.solving = 2 * blocks * fitted if Need.GRAM in settings.needs else 0  # operations, in float32
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
-        layer, has_gram = hidden * inner, Need.GRAM in settings.needs  # the largest layer, which is worked on alone
-        solution = 4 * inner**2 + 12 * layer + SOLVING_BYTES * min(ROWS, hidden) * inner if has_gram else 0
+        layer = hidden * inner  # the largest one, which is worked on alone
+        solution = 12 * layer + SOLVING_BYTES * min(ROWS, hidden) * inner if Need.GRAM in settings.needs else 0
         logits = 12 * min(length, LOSS_TOKENS) * vocabulary if settings.needs_gradients else 0  # with their gradients
         a_sample = self.activations // blocks + logits
         self.outside_blocks = embeddings * itemsize + a_sample
-        at_a_block = (
-            (12 * block if settings.needs_gradients or Need.REGIONAL in settings.needs else 0)
-            + (4 * (3 * hidden**2 + inner**2) if has_gram else 0)
-            + (self.block if Need.GRAM in settings.block_needs else 0)  # as it was, for the errors of its layers
-            + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
-            + max(
-                SELECTION_BYTES * layer,
-                solution,
-                (fit_bytes + ROUND_BYTES * (settings.rounds > 1)) * block if settings.fits.fits_block else 0,
-            )
-            + a_sample
-        )
+        # Gradient norms, Gram matrices, and the block as it was, for the errors of its layers
+        norms = 4 * block * (settings.needs_gradients + (Need.REGIONAL in settings.needs))
+        grams = (4 * (3 * hidden**2 + inner**2) + self.block) if Need.GRAM in settings.block_needs else 0
+        factor = FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0
+        at_a_layer = norms + grams + factor + max(SELECTION_BYTES * layer, solution)
+        in_a_fit = fit_bytes * block + (ROUND_BYTES * block + norms + grams if settings.rounds > 1 else 0)
+        at_a_block = a_sample + max(at_a_layer, in_a_fit if settings.fits.fits_block else 0)
         at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
         self.working = max(at_a_block, at_the_end if settings.fits.fits_model else 0)
+        self._put_away = grams * settings.fits.fits_block
+        self._room = self.working - a_sample - in_a_fit
 
     def held(self, offload: bool) -> int:
         """Bytes of memory for weights and work, beside hidden states."""
         return self.block + max(self.outside_blocks, self.working) if offload else self.weights + self.working
 
+    def _states(self, placement: Placement) -> int:
+        return max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
+
     def peak(self, placement: Placement) -> int:
         """The most bytes of memory, hidden states included, without what the program holds before."""
-        states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
+        states = self._states(placement)
+        away = self._put_away if states + self._put_away <= placement.states else 0
+        held = self.held(placement.offload) + max(0, away - self._room) + min(states, placement.states)
         of_gradients = self.weights + self.gradients + self.activations if placement.by_sample and self.gradients else 0
-        return LIBRARY_BYTES + max(self.held(placement.offload) + min(states, placement.states), of_gradients)
+        return LIBRARY_BYTES + max(held, of_gradients)
 
     def on_disk(self, settings: PruneSettings, placement: Placement, finished: int) -> int:
         """Bytes on disk for output, gradients, blocks and hidden states, less those that are `finished`."""
         kept = self.weights * (2 if settings.fits.fits_model else 1) + self.gradients  # until the output is whole
-        states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
+        states = self._states(placement) + self._put_away
         return self.checkpoint + max(0, kept - finished) + max(0, states - placement.states)
 
 

@@ -16,7 +16,7 @@ from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.blocks import BlockReplay, layer_statistics
 from gblm_compress.calibration.calls import BlockCalls, calls_of
 from gblm_compress.calibration.gradients import GradientPass
-from gblm_compress.calibration.weights import StatePool, Weights
+from gblm_compress.calibration.weights import HiddenStates, StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, MODEL_EPOCHS, MODEL_RATE
@@ -25,7 +25,7 @@ from gblm_compress.methods.quantisation import check_scales, scales_of
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import linear_weights, prunable_layers, weight_matrix
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.block_pruning import LayerResult, prune_block_
+from gblm_compress.pruning.block_pruning import BlockFit, LayerResult, prune_block_
 from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.training.fits import How, distil_, reconstruct_
@@ -90,11 +90,7 @@ class Walk:
     def _blocks_(self, layers: Layers) -> dict[str, LayerResult]:
         plan, run = self.plan, self.run
         if plan.settings.needs_gradients:
-            assert self.calls is not None
-            measuring = GradientPass(self.weights, self.calls, self.pool, plan.ranks, self.progress)
-            wanted = {i: block for i, block in enumerate(layers) if block and not run.has_gradients(i)}
-            for block, norms in measuring.norms(wanted, plan.settings.gradient_norm, plan.placement.by_sample):
-                run.save_gradients(block, norms)
+            self._measure_gradients(layers)
         budgets = run.record.budgets
         if budgets is None:
             budgets = run.record.budgets = self._budgets(layers)
@@ -112,6 +108,15 @@ class Walk:
             pruned = [{name: layer for name, layer in block.items() if name in run.results} for block in layers]
             self._distil_(pruned, dense)
         return run.results
+
+    def _measure_gradients(self, layers: Layers) -> None:
+        assert self.calls is not None
+        plan, run = self.plan, self.run
+        measuring = GradientPass(self.weights, self.calls, self.pool, plan.ranks, self.progress)
+        wanted = {i: block for i, block in enumerate(layers) if block and not run.has_gradients(i)}
+        for block, norms in measuring.norms(wanted, plan.settings.gradient_norm, plan.placement.by_sample):
+            run.save_gradients(block, norms)
+            norms.clear()  # else they would stay in memory beside those of the next block
 
     def _budgets(self, layers: Layers) -> dict[str, Budget]:
         settings, uniform = self.plan.settings, self.plan.budgets
@@ -153,7 +158,6 @@ class Walk:
         # Inputs are needed up to the last block that is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
         tokens = self.calls.tokens if self.calls else 0
-        how = How(BLOCK_EPOCHS, BLOCK_RATE, self.plan.products, settings.rounds)
         what = f"rounding ({settings.quantise})" if settings.pattern == DENSE else f"pruning ({settings.method})"
         for index in self.progress.track(range(len(layers)), what, "blocks", tokens=tokens):
             with self.weights.block(index):
@@ -164,11 +168,15 @@ class Walk:
                         layers[index][name].get_parameter("weight").data.copy_(run.finished(index, name))
                 else:
                     block = replay.block(index) if replay else None
-                    fit = partial(reconstruct_, targets=dense.hidden, how=how) if dense else None
+                    fit = self._fit(dense.hidden) if dense else None
                     results, grids = prune_block_(block, layers[index], self._gradients(index), settings, budgets, fit)
                     run.finish(index, _weights({name: layers[index][name] for name in results}), grids, results)
                 if replay and index < last:
                     replay.advance(index)
+
+    def _fit(self, targets: HiddenStates) -> BlockFit:
+        how = How(BLOCK_EPOCHS, BLOCK_RATE, self.plan.products, self.plan.settings.rounds)
+        return BlockFit(partial(reconstruct_, targets=targets, how=how), self.pool.put_away)
 
     def _distil_(self, layers: Layers, dense: list[Tensor]) -> None:
         plan, run, device = self.plan, self.run, self.plan.device

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from gblm_compress.methods.quantisation import Grid, rounded, straight_through
 from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, weight_matrix
 
+PIECE = 2**20  # values of a tensor that are packed or spread at once
 SCALE_RATE = 0.1  # learning rate of a scale, relative to a weight's: a scale moves a whole group
 
 
@@ -22,27 +24,59 @@ class Survivors(nn.Module):
 
     def __init__(self, alive: Tensor) -> None:
         super().__init__()
-        self._shape = alive.shape
+        self.shape = alive.shape
         rows = alive.flatten(0, -2)
         narrow = rows.shape[1] <= torch.iinfo(torch.int16).max
         # At 50 % density, columns take no more bytes than a mask. They are several times as fast on a CPU.
-        self._columns = rows.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32)
+        columns = [piece.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32) for piece in self._split(rows)]
+        self._columns = torch.cat(columns)
         self._counts = rows.sum(1)
         lengths = torch.unique(self._counts).tolist()
         self._each = lengths[0] if len(lengths) == 1 else None  # equal rows are several times as fast
 
     def forward(self, packed: Tensor) -> Tensor:
-        return packed.new_zeros(self._shape.numel()).scatter_(0, self._places(torch.int64), packed).view(self._shape)
+        spread: Tensor = _Spread.apply(packed, self)  # type: ignore[no-untyped-call]
+        return spread
 
     def right_inverse(self, dense: Tensor) -> Tensor:
-        narrow = dense.numel() <= torch.iinfo(torch.int32).max
-        return dense.flatten().index_select(0, self._places(torch.int32 if narrow else torch.int64))
+        pieces = self.pieces(dense.reshape(-1, self.shape[-1]), torch.int32)
+        return torch.cat([rows.flatten().index_select(0, places) for rows, _, places in pieces])
 
-    def _places(self, dtype: torch.dtype) -> Tensor:
-        starts = torch.arange(0, self._shape.numel(), self._shape[-1], dtype=dtype, device=self._columns.device)
-        if self._each is not None:
-            return (self._columns.view(len(starts), self._each) + starts[:, None]).flatten()
-        return self._columns + starts.repeat_interleave(self._counts, output_size=len(self._columns))
+    def pieces(self, rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """Some rows of `rows`, where their survivors lie in the packed values, and the survivors' places in them.
+
+        The places of all rows at once would take as much memory as the tensor.
+        """
+        first = end = 0
+        for piece in self._split(rows):
+            counts, start = self._counts[first : first + len(piece)], end
+            first, end = first + len(piece), start + (len(piece) * self._each if self._each else int(counts.sum()))
+            columns, width = self._columns[start:end], rows.shape[1]
+            starts = torch.arange(0, len(piece) * width, width, dtype=dtype, device=rows.device)
+            if self._each is not None:
+                places = (columns.view(len(piece), self._each) + starts[:, None]).flatten()
+            else:
+                places = columns + starts.repeat_interleave(counts, output_size=len(columns))
+            yield piece, slice(start, end), places
+
+    @staticmethod
+    def _split(rows: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(rows, max(1, PIECE // max(1, rows.shape[1])))
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, survivors: Survivors) -> Tensor:
+        ctx.survivors = survivors
+        dense = packed.new_zeros(survivors.shape)
+        for rows, where, places in survivors.pieces(dense.view(-1, survivors.shape[-1]), torch.int64):
+            rows.view(-1).scatter_(0, places, packed[where])
+        return dense
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return ctx.survivors.right_inverse(gradient), None
 
 
 class OnGrid(nn.Module):

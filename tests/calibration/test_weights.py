@@ -81,3 +81,12 @@ def test_states_are_given_back_when_they_are_released(room: int, tmp_path: Path)
     assert torch.equal(states[2], tensors[0]) and torch.equal(states[1], tensors[1])
     states.release()
     assert pool.left == room and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", [12, 11])
+def test_what_is_put_away_comes_back_from_memory_or_a_file(room: int, tmp_path: Path) -> None:
+    pool = StatePool(tmp_path, room, torch.device("cpu"))
+    with pool.put_away([torch.arange(2.0), torch.ones(2, dtype=torch.bfloat16)]) as get:
+        assert (pool.left, len(list(tmp_path.iterdir()))) == ((0, 0) if room == 12 else (11, 1))
+        assert get(1).dtype is torch.bfloat16 and get(0).tolist() == [0, 1]
+    assert pool.left == room and not list(tmp_path.iterdir())

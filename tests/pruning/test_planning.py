@@ -34,13 +34,17 @@ def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(
         return size(**chosen).working
 
     inputs, block = 3 * 64**2 + 128**2, size().block  # three inputs of the hidden size, one of the intermediate size
-    # The block as it was is kept too. Least squares has a damped Gram matrix, and takes more of a layer than selection.
-    solution = 4 * 128**2 + (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * 64 * 128
-    assert working(fit="fast") - working() == solution + 4 * inputs + block
+    # The block as it was is kept too. Least squares takes more of a layer than selection.
+    solution, grams = (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * 64 * 128, 4 * inputs + block
+    assert working(fit="fast") - working() == solution + grams
     assert working(fit="obs") - working(fit="fast") == planning.FACTOR_BYTES * 128**2
-    one, two = (working(fit="balanced", rounds=rounds) for rounds in (1, 2))
-    assert two - one == planning.ROUND_BYTES * block // 4
-    assert working(fit="balanced", quantise="int4") - one == planning.GRID_BYTES * block // 4
+    # A fit of the block begins when the matrices are put away; with rounds they stay, as `obs` would read them again.
+    whole = size(64, fit="balanced")
+    one, two = (working(fit="balanced", rounds=rounds, quantise="int4") for rounds in (1, 2))
+    assert one == whole.activations // 2 + (planning.FIT_BYTES + planning.GRID_BYTES) * block // 4
+    assert two - one == planning.ROUND_BYTES * block // 4 + grams
+    roomy, narrow = (planning.Placement(True, states, False) for states in (10**9, 0))
+    assert whole.on_disk(PruneSettings(), narrow, 0) - whole.on_disk(PruneSettings(), roomy, 0) > grams
     # At the end, where distillation needs the most, the rounds need nothing.
     assert working(fit="best", rounds=1) == working(fit="best", rounds=2)
     whole, logits = size(512, fit="best"), planning.LOGIT_BYTES * 512 * tiny("llama").config["vocab_size"]

@@ -11,13 +11,13 @@ from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE
 from gblm_compress.methods.quantisation import make_grid, rounded, straight_through
 from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
-from gblm_compress.pruning.block_pruning import prune_block_
+from gblm_compress.pruning.block_pruning import BlockFit, prune_block_
 from gblm_compress.settings import PruneSettings
 from gblm_compress.training.fits import How, distil_, reconstruct_, relative_error
 from gblm_compress.training.imitation import Imitation, prediction
 from gblm_compress.training.trainer import Trainer
 from gblm_compress.training.weights import SCALE_RATE, Weights, write_
-from tests.conftest import CAUSAL_LM, divergence, prune_, replay, samples, tiny_model
+from tests.conftest import CAUSAL_LM, divergence, in_memory, prune_, replay, samples, tiny_model
 
 
 def fit(start: torch.Tensor, loss, samples: int, *, epochs: int, rate: float, grids=None, revive: bool = False):
@@ -142,7 +142,8 @@ def pruned_block(kind: str, compute: str = "float32", **settings):
     targets = [block.run(index) for index in range(16)]
     chosen = PruneSettings(pattern="2:4", **settings)
     how = How(BLOCK_EPOCHS, BLOCK_RATE, compute, chosen.rounds)
-    fit = partial(reconstruct_, targets=targets, how=how) if chosen.fits.fits_block else None
+    run, pool = partial(reconstruct_, targets=targets, how=how), in_memory()
+    fit = BlockFit(run, pool.put_away) if chosen.fits.fits_block else None
     results, grids = prune_block_(block, layers, {}, chosen, chosen.budgets(list(layers)), fit)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad and parameter.grad is None
