@@ -3,7 +3,7 @@
     python benchmarks/large.py llama-3.1-70b --work scratch --method wanda --fit fast --json large.json
     python benchmarks/large.py llama-3.1-8b --work scratch --exports bitmask-int8 --json large-exports.json
 
-Makes Llamas of the real shapes with one block and with two, of random bfloat16 weights. `plan` predicts both prunings,
+Makes models of the real shapes with one block and with two, of random bfloat16 weights. `plan` predicts both prunings,
 then `prune` prunes both from disk. Every further block takes as long as the second one, so the time of the whole model
 follows. With `--blocks 1` the second is left out, and every block counts as long as the whole run. Peak memory includes
 the libraries. New rows are added to the file of `--json`.
@@ -19,16 +19,36 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import psutil
 from ending import exit_after
-from random_llama import PRESETS, Shape, write_random_llama
+from random_llama import PRESETS, write_random
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from gblm_compress.errors import GblmError
 from gblm_compress.machine import environment
+
+_QWEN = {"num_attention_heads": 64, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False}
+# The values are those of each model's config.json.
+MODELS = {
+    **{name: shape.config() for name, shape in PRESETS.items()},
+    "qwen3-32b": Qwen3Config(
+        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_key_value_heads=8, **_QWEN
+    ),
+    "qwen3-235b-a22b": Qwen3MoeConfig(
+        hidden_size=4096,
+        intermediate_size=12288,
+        moe_intermediate_size=1536,
+        num_hidden_layers=94,
+        num_key_value_heads=4,
+        num_experts=128,
+        num_experts_per_tok=8,
+        **_QWEN,
+    ),
+}
 
 
 def told(*words: str) -> dict[str, Any]:
@@ -41,10 +61,12 @@ def told(*words: str) -> dict[str, Any]:
     return found
 
 
-def measured(name: str, shape: Shape, work: Path, options: list[str]) -> dict[str, Any]:
-    """Plan and prune a model of that shape. Its folder and the output are removed."""
-    model, output = work / f"{name}-{shape.blocks}", work / "pruned"
-    size = write_random_llama(model, shape)
+def measured(name: str, blocks: int, work: Path, options: list[str]) -> dict[str, Any]:
+    """Plan and prune a model of that shape with so many blocks. Its folder and the output are removed."""
+    model, output = work / f"{name}-{blocks}", work / "pruned"
+    config = deepcopy(MODELS[name])
+    config.num_hidden_layers = blocks
+    size = write_random(model, config)
     try:
         planned = told("plan", str(model), *options)
         pruned = told("prune", str(model), "-o", str(output), *options)
@@ -52,7 +74,7 @@ def measured(name: str, shape: Shape, work: Path, options: list[str]) -> dict[st
         for folder in (model, output):
             shutil.rmtree(folder, ignore_errors=True)
     return {
-        "blocks": shape.blocks,
+        "blocks": blocks,
         "checkpoint_bytes": size,
         "seconds": pruned["seconds"],
         "planned_seconds": planned["seconds"],
@@ -91,7 +113,7 @@ def exported(model: Path, work: Path, form: str) -> dict[str, Any]:
 def all_exported(name: str, work: Path, forms: list[str]) -> list[dict[str, Any]]:
     """Make a model with zeros, export it in each form, and remove it."""
     model = work / name
-    size = write_random_llama(model, PRESETS[name], zeros=True)
+    size = write_random(model, deepcopy(MODELS[name]), zeros=True)
     try:
         return [{"model": name, "checkpoint_bytes": size, **exported(model, work, form)} for form in forms]
     finally:
@@ -106,21 +128,20 @@ def pruned_row(given: argparse.Namespace) -> dict[str, Any]:
     options = ["--calibration", "demo", "--dtype", "bfloat16"]
     for name, value in settings.items():
         options += [f"--{name.replace('_', '-')}", value]
-    shape = PRESETS[given.preset]
-    shapes = [replace(shape, blocks=count) for count in range(1, given.blocks + 1)]
-    runs = [measured(given.preset, cut, given.work, options) for cut in shapes]
+    runs = [measured(given.preset, count, given.work, options) for count in range(1, given.blocks + 1)]
     first, last = runs[0], runs[-1]
     a_block = last["seconds"] - first["seconds"] if len(runs) > 1 else first["seconds"]
     row = {"model": given.preset, **settings, **last}
     row |= {"seconds_a_block": a_block, "peak_bytes_of_one": first["peak_bytes"]}
-    row |= {"hours_of_all": (first["seconds"] + a_block * (shape.blocks - 1)) / 3600, "all_blocks": shape.blocks}
+    blocks = MODELS[given.preset].num_hidden_layers
+    row |= {"hours_of_all": (first["seconds"] + a_block * (blocks - 1)) / 3600, "all_blocks": blocks}
     return row
 
 
 def main() -> None:
     """Measure what is asked for; print it, and add it to the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("preset", choices=MODELS)
     parser.add_argument("--work", type=Path, required=True, help="a folder for models and outputs")
     parser.add_argument("--blocks", type=int, choices=(1, 2), default=2)
     parser.add_argument("--method", default="wanda")

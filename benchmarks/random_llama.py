@@ -1,4 +1,4 @@
-"""Write a Llama with random weights of any size as a Hugging Face folder, one shard a block.
+"""Write a decoder with random weights, by default a Llama, as a Hugging Face folder, one shard a block.
 
     python benchmarks/random_llama.py FOLDER --preset tinyllama-1.1b
 
@@ -8,7 +8,7 @@ deviation of 0.02, norms are ones. The tokenizer knows bytes, so that any text f
 
 import argparse
 import json
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from ending import exit_after
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from gblm_compress.models.loading import save_processor
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
@@ -55,17 +55,16 @@ class Shape:
             "mlp.down_proj": (self.hidden, self.intermediate),
         }
 
-    def shards(self) -> Iterator[dict[str, tuple[int, ...]]]:
-        """{tensor name: shape} of every shard: embeddings, one for each block, norm and head."""
-        yield {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
-        for index in range(self.blocks):
-            block = f"model.layers.{index}."
-            norms = ("input_layernorm", "post_attention_layernorm")
-            yield {f"{block}{name}.weight": shape for name, shape in self.matrices().items()} | {
-                f"{block}{name}.weight": (self.hidden,) for name in norms
-            }
-        head = {} if self.tied else {"lm_head.weight": (self.vocabulary, self.hidden)}
-        yield {"model.norm.weight": (self.hidden,), **head}
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=self.tied,
+        )
 
 
 PRESETS = {
@@ -78,52 +77,56 @@ PRESETS = {
 
 
 def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed: int = 0, zeros: bool = False) -> int:
-    """Write the model and its tokenizer; the same bytes for the same arguments.
+    """As `write_random`, a Llama of that shape."""
+    return write_random(folder, shape.config(), dtype, seed, zeros)
+
+
+def write_random(
+    folder: Path, config: PreTrainedConfig, dtype: str = "bfloat16", seed: int = 0, zeros: bool = False
+) -> int:
+    """Write a decoder and its tokenizer; the same bytes for the same arguments.
 
     Args:
         folder: is made, and must not exist.
+        config: of the model; tokens of its own are replaced by those of the tokenizer.
         dtype: of every tensor: bfloat16, float16 or float32.
         zeros: the smaller half of the weights of each block is zero.
 
     Returns:
         Bytes of all tensors.
     """
-    if shape.vocabulary < VOCABULARY:
-        raise SystemExit(f"--vocab {shape.vocabulary} is too small: the tokenizer has {VOCABULARY} tokens")
+    if config.vocab_size < VOCABULARY:
+        raise SystemExit(f"--vocab {config.vocab_size} is too small: the tokenizer has {VOCABULARY} tokens")
     folder.mkdir(parents=True)
+    config.bos_token_id = config.eos_token_id = VOCABULARY - 1
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    shards: dict[str, dict[str, Tensor]] = {}  # by block; what comes after the blocks is the last one
+    for name, parameter in model.named_parameters():
+        block = re.search(r"\.layers\.(\d+)\.", name)
+        shards.setdefault(block[1] if block else name.partition(".embed")[1] or "end", {})[name] = parameter
     generator = torch.Generator().manual_seed(seed)
-    shards = list(shape.shards())
     where: dict[str, str] = {}
     total = 0
-    for number, shapes in enumerate(shards, start=1):
+    for number, shapes in enumerate(shards.values(), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _random(size, getattr(torch, dtype), generator) for name, size in shapes.items()}
+        tensors = {name: _random(one.shape, getattr(torch, dtype), generator) for name, one in shapes.items()}
         for name, tensor in tensors.items():
-            if zeros and ".layers." in name and tensor.dim() == 2:
+            if zeros and ".layers." in name and tensor.dim() > 1:
                 tensor[tensor.abs() < MEDIAN * DEVIATION] = 0
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
         del tensors
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
-    LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-        architectures=["LlamaForCausalLM"],
-        dtype=dtype,
-        bos_token_id=VOCABULARY - 1,
-        eos_token_id=VOCABULARY - 1,
-    ).save_pretrained(folder)
+    config.save_pretrained(folder)
     save_processor(byte_tokenizer(), folder)
     return total
 
 
-def _random(size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _random(size: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if len(size) == 1:
         return torch.ones(size, dtype=dtype)
     return torch.empty(size, dtype=dtype).normal_(0, DEVIATION, generator=generator)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy
@@ -78,7 +79,10 @@ def test_a_large_model_is_pruned_by_its_first_blocks_beside_its_plan(program, tm
     result, work = tmp_path / "result.json", tmp_path / "work"
     options = ["toy", "--work", work, "--samples", "2", "--sequence-length", "32", "--memory", "1MiB"]
     with loaded("large", *options, "--json", result) as script:
-        monkeypatch.setitem(script.PRESETS, "toy", script.Shape(64, 128, 5, heads=4, kv_heads=2, vocabulary=512))
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "head_dim": 16}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+        toy = script.Qwen3MoeConfig(**sizes, **heads, num_hidden_layers=5, vocab_size=512)
+        monkeypatch.setitem(script.MODELS, "toy", toy)
         monkeypatch.setattr(script, "told", lambda *words: json.loads(program(*words, "--json").stdout))
         script.main()
     (row,) = json.loads(result.read_text())["rows"]
@@ -92,7 +96,9 @@ def test_a_large_model_is_pruned_by_its_first_blocks_beside_its_plan(program, tm
 def test_a_large_model_is_exported(tmp_path, monkeypatch) -> None:
     result, work = tmp_path / "result.json", tmp_path / "work"
     with loaded("large", "toy", "--work", work, "--exports", "bitmask-int8", "--json", result) as script:
-        monkeypatch.setitem(script.PRESETS, "toy", script.Shape(64, 128, 2, heads=4, kv_heads=2, vocabulary=512))
+        toy = script.PRESETS["llama-3.2-1b"]
+        toy = replace(toy, hidden=64, intermediate=128, blocks=2, heads=4, kv_heads=2, vocabulary=512).config()
+        monkeypatch.setitem(script.MODELS, "toy", toy)
         script.main()
     (row,) = json.loads(result.read_text())["rows"]
     assert row["checks"]["nonzero_fraction"] == pytest.approx(0.5, abs=0.02)
