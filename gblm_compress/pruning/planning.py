@@ -17,7 +17,7 @@ from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS, ROWS, most_steps
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
-from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
+from gblm_compress.models.files import EXPERTS, HEADS, LAYERS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import records
@@ -115,6 +115,9 @@ class Size:
         # Some families give these layer by layer.
         heads = int(np.max(first_of(config, HEADS) or 0))
         inner = int(np.max(first_of(config, ("intermediate_size",)) or 4 * hidden))
+        experts = int(np.max(first_of(config, EXPERTS) or 1))
+        of_expert = inner if experts == 1 else int(np.max(first_of(config, ("moe_intermediate_size",)) or inner))
+        attended = heads * (first_of(config, ("head_dim",)) or 0) or hidden
         tokens, length = first_of(config, ("vocab_size",)) or 0, calibration.sequence_length
         vocabulary = tokens if loading.task_of(source).generates else 0  # other models have few logits
         self.checkpoint = source.bytes_on_disk
@@ -128,10 +131,12 @@ class Size:
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
         self._states_of_pruning = (2 + settings.fits.fits_block) * place
+        # A block's Gram matrices: inputs, rows of the layers that share one, how many such matrices
+        alike = [(hidden, 3 * attended, 1), (attended, hidden, 1)]
+        alike += [(hidden, 2 * of_expert, experts), (of_expert, hidden, experts)]
+        # Each is multiplied in every step, to begin with, and for the errors.
         read = calibration.samples * length
-        # products with Gram matrices: of the steps, to begin with, and for the errors
-        narrow, wide = (3 + min(STEPS, most_steps(read, inputs)) for inputs in (hidden, inner))
-        fitted = hidden * (narrow * (4 * hidden**2 + 2 * hidden * inner) + wide * inner**2)
+        fitted = sum(n * rows * inputs**2 * (3 + min(STEPS, most_steps(read, inputs))) for inputs, rows, n in alike)
         self.solving = 2 * blocks * fitted if Need.GRAM in settings.needs else 0  # operations, in float32
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
         layer = hidden * inner  # the largest one, which is worked on alone
@@ -141,7 +146,9 @@ class Size:
         self.outside_blocks = embeddings * itemsize + a_sample
         # Gradient norms, Gram matrices, and the block as it was, for the errors of its layers
         norms = 4 * block * (settings.needs_gradients + (Need.REGIONAL in settings.needs))
-        grams = (4 * (3 * hidden**2 + inner**2) + self.block) if Need.GRAM in settings.block_needs else 0
+        grams = (
+            4 * sum(inputs**2 * n for inputs, _, n in alike) + self.block if Need.GRAM in settings.block_needs else 0
+        )
         factor = FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0
         at_a_layer = norms + grams + factor + max(SELECTION_BYTES * layer, solution)
         in_a_fit = fit_bytes * block + (ROUND_BYTES * block + norms + grams if settings.rounds > 1 else 0)

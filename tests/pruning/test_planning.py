@@ -66,6 +66,15 @@ def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
     assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
 
 
+def test_every_expert_has_gram_matrices_of_its_own(tmp_path) -> None:
+    (model := tiny_family("qwen3_moe")).save_pretrained(tmp_path)
+    source, hidden, inner, each = ModelSource("mixture", tmp_path), 64, 96, model.config.moe_intermediate_size
+    none, fast = (size_of(source, method="wanda", allocation="uniform", fit=fit) for fit in ("none", "fast"))
+    solution = (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * hidden * inner
+    grams = 4 * (2 * hidden**2 + model.config.num_experts * (hidden**2 + each**2))
+    assert fast.working - none.working == solution + grams + none.block
+
+
 @pytest.fixture
 def size(tiny) -> planning.Size:
     return size_of(tiny("llama"))
