@@ -367,15 +367,18 @@ def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...
     return ("evaluate", made, "--baseline", dense, *options)
 
 
-def _go_on(model: str, *, is_text: bool = False, is_sparse: bool = False) -> tuple[str, ...]:
+def _go_on(
+    model: str, *, is_text: bool = False, is_sparse: bool = False, calibration: str | None = None
+) -> tuple[str, ...]:
     """Prune a dense model, export a pruned one, time an export. Nothing follows a dense export, which is a baseline.
 
-    `is_sparse`: the weights have the zeros of a pruning, perhaps of another tool's.
+    `is_sparse`: the weights have the zeros of a pruning, perhaps of another tool's. `calibration` is for a model that
+    writes no text of its own.
     """
     made = _manifest(model)
     kind = made.get("kind")
     if kind is None and not is_sparse:
-        return _prune(model)
+        return _prune(model, calibration=calibration)
     if kind == "export":
         return ("benchmark", model, "--baseline", _dense_of(model)) if "prune" in made else ()
     settings, onnx = made.get("prune", {}), ("-o", str(Path(model).with_name("onnx")), "--format", "onnx")
@@ -417,7 +420,11 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "plan": _planned,
     "prune": lambda c, given: _evaluate(c["folder"], given["model"], given),
     "recover": lambda c, given: _evaluate(c["folder"], given["teacher"], {}),
-    "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
+    "evaluate": lambda c, given: _go_on(
+        given["model"],
+        is_text=c["sample"] == "window",
+        calibration=None if c["sample"] == "window" else given["dataset"],
+    ),
     "export": lambda c, given: _go_on(c["folder"]) or _evaluate(c["folder"], given["model"], {}),
     "inspect": lambda c, given: _go_on(given["model"], is_sparse=c["nonzeros"] <= MOST_NONZEROS * c["weights"]),
     "benchmark": lambda _, given: _timed(given["models"][0], given["baseline"][0]),

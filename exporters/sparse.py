@@ -96,12 +96,8 @@ def export(
         loading.save_processor(processor, temporary, source)
         progress.say("verifying …")
         reference = _run(model, sample) if kind.tolerance else reference
-        difference = _verify(ModelSource(str(output), temporary), model, dense, sample, reference)
-        moved, left, had = [], {}, {}
-        for name in dense if kind.tolerance else ():
-            stored = model.get_submodule(name).dense_weight()
-            moved.append(share_moved(stored, dense[name]))
-            left[name], had[name] = count_nonzeros(stored), count_nonzeros(dense[name])
+        moved, left, difference = _verify(ModelSource(str(output), temporary), model, dense, sample, reference)
+        had = {name: count_nonzeros(dense[name]) for name in left}
         zeros = zeros_of_rounding(had, left, {name: dense[name].numel() for name in pruned if name in left})
         checks = {
             "packed_layers": len(dense),
@@ -109,9 +105,9 @@ def export(
             **({"layers_not_rounded": exact} if exact else {}),
             "packed_bytes": sum(model.get_submodule(name).packed_bytes for name in dense),
             "same_layers_dense_bytes": sum(weight.nbytes for weight in dense.values()),
-            **({"restored_within": kind.tolerance, "largest_rounding_error": max(moved)} if moved else {}),
+            **({"restored_within": kind.tolerance, "largest_rounding_error": moved} if left else {}),
             **zeros,
-            **({} if moved else {"restored_bit_for_bit": True}),
+            **({} if left else {"restored_bit_for_bit": True}),
             "logits_relative_difference": difference,
             "logits_tolerance": TOLERANCE[dtype],
         }
@@ -133,17 +129,26 @@ def _run(model: Any, sample: Sample) -> _Ran:
     return prediction, {name: buffer for name, buffer in named.items() if not name.startswith(packed)}
 
 
-def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor], sample: Sample, reference: _Ran) -> float:
-    """Reload the folder. Compare each tensor, rounded weights within the layout's tolerance, and the prediction."""
+def _verify(
+    exported: ModelSource, written: Any, dense: dict[str, Tensor], sample: Sample, reference: _Ran
+) -> tuple[float, dict[str, int], float]:
+    """Reload the folder. Compare each tensor, rounded weights within the layout's tolerance, and the prediction.
+
+    Returns the largest share of a weight that rounding moved, {rounded layer: its nonzeros}, and the prediction's
+    difference.
+    """
     model = loading.load_model(exported)
+    moved, left = 0.0, {}
     for name, weight in dense.items():
         packed = model.get_submodule(name)
-        if not isinstance(packed, PackedLinear) or not packed.restores(weight):
+        stored = packed.dense_weight() if isinstance(packed, PackedLinear) else None
+        if stored is None or not packed.restores(weight, stored):
             within = written.get_submodule(name).kind.tolerance
             how = f"within {within:.0e} of the largest" if within else "bit for bit"
             raise VerificationError(f"{name}: the reloaded folder does not restore its weight {how}")
         if packed.kind.tolerance:
-            _check_products(name, packed)
+            _check_products(name, packed, stored)
+            moved, left[name] = max(moved, share_moved(stored, weight)), count_nonzeros(stored)
     restored = model.state_dict()
     for name, tensor in written.state_dict().items():
         if name not in restored or not same_bits(restored[name], tensor):
@@ -161,11 +166,11 @@ def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor], sampl
             f"predictions of the reloaded folder and its source differ by {difference:.2e} of the largest value "
             f"on real data; {tolerance:.0e} is allowed"
         )
-    return difference
+    return moved, left, difference
 
 
-def _check_products(name: str, packed: PackedLinear) -> None:
-    weight, allowed = packed.dense_weight().float(), 1e-3 if packed.dtype == torch.float32 else 1e-2
+def _check_products(name: str, packed: PackedLinear, stored: Tensor) -> None:
+    weight, allowed = stored.float(), 1e-3 if packed.dtype == torch.float32 else 1e-2
     for tokens in (1, 64):
         x = torch.randint(-127, 128, (tokens, packed.in_features), generator=torch.Generator().manual_seed(tokens))
         x[:, ::32] = 127  # so that 8 bits with a scale for 32 columns hold all inputs

@@ -214,10 +214,11 @@ class PackedLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         return self.kind.unpack(self.held, self.in_features, self.dtype)
 
-    def restores(self, weight: Tensor) -> bool:
-        return (weight.shape, weight.dtype) == (self.shape, self.dtype) and self.kind.restores(
-            self.held, self.dense_weight(), weight
-        )
+    def restores(self, weight: Tensor, stored: Tensor | None = None) -> bool:
+        """Whether it holds that matrix, within the layout's tolerance; `stored` is the `dense_weight` of this layer."""
+        if (weight.shape, weight.dtype) != (self.shape, self.dtype):
+            return False
+        return self.kind.restores(self.held, self.dense_weight() if stored is None else stored, weight)
 
     def error(self, weight: Tensor) -> float:
         """The share of that matrix that rounding moved: Σ |W - weight| / Σ |weight|."""

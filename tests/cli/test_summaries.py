@@ -155,6 +155,8 @@ def test_a_dense_model_is_pruned_and_its_export_evaluated_and_not_timed_against_
     words = summaries.FOLLOWING["export"]({"folder": "int8"}, {"model": "my/model"})
     assert " ".join(words) == f"evaluate int8 --baseline my/model {ON_DEMO}"
     assert summaries.FOLLOWING["evaluate"]({"sample": "window"}, {"model": "int8"}) == ()
+    words = summaries.FOLLOWING["evaluate"]({"sample": "text"}, {"model": "my/encoder", "dataset": "a.csv"})
+    assert words == ("prune", "my/encoder", "-o", "pruned", "--calibration", "a.csv")
     own = {"kind": "quantised", "export": {"quantise": "int8", "kernels": True}}
     assert summaries.FOLLOWING["advise"]({"advised": own}, {"model": "x"})[-2:] == ("int8", "--kernels")
     assert summaries.FOLLOWING["inspect"](FOUND | {"nonzeros": 61}, {"model": "x"}) == ("prune", "x", "-o", "pruned")
