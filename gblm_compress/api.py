@@ -66,7 +66,7 @@ Force = Annotated[bool, "Replace the output if it exists."]
 Resume = Annotated[bool, "Continue an interrupted run of the same command."]
 Quiet = Annotated[bool, "Show no progress."]
 RecipeName = Annotated[FileName, "A YAML file, or the name of a shipped recipe."]
-Changes = Annotated[Iterable[str], "Change a key of the recipe, for example prune.alpha=50."]
+Changes = Annotated[Iterable[str], "Change a key of the recipe, for example prune.alpha=50. May be repeated."]
 Calibration = Annotated[CalibrationSettings, {"dataset": "calibration"}]
 
 
@@ -228,7 +228,7 @@ def benchmark(
     *models: Annotated[FileName, MODEL + " Or an export."],
     baseline: Annotated[
         FileName | Iterable[FileName],
-        "The dense model. If you time ONNX exports, it is exported too, unless you give its export.",
+        "The dense model. If you time ONNX exports, it is exported too, unless you give its export. May be repeated.",
     ],
     settings: BenchmarkSettings,
     compute: ComputeSettings,

@@ -177,7 +177,7 @@ class ExportSettings(Settings):
     )
     keep_head: Annotated[bool, Panel.MORE] = Field(
         False,
-        description="Do not quantise head and embedding. By default, exports in 8 and 4 bits store them in 8 bits.",
+        description="Sparse PyTorch: leave head and embedding as they are. Else 8 and 4 bits store them in 8 bits.",
     )
 
     @property

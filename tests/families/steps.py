@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from gblm_compress.errors import GblmError
+from gblm_compress.errors import GblmError, first_line
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from tests.conftest import export, prune, saved
@@ -50,7 +50,7 @@ def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, s
         except GblmError as error:
             outcomes[step] = str(error).replace(str(folder), "…")
         except Exception as error:  # of a model that cannot be built so small, or a fault of the program
-            outcomes[step] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            outcomes[step] = f"{type(error).__name__}: {first_line(error)}"
         if step in (BUILD, PRUNE) and outcomes[step] != "ok":
             break
     return outcomes
