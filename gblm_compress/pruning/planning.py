@@ -152,7 +152,8 @@ class Size:
         factor = FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0
         at_a_layer = norms + grams + factor + max(SELECTION_BYTES * layer, solution)
         in_a_fit = fit_bytes * block + (ROUND_BYTES * block + norms + grams if settings.rounds > 1 else 0)
-        at_a_block = a_sample + max(at_a_layer, in_a_fit if settings.fits.fits_block else 0)
+        in_a_fit *= settings.fits.fits_block
+        at_a_block = a_sample + max(at_a_layer, in_a_fit)
         at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
         self.working = max(at_a_block, at_the_end if settings.fits.fits_model else 0)
         self._put_away = grams * settings.fits.fits_block

@@ -37,6 +37,8 @@ def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(
     # The block as it was is kept too. Least squares takes more of a layer than selection.
     solution, grams = (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * 64 * 128, 4 * inputs + block
     assert working(fit="fast") - working() == solution + grams
+    placement = planning.Placement(offload=False, states=0, by_sample=False)
+    assert size(fit="fast").peak(placement) - size().peak(placement) == solution + grams
     assert working(fit="obs") - working(fit="fast") == planning.FACTOR_BYTES * 128**2
     # A fit of the block begins when the matrices are put away; with rounds they stay, as `obs` would read them again.
     whole = size(64, fit="balanced")
