@@ -417,7 +417,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
             for row in results("large-epyc-zen5")["rows"]
         ],
         {
-            "model": "{model}", "fit": "{fit}", "blocks": "{blocks}", "s": "{seconds:.0f}",
+            "model": "{model}", "method": "{method}", "fit": "{fit}", "blocks": "{blocks}", "s": "{seconds:.0f}",
             "planned s": "{planned_seconds:.0f}", "peak GB": "{peak:.1f}", "planned GB": "{most:.1f}",
             "s, a block": "{seconds_a_block:.0f}", "hours, all blocks": "{hours_of_all:.1f}",
         },
