@@ -123,6 +123,7 @@ class StreamedWeights:
         finally:
             for name, before in absent.items():
                 self._replace(name, before)
+            self._checkpoint.forget()
 
     def _read(self, group: list[str], wanted: Tensor) -> Tensor:
         name = next(name for name in group if name in self._checkpoint)

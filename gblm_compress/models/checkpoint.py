@@ -133,7 +133,7 @@ class Checkpoint:
         self._names = names = _Names(model)
         headers = {path: files.read_header(path)[0] for path in self.files}
         self._where = where = {key: path for path, header in headers.items() for key in header}
-        self._shapes = {key: entry["shape"] for header in headers.values() for key, entry in header.items()}
+        self._entries = {key: entry for header in headers.values() for key, entry in header.items()}
         self._groups = names.groups(where)
         self._group_of = {name: group for group in self._groups.values() for name in names.targets(group)}
         self._parts: dict[str, list[str]] = {}
@@ -143,13 +143,23 @@ class Checkpoint:
         def read(key: str) -> Tensor:
             return read_tensor(where[key], key)
 
-        self._read, self._made = read, _latest(lambda group: names.made(group, read))
+        self._read = read
+        self.forget()
 
     def __contains__(self, name: str) -> bool:
         return self._names.views.get(name, (name,))[0] in self._group_of
 
+    def stored_as(self, name: str) -> str:
+        """The dtype of a tensor as its file's header calls it, for example "BF16"; nothing is read."""
+        whole, _ = self._names.views.get(name, (name, None))
+        dtype: str = self._entries[next(iter(self._group_of[whole].sources))]["dtype"]
+        return dtype
+
     def read(self, name: str) -> Tensor:
-        """The tensor of that name in the checkpoint's dtype, mapped to its file if possible."""
+        """The tensor of that name in the checkpoint's dtype, mapped to its file if possible.
+
+        A part of a converted tensor, as of one expert, is in the memory that `forget` lets go.
+        """
         whole, view = self._names.views.get(name, (name, None))
         if whole not in self._group_of:
             raise ModelError(
@@ -157,17 +167,19 @@ class Checkpoint:
                 "architecture than config.json says"
             )
         group = self._group_of[whole]
-        if view is None and group.converter is None:
-            return next(self._read(key) for key in group.sources)
-        made = self._made(group)[whole]
-        return made if view is None else view(made).clone()
+        made = next(map(self._read, group.sources)) if group.converter is None else self._made(group)[whole]
+        return made if view is None else view(made)
+
+    def forget(self) -> None:
+        """Convert tensors anew when they are next read: the last ones may have been changed."""
+        self._made = _latest(lambda group: self._names.made(group, self._read))
 
     def check_shapes(self) -> None:
         """ModelError if a tensor that needs no conversion has another shape in the files than in the model."""
         for key, group in self._groups.items():
             needed = None if group.converter else self._names.own.get(self._names.whole(group.target))
             if needed is not None:
-                check_shape(key, self._shapes[key], needed)
+                check_shape(key, self._entries[key]["shape"], needed)
 
     def not_finite(self, name: str, dtype: torch.dtype) -> ModelError:
         """Why a parameter that was loaded as `dtype` holds NaN or infinity: the stored tensor and its file."""
@@ -212,14 +224,17 @@ class Checkpoint:
 
     def _changed(self, group: _Group, changed: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
         names = [part for name in self._names.targets(group) for part in self._parts.get(name, [name])]
-        new = {name: tensor for name in names if (tensor := changed(name)) is not None}
-        if not new or (group.converter is None and len(names) == 1):
-            return {key: tensor for key in group.sources for tensor in new.values()}
-        made = {name: tensor.clone() for name, tensor in self._names.made(group, self._read).items()}
-        for name, tensor in new.items():
+        if group.converter is None and len(names) == 1:
+            tensor = changed(names[0])
+            return {} if tensor is None else dict.fromkeys(group.sources, tensor)
+        made: dict[str, Tensor] = {}
+        for name in names:
+            if (tensor := changed(name)) is None:
+                continue
+            made = made or {name: tensor.clone() for name, tensor in self._names.made(group, self._read).items()}
             whole, view = self._names.views.get(name, (name, None))
             (made[whole] if view is None else view(made[whole])).copy_(tensor)
-        return self._names.unmade(group, made)
+        return self._names.unmade(group, made) if made else {}
 
     def _written_name(self, key: str) -> str:
         """A tensor's name in a rewritten file, with the prefix that a bare backbone lacks."""

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gblm_compress.errors import ModelError
@@ -18,7 +17,7 @@ from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import Walked
 
-_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STORED = ("F64", "F32", "F16", "BF16")
 
 
 def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint:
@@ -30,7 +29,7 @@ def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint
                 f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}; save the model with "
                 "save_pretrained first, or add the layer to --ignore"
             )
-        if (dtype := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
+        if (dtype := checkpoint.stored_as(f"{name}.weight")) not in _STORED:
             raise ModelError(
                 f"model {source.name!r}: its files hold {name + '.weight'!r} in {dtype}, not as floating-point "
                 "numbers of 16 bits or more; the model is quantised or damaged: prune the original"
