@@ -158,10 +158,13 @@ class Size:
         self.working = max(at_a_block, at_the_end if settings.fits.fits_model else 0)
         self._put_away = grams * settings.fits.fits_block
         self._room = self.working - a_sample - in_a_fit
+        # Experts of a mixture are one tensor, which is saved as a whole: as it was, changed, and from the run's files.
+        self.saving = 3 * 2 * of_expert * hidden * experts * itemsize if experts > 1 else 0
 
     def held(self, offload: bool) -> int:
         """Bytes of memory for weights and work, beside hidden states."""
-        return self.block + max(self.outside_blocks, self.working) if offload else self.weights + self.working
+        at_work = self.block + max(self.outside_blocks, self.working) if offload else self.weights + self.working
+        return max(at_work, self.saving)
 
     def _states(self, placement: Placement) -> int:
         return max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
