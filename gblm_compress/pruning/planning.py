@@ -117,7 +117,8 @@ class Size:
         inner = int(np.max(first_of(config, ("intermediate_size",)) or 4 * hidden))
         experts = int(np.max(first_of(config, EXPERTS) or 1))
         of_expert = inner if experts == 1 else int(np.max(first_of(config, ("moe_intermediate_size",)) or inner))
-        attended = heads * (first_of(config, ("head_dim",)) or 0) or hidden
+        chosen = min(experts, int(np.max(first_of(config, ("num_experts_per_tok", "moe_k")) or experts)))  # by a token
+        attended = heads * int(np.max(first_of(config, ("head_dim",)) or 0)) or hidden
         tokens, length = first_of(config, ("vocab_size",)) or 0, calibration.sequence_length
         vocabulary = tokens if loading.task_of(source).generates else 0  # other models have few logits
         self.checkpoint = source.bytes_on_disk
@@ -125,6 +126,8 @@ class Size:
         embeddings = tokens * hidden * (1 if getattr(config, "tie_word_embeddings", True) else 2)
         self.in_blocks = max(0, weights - embeddings)  # weights, not bytes
         block = self.in_blocks // blocks
+        # Weights that a token does not meet. Not every block may have experts.
+        self.idle = min(3 * of_expert * hidden * experts * blocks, self.in_blocks) * (experts - chosen) // experts
         self.weights, self.block = weights * itemsize, block * itemsize
         self.gradients = 4 * weights if settings.needs_gradients else 0
         self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
@@ -251,7 +254,7 @@ def cost_of(
     rate, times = cost.operations_per_second(plan.device, getattr(torch, plan.dtype)), passes(plan.settings)
     weights, settings = loading.count_weights(source), plan.settings
     handling = READS * 4 * size.in_blocks / cost.bytes_per_second("cpu")
-    multiplied = weights if settings.needs_gradients or settings.fits.fits_model else size.in_blocks
+    multiplied = (weights if settings.needs_gradients or settings.fits.fits_model else size.in_blocks) - size.idle
     solving = size.solving / plan.ranks.size / cost.operations_per_second(plan.device, torch.float32)
 
     def seconds(text: CalibrationSettings) -> float:
