@@ -17,6 +17,7 @@ from ending import exit_after
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from gblm_compress.models.loading import save_processor
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
@@ -116,6 +117,7 @@ def write_random(
         for name, tensor in tensors.items():
             if zeros and ".layers." in name and tensor.dim() > 1:
                 tensor[tensor.abs() < MEDIAN * DEVIATION] = 0
+        tensors = {name: one.contiguous() for name, one in revert_weight_conversion(model, tensors).items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -29,6 +29,20 @@ def test_only_the_part_at_work_has_weights_and_changes_to_it_do_not_last(tiny) -
     assert {path.name: path.read_bytes() for path in tiny("llama").folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # a file has a tensor for each expert, or one for all
+def test_changes_to_experts_do_not_last_either(family: str, tmp_path: Path) -> None:
+    source = saved(tiny_family(family), tmp_path)
+    streamed = StreamedWeights(source, load_skeleton(source), "cpu")
+    for _ in range(2):
+        with streamed.block(0) as block, torch.no_grad():
+            weights = [
+                layer.weight for expert in range(4) for layer in getattr(block.mlp.experts, str(expert)).values()
+            ]
+            assert weights and all(weight.count_nonzero() > 0 for weight in weights)
+            for weight in weights:
+                weight.zero_()
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_attached_matrices_stay_on_disk_and_the_model_computes_the_same(kind: str, tiny) -> None:
     ids, dense = torch.arange(12)[None], load_model(tiny(kind), "float32")
