@@ -231,9 +231,11 @@ class Checkpoint:
         for name in names:
             if (tensor := changed(name)) is None:
                 continue
-            made = made or {name: tensor.clone() for name, tensor in self._names.made(group, self._read).items()}
+            # Each part is changed in the tensor that the next one is read from, so that no second one is needed.
+            made = made or (self._made(group) if group.converter else self._names.made(group, self._read))
             whole, view = self._names.views.get(name, (name, None))
             (made[whole] if view is None else view(made[whole])).copy_(tensor)
+        self.forget()
         return self._names.unmade(group, made) if made else {}
 
     def _written_name(self, key: str) -> str:
