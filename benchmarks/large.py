@@ -66,6 +66,8 @@ def measured(name: str, blocks: int, work: Path, options: list[str]) -> dict[str
     model, output = work / f"{name}-{blocks}", work / "pruned"
     config = deepcopy(MODELS[name])
     config.num_hidden_layers = blocks
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:blocks]
     size = write_random(model, config)
     try:
         planned = told("plan", str(model), *options)
