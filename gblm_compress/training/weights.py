@@ -35,7 +35,7 @@ class Survivors(nn.Module):
         self._each = lengths[0] if len(lengths) == 1 else None  # equal rows are several times as fast
 
     def forward(self, packed: Tensor) -> Tensor:
-        spread: Tensor = _Spread.apply(packed, self)  # type: ignore[no-untyped-call]
+        spread: Tensor = _Spread.apply(packed, self)  # type: ignore[no-untyped-call, unused-ignore]
         return spread
 
     def right_inverse(self, dense: Tensor) -> Tensor:
