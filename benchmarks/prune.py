@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from ending import exit_after
-from random_llama import PRESETS, Shape, write_random_llama
+from random_llama import PRESETS, Shape, write_random
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -210,7 +210,7 @@ class Bench:
         """A folder of random weights in bf16, made once."""
         folder = self.work / "-".join(["llama", *(str(value) for value in asdict(shape).values())])
         if not folder.exists():
-            write_random_llama(folder, shape)
+            write_random(folder, shape.config())
         return folder
 
     def _told(self, command: list[str], cost: Cost) -> Cost:

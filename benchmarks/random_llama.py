@@ -77,11 +77,6 @@ PRESETS = {
 }
 
 
-def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed: int = 0, zeros: bool = False) -> int:
-    """As `write_random`, a Llama of that shape."""
-    return write_random(folder, shape.config(), dtype, seed, zeros)
-
-
 def write_random(
     folder: Path, config: PreTrainedConfig, dtype: str = "bfloat16", seed: int = 0, zeros: bool = False
 ) -> int:
@@ -104,10 +99,10 @@ def write_random(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
-    shards: dict[str, dict[str, Tensor]] = {}  # by block; what comes after the blocks is the last one
+    shards: dict[str, dict[str, Tensor]] = {}  # embeddings, one for each block, norm and head
     for name, parameter in model.named_parameters():
-        block = re.search(r"\.layers\.(\d+)\.", name)
-        shards.setdefault(block[1] if block else name.partition(".embed")[1] or "end", {})[name] = parameter
+        shard = re.search(r"\.layers\.\d+\.|embed", name)
+        shards.setdefault(shard[0] if shard else "end", {})[name] = parameter
     generator = torch.Generator().manual_seed(seed)
     where: dict[str, str] = {}
     total = 0
@@ -152,7 +147,7 @@ def main() -> None:
     shape = PRESETS[options.preset] if options.preset else Shape(*own)
     if options.folder.exists():
         raise SystemExit(f"{options.folder} exists; give another folder")
-    written = write_random_llama(options.folder, shape, options.dtype, options.seed)
+    written = write_random(options.folder, shape.config(), options.dtype, options.seed)
     print(f"{options.folder}: {written / 1e6:,.0f} MB in {shape.blocks} blocks")
 
 

@@ -31,7 +31,7 @@ import torch
 from cpu_decode import generations, show
 from ending import exit_after
 from llama_cpp_model import LlamaCpp, write_gguf
-from random_llama import PRESETS, Shape, write_random_llama
+from random_llama import PRESETS, Shape, write_random
 
 from gblm_compress.api import prune
 from gblm_compress.exporters import export
@@ -67,7 +67,7 @@ def random_models(shape: Shape, folder: Path) -> dict[str, ModelSource]:
     """A random Llama and the pruned one, made where they are not in `folder`."""
     models = {name: ModelSource(name, folder / f"{name}-model") for name in ("dense", "pruned")}
     if not models["dense"].folder.exists():
-        write_random_llama(models["dense"].folder, shape, "float16")
+        write_random(models["dense"].folder, shape.config(), "float16")
     if not models["pruned"].folder.exists():
         prune(models["dense"].folder, models["pruned"].folder, method="magnitude", fit="none")
     return models

@@ -79,9 +79,9 @@ def prune_block_(
         return as_matrix(layers[name], selection.keep)  # back to the stored layout: a transposition undoes itself
 
     results = {}
-    with fit.put_away(kept) if fit else nullcontext(kept[:].__getitem__) as get:
-        kept.clear()
+    with fit.put_away(kept) if fit else nullcontext(kept.__getitem__) as get:
         if fit is not None and layers:
+            kept.clear()  # now they are elsewhere
             grids = fit.run(block, layers, grids=grids, choose=choose)
         for name, layer in layers.items():
             weight = weight_matrix(layer).detach()

@@ -124,7 +124,7 @@ class Size:
         self.checkpoint = source.bytes_on_disk
         weights = source.bytes_on_disk // stored
         embeddings = tokens * hidden * (1 if getattr(config, "tie_word_embeddings", True) else 2)
-        self.in_blocks = max(0, weights - embeddings)  # weights, not bytes
+        self.in_blocks, self.head = max(0, weights - embeddings), vocabulary * hidden  # weights, not bytes
         block = self.in_blocks // blocks
         # Weights that a token does not meet. Not every block may have experts.
         self.idle = min(3 * of_expert * hidden * experts * blocks, self.in_blocks) * (experts - chosen) // experts
@@ -160,7 +160,7 @@ class Size:
         at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
         self.working = max(at_a_block, at_the_end if settings.fits.fits_model else 0)
         self._put_away = grams * settings.fits.fits_block
-        self._room = self.working - a_sample - in_a_fit
+        self._room = self.working - a_sample - in_a_fit  # for what is put away, while Adam fits
         # A mixture's experts are saved together: as they were, changed, and as they are written (2.4 copies measured).
         self.saving = 5 * 3 * of_expert * hidden * experts * itemsize // 2 if experts > 1 else 0
 
@@ -252,20 +252,21 @@ def cost_of(
     `writing`: seconds and bytes to generate the text, if the model writes it.
     """
     rate, times = cost.operations_per_second(plan.device, getattr(torch, plan.dtype)), passes(plan.settings)
-    weights, settings = loading.count_weights(source), plan.settings
+    # The head is read for the loss alone; its weights get no gradients.
+    reads_head = 2.0 * plan.settings.needs_gradients + 4.0 * MODEL_EPOCHS * plan.settings.fits.fits_model
     handling = READS * 4 * size.in_blocks / cost.bytes_per_second("cpu")
-    multiplied = (weights if settings.needs_gradients or settings.fits.fits_model else size.in_blocks) - size.idle
     solving = size.solving / plan.ranks.size / cost.operations_per_second(plan.device, torch.float32)
 
     def seconds(text: CalibrationSettings) -> float:
-        one = 2 * multiplied * text.samples * text.sequence_length / plan.ranks.size / rate
-        return handling + one * times + max(0.0, solving - one)  # one pass is counted for the solution
+        a_weight = 2 * text.samples * text.sequence_length / plan.ranks.size / rate
+        one, head = (a_weight * weights for weights in (size.in_blocks - size.idle, size.head))
+        return handling + one * times + head * reads_head + max(0.0, solving - one)  # one is counted for the solution
 
     takes, memory = seconds(calibration) + writing[0], max(int(writing[1]), size.peak(plan.placement))
     smaller = seconds(calibration.model_copy(update=SMALL))
     result = PlanResult(
         model=source.name,
-        weights=int(weights),
+        weights=int(loading.count_weights(source)),
         dtype=plan.dtype,
         device=str(plan.device),
         from_disk=plan.placement.offload,

@@ -26,12 +26,13 @@ class Survivors(nn.Module):
         super().__init__()
         self.shape = alive.shape
         rows = alive.flatten(0, -2)
+        self._step = max(1, PIECE // max(1, rows.shape[1]))  # rows of a piece
         narrow = rows.shape[1] <= torch.iinfo(torch.int16).max
         # At 50 % density, columns take no more bytes than a mask. They are several times as fast on a CPU.
-        columns = [piece.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32) for piece in self._split(rows)]
-        self._columns = torch.cat(columns)
-        self._counts = rows.sum(1)
-        lengths = torch.unique(self._counts).tolist()
+        pieces, counts = torch.split(rows, self._step), rows.sum(1)
+        self._columns = [piece.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32) for piece in pieces]
+        self._counts = torch.split(counts, self._step)
+        lengths = torch.unique(counts).tolist()
         self._each = lengths[0] if len(lengths) == 1 else None  # equal rows are several times as fast
 
     def forward(self, packed: Tensor) -> Tensor:
@@ -39,38 +40,30 @@ class Survivors(nn.Module):
         return spread
 
     def right_inverse(self, dense: Tensor) -> Tensor:
-        pieces = self.pieces(dense.reshape(-1, self.shape[-1]), torch.int32)
-        return torch.cat([rows.flatten().index_select(0, places) for rows, _, places in pieces])
+        return torch.cat([rows.flatten().index_select(0, places) for rows, places in self.pieces(dense, torch.int32)])
 
-    def pieces(self, rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """Some rows of `rows`, where their survivors lie in the packed values, and the survivors' places in them.
+    def pieces(self, dense: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of a tensor at a time, and the places of their survivors in them.
 
         The places of all rows at once would take as much memory as the tensor.
         """
-        first = end = 0
-        for piece in self._split(rows):
-            counts, start = self._counts[first : first + len(piece)], end
-            first, end = first + len(piece), start + (len(piece) * self._each if self._each else int(counts.sum()))
-            columns, width = self._columns[start:end], rows.shape[1]
-            starts = torch.arange(0, len(piece) * width, width, dtype=dtype, device=rows.device)
+        rows = torch.split(dense.reshape(-1, self.shape[-1]), self._step)
+        for piece, columns, counts in zip(rows, self._columns, self._counts, strict=True):
+            starts = torch.arange(0, piece.numel(), piece.shape[1], dtype=dtype, device=dense.device)
             if self._each is not None:
-                places = (columns.view(len(piece), self._each) + starts[:, None]).flatten()
+                yield piece, (columns.view(len(piece), self._each) + starts[:, None]).flatten()
             else:
-                places = columns + starts.repeat_interleave(counts, output_size=len(columns))
-            yield piece, slice(start, end), places
-
-    @staticmethod
-    def _split(rows: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(rows, max(1, PIECE // max(1, rows.shape[1])))
+                yield piece, columns + starts.repeat_interleave(counts, output_size=len(columns))
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, survivors: Survivors) -> Tensor:
         ctx.survivors = survivors
-        dense = packed.new_zeros(survivors.shape)
-        for rows, where, places in survivors.pieces(dense.view(-1, survivors.shape[-1]), torch.int64):
-            rows.view(-1).scatter_(0, places, packed[where])
+        dense, first = packed.new_zeros(survivors.shape), 0
+        for rows, places in survivors.pieces(dense, torch.int64):
+            rows.view(-1).scatter_(0, places, packed[first : first + len(places)])
+            first += len(places)
         return dense
 
     @staticmethod

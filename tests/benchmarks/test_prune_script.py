@@ -29,10 +29,10 @@ def test_pruning_gives_the_masks_of_the_reference(pattern, norm) -> None:
 def test_a_random_llama_is_whole_and_computes(tmp_path) -> None:
     with loaded("random_llama") as script:
         shape = script.Shape(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocabulary=300)
-        total = script.write_random_llama(tmp_path / "one", shape)
-        script.write_random_llama(tmp_path / "two", shape)
+        total = script.write_random(tmp_path / "one", shape.config())
+        script.write_random(tmp_path / "two", shape.config())
         with pytest.raises(SystemExit, match=f"--vocab 256 is too small: the tokenizer has {VOCABULARY}"):
-            script.write_random_llama(tmp_path / "three", script.Shape(64, 96, 1, 4, 2, 256))
+            script.write_random(tmp_path / "three", script.Shape(64, 96, 1, 4, 2, 256).config())
     one, two = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("one", "two"))
     assert len(one) == 5 and [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype="auto", output_loading_info=True)

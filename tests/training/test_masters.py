@@ -10,7 +10,9 @@ from gblm_compress.training.weights import Survivors, Weights, owners
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 6), (2, 40_000)])  # the last has columns that 16 bits do not number
 @pytest.mark.parametrize("in_each_row", [None, 2, 0])
-def test_survivors_are_those_of_the_mask(shape, in_each_row: int | None) -> None:
+@pytest.mark.parametrize("piece", [10, 1 << 20])  # one row or two, or all
+def test_survivors_are_those_of_the_mask(shape, in_each_row: int | None, piece: int, monkeypatch) -> None:
+    monkeypatch.setattr("gblm_compress.training.weights.PIECE", piece)
     generator = torch.Generator().manual_seed(0)
     drawn, dense = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
     places = drawn < 0.3 if in_each_row is None else drawn.argsort(-1).argsort(-1) < in_each_row
