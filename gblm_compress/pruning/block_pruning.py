@@ -1,7 +1,7 @@
 """Pruning of one block: measure, score, mask, fit the survivors. The loop over the blocks is in `walk.py`."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,12 +64,17 @@ def prune_block_(
     rounded, again = fit is None, fit is not None and settings.rounds > 1  # the block's fit rounds its own result
     grids: dict[str, Grid] = {}
     survivors: dict[str, int] = {}
-    kept, places = _for_errors(layers, statistics)
+    errors: dict[str, float] = {}
+    kept, places = _for_errors(layers, statistics) if fit else ([], {})  # else each layer is final at once
     for name, layer in layers.items():
+        gram = None if fit else statistics[name].gram
+        dense = None if gram is None else weight_matrix(layer).detach().clone()
         shared = block.ranks if block and own[name].fits.needs else Ranks()  # not what takes less than a sum over ranks
         survivors[name], grid = _prune_layer_(layer, statistics[name], rules[name], own[name], shared, rounded)
         if grid is not None:
             grids[name] = grid
+        if dense is not None and gram is not None:
+            errors[name] = output_error(weight_matrix(layer).detach().float(), dense, gram)
         if not again:
             del statistics[name]  # they take as much memory as a fit
 
@@ -78,22 +83,24 @@ def prune_block_(
         selection = METHODS[own[name].method].select(values, statistics[name], rules[name])
         return as_matrix(layers[name], selection.keep)  # back to the stored layout: a transposition undoes itself
 
-    results = {}
-    with fit.put_away(kept) if fit else nullcontext(kept.__getitem__) as get:
-        if fit is not None and layers:
+    if fit is not None and layers:
+        with fit.put_away(kept) as get:
             kept.clear()  # now they are elsewhere
             grids = fit.run(block, layers, grids=grids, choose=choose)
-        for name, layer in layers.items():
-            weight = weight_matrix(layer).detach()
-            results[name] = LayerResult(
-                budgets[name].pattern.name,
-                (weight.shape[0], weight.shape[1]),
-                count_nonzeros(weight),
-                is_transposed(layer),
-                by_magnitude=name in few,
-                output_error=output_error(weight.float(), *map(get, places[name])) if name in places else None,
-                survivors=survivors[name],
-            )
+            for name, at in places.items():
+                errors[name] = output_error(weight_matrix(layers[name]).detach().float(), *map(get, at))
+    results = {}
+    for name, layer in layers.items():
+        weight = weight_matrix(layer).detach()
+        results[name] = LayerResult(
+            budgets[name].pattern.name,
+            (weight.shape[0], weight.shape[1]),
+            count_nonzeros(weight),
+            is_transposed(layer),
+            by_magnitude=name in few,
+            output_error=errors.get(name),
+            survivors=survivors[name],
+        )
     return results, grids
 
 

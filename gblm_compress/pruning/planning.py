@@ -147,11 +147,10 @@ class Size:
         logits = 12 * min(length, LOSS_TOKENS) * vocabulary if settings.needs_gradients else 0  # with their gradients
         a_sample = self.activations // blocks + logits
         self.outside_blocks = embeddings * itemsize + a_sample
-        # Gradient norms, Gram matrices, and the block as it was, for the errors of its layers
+        # Gradient norms, Gram matrices, and the weights before, for the error of each layer
         norms = 4 * block * (settings.needs_gradients + (Need.REGIONAL in settings.needs))
-        grams = (
-            4 * sum(inputs**2 * n for inputs, _, n in alike) + self.block if Need.GRAM in settings.block_needs else 0
-        )
+        before = self.block if settings.fits.fits_block else itemsize * layer
+        grams = 4 * sum(inputs**2 * n for inputs, _, n in alike) + before if Need.GRAM in settings.block_needs else 0
         factor = FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0
         at_a_layer = norms + grams + factor + max(SELECTION_BYTES * layer, solution)
         in_a_fit = fit_bytes * block + (ROUND_BYTES * block + norms + grams if settings.rounds > 1 else 0)

@@ -34,8 +34,9 @@ def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(
         return size(**chosen).working
 
     inputs, block = 3 * 64**2 + 128**2, size().block  # three inputs of the hidden size, one of the intermediate size
-    # The block as it was is kept too. Least squares takes more of a layer than selection.
-    solution, grams = (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * 64 * 128, 4 * inputs + block
+    layer = 64 * 128  # the largest one is kept as it was; for a fit of the block, the block
+    # Least squares takes more of a layer than selection.
+    solution, grams = (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * layer, 4 * inputs + 4 * layer
     assert working(fit="fast") - working() == solution + grams
     placement = planning.Placement(offload=False, states=0, by_sample=False)
     assert size(fit="fast").peak(placement) - size().peak(placement) == solution + grams
@@ -44,6 +45,7 @@ def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(
     whole = size(64, fit="balanced")
     one, two = (working(fit="balanced", rounds=rounds, quantise="int4") for rounds in (1, 2))
     assert one == whole.activations // 2 + (planning.FIT_BYTES + planning.GRID_BYTES) * block // 4
+    grams = 4 * inputs + block
     assert two - one == planning.ROUND_BYTES * block // 4 + grams
     roomy, narrow = (planning.Placement(True, states, False) for states in (10**9, 0))
     assert whole.on_disk(PruneSettings(), narrow, 0) - whole.on_disk(PruneSettings(), roomy, 0) > grams
@@ -74,7 +76,7 @@ def test_every_expert_has_gram_matrices_of_its_own(tmp_path) -> None:
     none, fast = (size_of(source, method="wanda", allocation="uniform", fit=fit) for fit in ("none", "fast"))
     solution = (planning.SOLVING_BYTES + 12 - planning.SELECTION_BYTES) * hidden * inner
     grams = 4 * (2 * hidden**2 + model.config.num_experts * (hidden**2 + each**2))
-    assert fast.working - none.working == solution + grams + none.block
+    assert fast.working - none.working == solution + grams + 4 * hidden * inner
     assert none.idle == 2 * 3 * each * hidden * (model.config.num_experts - model.config.num_experts_per_tok) > 0
     assert none.saving == 2.5 * 3 * each * hidden * model.config.num_experts * 4
 
