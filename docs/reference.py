@@ -39,7 +39,18 @@ def command_reference() -> str:
                 spelling = f"`{parameter.metavar}`"
             default = "required" if parameter.required else _command_default(parameter.default)
             lines.append(f"| {spelling} | {default} | {parameter.help} |")
+    lines += ["", "## Environment variables", "", "| variable | meaning |", "| --- | --- |"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items()]
     return "\n".join(lines) + "\n"
+
+
+VARIABLES = {
+    "GBLM_COMPRESS_CACHE": "Folder of kept texts, exports and measurements; `~/.cache/gblm-compress` if unset.",
+    "GBLM_COMPRESS_KERNEL": "The instructions of the packed kernels, for example `avx2`; the best ones if unset.",
+    "GBLM_COMPRESS_TRACEBACK": "`1` shows where an unexpected error arose.",
+    "OMP_NUM_THREADS": "Threads of a CPU; one for each core if unset.",
+    "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "Cache, login and offline mode of the Hugging Face hub.",
+}
 
 
 GENERATED: dict[str, Callable[[], str]] = {
@@ -80,7 +91,9 @@ def _default(field: Any) -> str:
         return "unset"
     if isinstance(value, BaseModel):
         return "see below"
-    return f"`{list(value) if isinstance(value, tuple) else value}`"
+    if isinstance(value, tuple):
+        value = [each.model_dump() if isinstance(each, BaseModel) else each for each in value]
+    return f"`{json.dumps(value, default=str)}`".replace('"', "")
 
 
 def _type(schema: dict[str, Any]) -> str:
