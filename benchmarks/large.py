@@ -1,6 +1,7 @@
 """What it takes to prune a large model on a small machine, measured on its first blocks, and to export one.
 
     python benchmarks/large.py llama-3.1-70b --work scratch --method wanda --fit fast --json large.json
+    python benchmarks/large.py llama-3.1-8b --work scratch --fit none --cold --json large-bytes.json
     python benchmarks/large.py llama-3.1-8b --work scratch --exports bitmask-int8 --json large-exports.json
 
 Makes models of the real shapes with one block and with two, of random bfloat16 weights. `plan` predicts both prunings,
@@ -8,29 +9,43 @@ then `prune` prunes both from disk. Every further block takes as long as the sec
 follows. With `--blocks 1` the second is left out, and every block counts as long as the whole run. Peak memory includes
 the libraries. New rows are added to the file of `--json`.
 
-With `--exports` a whole model is made and exported; half of its weights are zero. The peak counts the memory of all
-processes without pages of files, because the system drops these when it needs room.
+With `--cold` the system forgets the files in `--work` every second while `prune` runs, as it would if they were much
+larger than its memory. So everything that is read again is read from disk again, and counted.
+
+With `--exports` a whole model is made and exported; half of its weights are zero. Then each export is loaded in a
+process of its own and decodes a few tokens. The peaks count memory without pages of files, because the system drops
+these when it needs room.
 """
 
 import argparse
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from cpu_decode import generations
 from ending import exit_after
 from random_llama import PRESETS, write_random
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from gblm_compress.errors import GblmError
 from gblm_compress.machine import environment
+from gblm_compress.measure.runtimes import load_runtime
+from gblm_compress.models.source import ModelSource
 
+BLOCK = 512  # bytes, in which the kernel counts what a process reads from disk
 _QWEN = {"num_attention_heads": 64, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False}
 # The values are those of each model's config.json.
 MODELS = {
@@ -51,39 +66,28 @@ MODELS = {
 }
 
 
-def told(*words: str) -> dict[str, Any]:
-    """The JSON document that a command of gblm-compress prints."""
+def told(*words: str, meanwhile: Callable[[], None] = lambda: None, every: float = 0.1) -> dict[str, Any]:
+    """The JSON document that a command of gblm-compress prints, and the most memory it had, `own_bytes`.
+
+    `meanwhile` is called every so many seconds.
+    """
     command = [sys.executable, "-m", "gblm_compress", *words, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise GblmError(f"{' '.join(words)} ended with exit code {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        peak = watched(run.pid, lambda: run.poll() is None, meanwhile, every)
+        said = run.communicate()[0]
+    if run.returncode:
+        raise GblmError(f"{' '.join(words)} ended with exit code {run.returncode}")
+    return {**json.loads(said), "own_peak_bytes": peak}
 
 
-def measured(name: str, blocks: int, work: Path, options: list[str]) -> dict[str, Any]:
-    """Plan and prune a model of that shape with so many blocks. Its folder and the output are removed."""
-    model, output = work / f"{name}-{blocks}", work / "pruned"
-    config = deepcopy(MODELS[name])
-    config.num_hidden_layers = blocks
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = kinds[:blocks]
-    size = write_random(model, config)
-    try:
-        planned = told("plan", str(model), *options)
-        pruned = told("prune", str(model), "-o", str(output), *options)
-    finally:
-        for folder in (model, output):
-            shutil.rmtree(folder, ignore_errors=True)
-    return {
-        "blocks": blocks,
-        "checkpoint_bytes": size,
-        "seconds": pruned["seconds"],
-        "planned_seconds": planned["seconds"],
-        "peak_bytes": pruned["peak_memory_bytes"],
-        "planned_bytes": planned["memory_bytes"],
-        "planned_disk_bytes": planned["disk_bytes"],
-    }
+def watched(pid: int, runs: Callable[[], bool], meanwhile: Callable[[], None], every: float) -> int:
+    """The most `own_bytes` of a process while it `runs`."""
+    process, peak = psutil.Process(pid), 0
+    while runs():
+        peak = max(peak, own_bytes(process))
+        meanwhile()
+        time.sleep(every)
+    return peak
 
 
 def own_bytes(process: psutil.Process) -> int:
@@ -96,20 +100,76 @@ def own_bytes(process: psutil.Process) -> int:
     return total
 
 
+def forget(folder: Path) -> None:
+    """Let the system drop the files of a folder from memory; those at work and those not yet on disk stay."""
+    for path in folder.rglob("*.safetensors"):
+        with suppress(FileNotFoundError):
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def measured(name: str, blocks: int, work: Path, options: list[str], cold: bool) -> dict[str, Any]:
+    """Plan and prune a model of that shape with so many blocks. Its folder and the output are removed."""
+    model, output = work / f"{name}-{blocks}", work / "pruned"
+    config = deepcopy(MODELS[name])
+    config.num_hidden_layers = blocks
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:blocks]
+    size = write_random(model, config)
+    try:
+        planned = told("plan", str(model), *options)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        words = ["prune", str(model), "-o", str(output), *options]
+        pruned = told(*words, meanwhile=lambda: forget(work), every=1) if cold else told(*words)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finally:
+        for folder in (model, output):
+            shutil.rmtree(folder, ignore_errors=True)
+    disk = {
+        "read_bytes": BLOCK * (after.ru_inblock - before.ru_inblock),
+        "written_bytes": BLOCK * (after.ru_oublock - before.ru_oublock),
+    }
+    return {
+        **(disk if cold else {}),
+        "blocks": blocks,
+        "checkpoint_bytes": size,
+        "seconds": pruned["seconds"],
+        "planned_seconds": planned["seconds"],
+        "peak_bytes": pruned["peak_memory_bytes"],
+        "planned_bytes": planned["memory_bytes"],
+        "planned_disk_bytes": planned["disk_bytes"],
+    }
+
+
 def exported(model: Path, work: Path, form: str) -> dict[str, Any]:
-    """Export a model, and remove the output; `form` is a value of `--format` with further options."""
-    words = ["export", str(model), "-o", str(work / "exported"), "--json", "--format", *form.split()]
-    with subprocess.Popen([sys.executable, "-m", "gblm_compress", *words], stdout=subprocess.PIPE, text=True) as run:
-        process, peak = psutil.Process(run.pid), 0
-        while run.poll() is None:
-            peak = max(peak, own_bytes(process))
-            time.sleep(0.1)
-        said = run.communicate()[0]
-    if run.returncode:
-        raise GblmError(f"{' '.join(words)} ended with exit code {run.returncode}")
-    shutil.rmtree(work / "exported")
-    result = json.loads(said)
-    return {"export": form, "peak_bytes": peak, **{name: result[name] for name in ("seconds", "bytes", "checks")}}
+    """Export a model, load the export, and remove it; `form` is a value of `--format` with further options."""
+    output = work / "exported"
+    result = told("export", str(model), "-o", str(output), "--format", *form.split())
+    try:
+        made = {"export": form, "peak_bytes": result["own_peak_bytes"]}
+        return made | {name: result[name] for name in ("seconds", "bytes", "checks")} | loaded(output)
+    finally:
+        shutil.rmtree(output)
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    """Seconds until an export is loaded, milliseconds of a token, and the memory of both, in a process of its own."""
+    here, there = get_context("spawn").Pipe(duplex=False)
+    process = get_context("spawn").Process(target=_load, args=(folder, there))
+    process.start()
+    there.close()
+    peak = watched(process.pid or 0, process.is_alive, lambda: None, 0.1)
+    load_seconds, ms_per_token = here.recv()
+    return {"load_seconds": load_seconds, "ms_per_token": ms_per_token, "loaded_peak_bytes": peak}
+
+
+def _load(folder: Path, there: Connection) -> None:
+    start = time.perf_counter()
+    runtime = load_runtime(ModelSource(folder.name, folder), "auto", "cpu", torch.get_num_threads())
+    seconds = time.perf_counter() - start
+    times, _ = generations({"": runtime}, torch.arange(16).unsqueeze(0), rounds=3, generate=8)
+    there.send((seconds, times[""][1]))
 
 
 def all_exported(name: str, work: Path, forms: list[str]) -> list[dict[str, Any]]:
@@ -130,7 +190,7 @@ def pruned_row(given: argparse.Namespace) -> dict[str, Any]:
     options = ["--calibration", "demo", "--dtype", "bfloat16"]
     for name, value in settings.items():
         options += [f"--{name.replace('_', '-')}", value]
-    runs = [measured(given.preset, count, given.work, options) for count in range(1, given.blocks + 1)]
+    runs = [measured(given.preset, n, given.work, options, given.cold) for n in range(1, given.blocks + 1)]
     first, last = runs[0], runs[-1]
     a_block = last["seconds"] - first["seconds"] if len(runs) > 1 else first["seconds"]
     row = {"model": given.preset, **settings, **last}
@@ -152,6 +212,7 @@ def main() -> None:
     parser.add_argument("--samples", default="16")
     parser.add_argument("--sequence-length", default="512")
     parser.add_argument("--memory", default="1GiB", help="so little that the model stays on disk")
+    parser.add_argument("--cold", action="store_true", help="count what is read from disk and written to it")
     parser.add_argument("--exports", nargs="+", help="values of --format, each with its further options")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

@@ -23,7 +23,6 @@ from gblm_compress.models.loading import save_processor
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 
 DEVIATION = 0.02
-MEDIAN = 0.6745  # of the absolute values, in deviations
 INDEX = "model.safetensors.index.json"
 
 
@@ -86,7 +85,7 @@ def write_random(
         folder: is made, and must not exist.
         config: of the model; tokens of its own are replaced by those of the tokenizer.
         dtype: of every tensor: bfloat16, float16 or float32.
-        zeros: the smaller half of the weights of each block is zero.
+        zeros: of every four weights in a row of a block the two smaller ones are zero.
 
     Returns:
         Bytes of all tensors.
@@ -111,7 +110,8 @@ def write_random(
         tensors = {name: _random(one.shape, getattr(torch, dtype), generator) for name, one in shapes.items()}
         for name, tensor in tensors.items():
             if zeros and ".layers." in name and tensor.dim() > 1:
-                tensor[tensor.abs() < MEDIAN * DEVIATION] = 0
+                fours = tensor.view(-1, 4)
+                fours.scatter_(1, fours.abs().argsort()[:, :2], 0)
         tensors = {name: one.contiguous() for name, one in revert_weight_conversion(model, tensors).items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
