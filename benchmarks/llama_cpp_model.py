@@ -11,8 +11,6 @@ _KINDS = {
     "float32": gguf.GGMLQuantizationType.F32,
     "float16": gguf.GGMLQuantizationType.F16,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
-    "int8": gguf.GGMLQuantizationType.Q8_0,
-    "int4": gguf.GGMLQuantizationType.Q4_0,
 }
 
 
@@ -48,6 +46,18 @@ def write_gguf(model: Any, kind: str, path: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def quantised(plain: Path, format: str, path: Path) -> Path:
+    """A GGUF file in another of llama.cpp's formats, as its own tool writes it: the head of Q4_0 is Q6_K."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format}")
+    failed = llama_cpp.llama_model_quantize(str(plain).encode(), str(path).encode(), params)
+    if failed:
+        raise RuntimeError(f"llama.cpp cannot write {format}")
     return path
 
 

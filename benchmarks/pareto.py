@@ -27,7 +27,7 @@ import gguf
 import torch
 from cpu_decode import generations, show
 from ending import exit_after
-from llama_cpp_model import LlamaCpp, read_gguf, write_gguf
+from llama_cpp_model import LlamaCpp, quantised, read_gguf, write_gguf
 
 import gblm_compress
 from gblm_compress.exporters.onnx import DATA
@@ -52,18 +52,6 @@ BLOCKS: dict[str, dict[str, Any]] = {"int8": {"quantise": "int8"}, "int4": {"qua
 """The ways to export a pruned model, and one without zeros on ONNX Runtime's own operator."""
 Open = Callable[[int], AbstractContextManager[Any]]
 """From a number of threads to a runtime, until it is left."""
-
-
-def quantised(plain: Path, format: str, path: Path) -> Path:
-    """A GGUF file in another of llama.cpp's formats."""
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format}")
-    failed = llama_cpp.llama_model_quantize(str(plain).encode(), str(path).encode(), params)
-    if failed:
-        raise RuntimeError(f"llama.cpp cannot write {format}")
-    return path
 
 
 def of_llama_cpp(

@@ -5,10 +5,10 @@
     python benchmarks/sizes.py PRUNED DENSE --folder exports --engines onnxruntime genai
 
 Exports fused ONNX graphs of both models (those that are in `--folder` already are taken as they are) and times them
-beside llama.cpp at the same precision (Q8_0 in 8 bits, Q4_0 in 4), where its package (llama-cpp-python) is installed:
-decode steps of one sequence and of several after the shortest prompt, and prompts. Medians over interleaved rounds; the
-first is warm-up. All weights of one dtype are in memory together. Rows are added to those of `--json`, so that a large
-measurement can be made in pieces.
+beside llama.cpp at the same precision, where its package (llama-cpp-python) is installed. Its own tool
+makes its files: Q8_0 in 8 bits, Q4_0 and Q4_K_M in 4. Timed are decode steps of one sequence and of several after the
+shortest prompt, and prompts. Medians over interleaved rounds; the first is warm-up. All weights of one dtype are in
+memory together. Rows are added to those of `--json`, so that a large measurement can be made in pieces.
 
 With `--shape` the models are made in `--folder` too: a Llama of random weights, and the same one with half of every row
 zero, by magnitude. With `--blocks` it has fewer blocks than the real one.
@@ -18,7 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ import onnx
 import torch
 from cpu_decode import generations, show
 from ending import exit_after
-from llama_cpp_model import LlamaCpp, write_gguf
+from llama_cpp_model import LlamaCpp, quantised, write_gguf
 from random_llama import PRESETS, Shape, write_random
 
 from gblm_compress.api import prune
@@ -60,6 +60,8 @@ this package's dense operator, as the packed model's head does. Dense weights of
 MatMulNBits, in 8 bits on this package's operator too, which shows what is due to zeros."""
 DTYPE_OF = {name: name.replace(",", "").split()[1] for name in GRAPHS}
 DTYPES = tuple(dict.fromkeys(DTYPE_OF.values()))
+LLAMA_CPP = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_K_M")}
+"""llama.cpp's formats of a dtype; its rows are called "dense int4" for the first, and by the format for others."""
 KEYS = ("model", "engine", "weights", "path", "threads")  # of a row
 
 
@@ -143,11 +145,24 @@ def contenders(
     if not find_spec("llama_cpp"):
         yield found
         return
-    path = options.folder / f"{dtype}.gguf"
-    if not path.exists():
-        write_gguf(load_model(dense, dtype if dtype.startswith("float") else "float32"), dtype, path)
-    with closing(LlamaCpp(path, threads, max(options.prompts) + options.generate + 1)) as llama:
-        yield {**found, ("llama.cpp", f"dense {dtype}", ""): (llama, bytes_read(path))}
+    with ExitStack() as stack:
+        for format, path in gguf_files(dense, dtype, options.folder).items():
+            llama = stack.enter_context(closing(LlamaCpp(path, threads, max(options.prompts) + options.generate + 1)))
+            found["llama.cpp", f"dense {format}", ""] = llama, bytes_read(path)
+        yield found
+
+
+def gguf_files(dense: ModelSource, dtype: str, folder: Path) -> dict[str, Path]:
+    """{the dtype, and the names of further formats: file} for llama.cpp, made where they are not in `folder`."""
+    plain = folder / f"{dtype if dtype.startswith('float') else 'float16'}.gguf"
+    if not plain.exists():
+        write_gguf(load_model(dense, plain.stem), plain.stem, plain)
+    files = {dtype: plain}
+    for number, format in enumerate(LLAMA_CPP.get(dtype, ())):
+        files[format if number else dtype] = path = folder / f"{format}.gguf"
+        if not path.exists():
+            quantised(plain, format, path)
+    return files
 
 
 def compared(
