@@ -8,7 +8,7 @@ import ctypes
 import os
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -24,6 +24,8 @@ PATHS = ("portable", "neon", "neon-dot", "avx2", "avx-vnni", "vnni", "avx512", "
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the library's numbers
+_ONE = 0x3C00  # 1.0 in float16
+_SUMMED = 1 << 21  # weights that are summed at once
 _LIBRARY = Path(__file__).with_name(f"_bitmask{EXTENSION_SUFFIXES[-1]}")
 
 
@@ -173,7 +175,7 @@ class Quantised:
 
     values: Tensor
     scales: Tensor  # [rows, groups], the bits of float16 as int16
-    sums: Tensor  # [rows], see `values.row_sums`
+    sums: Tensor  # `row_sums`
     columns: int
     dtype: torch.dtype  # of inputs, outputs and expanded rows
     group: int  # columns that share a scale; 0: all of a row
@@ -211,6 +213,14 @@ class Quantised:
         if not library().gblm_quantised_restore(*self._stored, out.data_ptr(), *sizes, torch.get_num_threads()):
             raise ValueError(f"no kernel {kernel} for {self.columns} columns")
         return out
+
+    def row_sums(self) -> Tensor:
+        """What `linear` corrects by, [rows] in float32: Σ scale · level, or Σ level if a row has one scale."""
+        weight = self if self.group else replace(self, scales=torch.full_like(self.scales, _ONE))
+        tile = torch.empty(max(1, _SUMMED // self.columns), self.columns)
+        firsts = range(0, self.rows, len(tile))
+        parts = [weight.expand(i, tile[: self.rows - i]).sum(1, dtype=torch.float64) for i in firsts]
+        return torch.cat(parts).float() if parts else torch.empty(0)
 
     @property
     def _words(self) -> int:

@@ -291,10 +291,12 @@ class PackedLinear(nn.Module):
         return sum(tensor.nbytes for tensor in self.held.values())
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
-        prepared, self._prepared, self._weight = self._prepared, False, None
+        prepared, before = self._prepared, dict(self._buffers)
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-        if prepared and not self.get_buffer("values").is_meta:
-            self.prepare()
+        if any(self._buffers[name] is not buffer for name, buffer in before.items()):
+            self._prepared, self._weight = False, None
+            if prepared and not self.get_buffer("values").is_meta:
+                self.prepare()
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:

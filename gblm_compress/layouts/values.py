@@ -245,9 +245,10 @@ class Levels(Floats):
             stored["starts"] = self._starts(held)
         if not self.mask.name and columns % WORD:
             values = pad(values, (0, -columns % WORD))  # whole words
-        sums = held["sums"] if "sums" in held else row_sums(self.spread(held, columns), scales)
         group = group_of(columns, scales.shape[1]) or 0
-        return cpu.Quantised(values, scales, sums, columns, dtype, group, **stored)
+        sums = held.get("sums", scales.new_zeros(len(scales), dtype=torch.float32))
+        weight = cpu.Quantised(values, scales, sums, columns, dtype, group, **stored)
+        return weight if "sums" in held else replace(weight, sums=weight.row_sums())
 
 
 class Places(Levels):
@@ -318,19 +319,6 @@ def group_of(columns: int, groups: int) -> int | None:
     if not found:
         raise ModelError(f"scales: {groups} for each row; rows of {columns} columns cannot have so many groups")
     return found[0]
-
-
-def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
-    """The correction in kernels, [rows] in float32: Σ scale · level of a row, or Σ level if the row has one scale."""
-    group = group_of(levels.shape[1], scales.shape[1])
-
-    def sums(levels: Tensor, scales: Tensor) -> Tensor:
-        if group is None:
-            return levels.sum(1, dtype=torch.int64).float()
-        padded = pad(levels, (0, -levels.shape[1] % group)).reshape(*scales.shape, group)
-        return (padded.sum(-1, dtype=torch.int64) * scales.view(torch.float16).double()).sum(1).float()
-
-    return by_rows(sums, levels, scales)
 
 
 def _bytes(places: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ def test_moved_to_another_dtype_it_is_ready_again(layout: str, monkeypatch: pyte
     expected = dense.to(dtype)(x.to(dtype))
     torch.testing.assert_close(packed.to(dtype)(x.to(dtype)), expected, rtol=2e-2, atol=1e-2)
     assert prepared == [dtype]  # when it moved, not when it ran: compilers trace that
+    assert packed.to("cpu") is packed and len(prepared) == 1  # nothing moved
     assert packed.to("meta").values.is_meta and len(prepared) == 1
 
 
