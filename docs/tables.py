@@ -214,6 +214,19 @@ def megabytes(rows: Iterable[Row]) -> list[Row]:
     return [row | {"peak": row["peak_rss_bytes"] / 1e6, "file": row.get("checkpoint_bytes", 0) / 1e6} for row in rows]
 
 
+def gigabytes(name: str) -> list[Row]:
+    """The rows of a file with bytes in GB, as `peak` for `peak_bytes`. What only other rows have is None."""
+    rows = results(name)["rows"]
+    whole: Row = dict.fromkeys(key for row in rows for key in row)
+    return [
+        {
+            key.removesuffix("_bytes"): value / 1e9 if value is not None and key.endswith("bytes") else value
+            for key, value in (whole | row).items()
+        }
+        for row in rows
+    ]
+
+
 PARTS = dict.fromkeys(("MatMul", "BitmaskLinear", "QuantisedLinear", "DynamicQuantizeMatMul"), "products")
 PARTS |= dict.fromkeys(("FusedMatMul", "Softmax", "Where", "Transpose", "Reshape"), "attention")
 PARTS |= {**dict.fromkeys(("LayerNormalization", "Sum"), "norms"), "BiasGelu": "Gelu"}
@@ -317,6 +330,10 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         [row for n in (2, 1) for row in engines("sizes-epyc-zen5-2-cores", n)],
         {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
     ),
+    "sizes-3b": (
+        [row for n in (2, 1) for row in engines("sizes-3b-epyc-zen5-2-cores", n)],
+        {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
+    ),
     "sizes-8b": (
         [row for n in (2, 1) for row in engines("sizes-8b-epyc-zen5-2-cores", n)],
         {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
@@ -412,24 +429,26 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         {"blocks": "{blocks}", "MB of weights": "{file:,.0f}", "seconds": "{seconds:.0f}", "peak MB": "{peak:.0f}"},
     ),
     "cost-large": (
-        [
-            row | {"peak": row["peak_bytes"] / 1e9, "most": row["planned_bytes"] / 1e9}
-            for row in results("large-epyc-zen5")["rows"]
-        ],
+        gigabytes("large-epyc-zen5"),
         {
             "model": "{model}", "method": "{method}", "fit": "{fit}", "blocks": "{blocks}", "s": "{seconds:.0f}",
-            "planned s": "{planned_seconds:.0f}", "peak GB": "{peak:.1f}", "planned GB": "{most:.1f}",
+            "planned s": "{planned_seconds:.0f}", "peak GB": "{peak:.1f}", "planned GB": "{planned:.1f}",
             "s, a block": "{seconds_a_block:.0f}", "hours, all blocks": "{hours_of_all:.1f}",
         },
     ),
+    "cost-bytes": (
+        [row | {"times": row["read"] / row["checkpoint"]} for row in gigabytes("large-bytes-epyc-zen5")],
+        {
+            "model": "{model}", "method": "{method}", "blocks": "{blocks}", "GB of the model": "{checkpoint:.1f}",
+            "GB read": "{read:.1f}", "× the model": "{times:.1f}", "GB written": "{written:.1f}",
+        },
+    ),
     "cost-exports": (
-        [
-            row | {name: row[f"{name}_bytes"] / 1e9 for name in ("checkpoint", "peak")} | {"file": row["bytes"] / 1e9}
-            for row in results("large-exports-epyc-zen5")["rows"]
-        ],
+        gigabytes("large-exports-epyc-zen5"),
         {
             "model": "{model}", "GB": "{checkpoint:.1f}", "`export --format`": "`{export}`", "s": "{seconds:.0f}",
-            "peak GB": "{peak:.1f}", "GB written": "{file:.1f}",
+            "peak GB": "{peak:.1f}", "GB written": "{bytes:.1f}", "loaded in s": "{load_seconds:.1f}",
+            "peak GB, loaded": "{loaded_peak:.1f}", "ms per token": "{ms_per_token:.0f}",
         },
     ),
     "vit": (
