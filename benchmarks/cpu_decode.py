@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,13 +42,14 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.machine import environment
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import Runtime, TorchRuntime
+from gblm_compress.measure.runtimes import Runtime, TorchRuntime, load_runtime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import manifest
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.packed_checkpoint import pack_
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
 SIZE, ROTATE_BYTES = 4096, 1 << 30
@@ -216,6 +218,15 @@ def generations(
                 prefill[name].append(1000 * (first - start))
                 decode[name].append(1000 * (time.perf_counter() - first) / (generate - 1))
     return {name: (median(prefill[name]), median(decode[name])) for name in runtimes}, tokens
+
+
+def load_and_decode(folder: Path, there: Connection) -> None:
+    """Send the seconds until an export is loaded, and milliseconds of a token; for a process of its own."""
+    start = time.perf_counter()
+    runtime = load_runtime(ModelSource(folder.name, folder), "auto", "cpu", torch.get_num_threads())
+    seconds = time.perf_counter() - start
+    times, _ = generations({"": runtime}, torch.arange(16).unsqueeze(0), rounds=3, generate=8)
+    there.send((seconds, times[""][1]))
 
 
 def quantised_yardstick() -> Any:

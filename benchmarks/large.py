@@ -29,21 +29,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from cpu_decode import generations
+from cpu_decode import load_and_decode
 from ending import exit_after
 from random_llama import PRESETS, write_random
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from gblm_compress.errors import GblmError
 from gblm_compress.machine import environment
-from gblm_compress.measure.runtimes import load_runtime
-from gblm_compress.models.source import ModelSource
 
 BLOCK = 512  # bytes, in which the kernel counts what a process reads from disk
 _QWEN = {"num_attention_heads": 64, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False}
@@ -156,20 +152,12 @@ def exported(model: Path, work: Path, form: str) -> dict[str, Any]:
 def loaded(folder: Path) -> dict[str, Any]:
     """Seconds until an export is loaded, milliseconds of a token, and the memory of both, in a process of its own."""
     here, there = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_load, args=(folder, there))
+    process = get_context("spawn").Process(target=load_and_decode, args=(folder, there))
     process.start()
     there.close()
     peak = watched(process.pid or 0, process.is_alive, lambda: None, 0.1)
     load_seconds, ms_per_token = here.recv()
     return {"load_seconds": load_seconds, "ms_per_token": ms_per_token, "loaded_peak_bytes": peak}
-
-
-def _load(folder: Path, there: Connection) -> None:
-    start = time.perf_counter()
-    runtime = load_runtime(ModelSource(folder.name, folder), "auto", "cpu", torch.get_num_threads())
-    seconds = time.perf_counter() - start
-    times, _ = generations({"": runtime}, torch.arange(16).unsqueeze(0), rounds=3, generate=8)
-    there.send((seconds, times[""][1]))
 
 
 def all_exported(name: str, work: Path, forms: list[str]) -> list[dict[str, Any]]:

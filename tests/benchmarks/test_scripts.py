@@ -103,3 +103,4 @@ def test_a_large_model_is_exported(tmp_path, monkeypatch) -> None:
     (row,) = json.loads(result.read_text())["rows"]
     assert row["checks"]["nonzero_fraction"] == pytest.approx(0.5, abs=0.02)
     assert row["peak_bytes"] > row["bytes"] > 0 and not list(work.iterdir())
+    assert min(row["load_seconds"], row["ms_per_token"], row["loaded_peak_bytes"]) > 0
