@@ -24,9 +24,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,27 +63,23 @@ MODELS = {
 }
 
 
-def told(*words: str, meanwhile: Callable[[], None] = lambda: None, every: float = 0.1) -> dict[str, Any]:
-    """The JSON document that a command of gblm-compress prints, and the most memory it had, `own_bytes`.
-
-    `meanwhile` is called every so many seconds.
-    """
+def told(*words: str) -> dict[str, Any]:
+    """The JSON document that a command of gblm-compress prints, and the most memory it had, `own_bytes`."""
     command = [sys.executable, "-m", "gblm_compress", *words, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        peak = watched(run.pid, lambda: run.poll() is None, meanwhile, every)
+        peak = watched(run.pid, lambda: run.poll() is None)
         said = run.communicate()[0]
     if run.returncode:
         raise GblmError(f"{' '.join(words)} ended with exit code {run.returncode}")
     return {**json.loads(said), "own_peak_bytes": peak}
 
 
-def watched(pid: int, runs: Callable[[], bool], meanwhile: Callable[[], None], every: float) -> int:
+def watched(pid: int, runs: Callable[[], bool]) -> int:
     """The most `own_bytes` of a process while it `runs`."""
     process, peak = psutil.Process(pid), 0
     while runs():
         peak = max(peak, own_bytes(process))
-        meanwhile()
-        time.sleep(every)
+        time.sleep(0.1)
     return peak
 
 
@@ -96,13 +93,25 @@ def own_bytes(process: psutil.Process) -> int:
     return total
 
 
-def forget(folder: Path) -> None:
-    """Let the system drop the files of a folder from memory; those at work and those not yet on disk stay."""
-    for path in folder.rglob("*.safetensors"):
-        with suppress(FileNotFoundError):
-            file = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
+@contextmanager
+def forgetting(folder: Path) -> Iterator[None]:
+    """Every second let the system drop the folder's files from memory; pages at work and those not yet on disk stay."""
+    done = threading.Event()
+
+    def forget() -> None:
+        while not done.wait(1):
+            with suppress(FileNotFoundError):  # a folder or file was removed or renamed meanwhile
+                for path in folder.rglob("*.safetensors"):
+                    with path.open("rb") as file:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    thread = threading.Thread(target=forget)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def measured(name: str, blocks: int, work: Path, options: list[str], cold: bool) -> dict[str, Any]:
@@ -116,8 +125,8 @@ def measured(name: str, blocks: int, work: Path, options: list[str], cold: bool)
     try:
         planned = told("plan", str(model), *options)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        words = ["prune", str(model), "-o", str(output), *options]
-        pruned = told(*words, meanwhile=lambda: forget(work), every=1) if cold else told(*words)
+        with forgetting(work) if cold else nullcontext():
+            pruned = told("prune", str(model), "-o", str(output), *options)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     finally:
         for folder in (model, output):
@@ -155,7 +164,7 @@ def loaded(folder: Path) -> dict[str, Any]:
     process = get_context("spawn").Process(target=load_and_decode, args=(folder, there))
     process.start()
     there.close()
-    peak = watched(process.pid or 0, process.is_alive, lambda: None, 0.1)
+    peak = watched(process.pid or 0, process.is_alive)
     load_seconds, ms_per_token = here.recv()
     return {"load_seconds": load_seconds, "ms_per_token": ms_per_token, "loaded_peak_bytes": peak}
 

@@ -60,8 +60,8 @@ this package's dense operator, as the packed model's head does. Dense weights of
 MatMulNBits, in 8 bits on this package's operator too, which shows what is due to zeros."""
 DTYPE_OF = {name: name.replace(",", "").split()[1] for name in GRAPHS}
 DTYPES = tuple(dict.fromkeys(DTYPE_OF.values()))
-LLAMA_CPP = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_K_M")}
-"""llama.cpp's formats of a dtype; its rows are called "dense int4" for the first, and by the format for others."""
+LLAMA_CPP = {"int8": {"int8": "Q8_0"}, "int4": {"int4": "Q4_0", "Q4_K_M": "Q4_K_M"}}
+"""llama.cpp's formats of a dtype, by what their rows are called."""
 KEYS = ("model", "engine", "weights", "path", "threads")  # of a row
 
 
@@ -153,15 +153,16 @@ def contenders(
 
 
 def gguf_files(dense: ModelSource, dtype: str, folder: Path) -> dict[str, Path]:
-    """{the dtype, and the names of further formats: file} for llama.cpp, made where they are not in `folder`."""
-    plain = folder / f"{dtype if dtype.startswith('float') else 'float16'}.gguf"
+    """{what its row is called: file} for llama.cpp, made where they are not in `folder`."""
+    plain = folder / f"{'float16' if dtype in LLAMA_CPP else dtype}.gguf"
     if not plain.exists():
         write_gguf(load_model(dense, plain.stem), plain.stem, plain)
-    files = {dtype: plain}
-    for number, format in enumerate(LLAMA_CPP.get(dtype, ())):
-        files[format if number else dtype] = path = folder / f"{format}.gguf"
+    if dtype not in LLAMA_CPP:
+        return {dtype: plain}
+    files = {name: folder / f"{format}.gguf" for name, format in LLAMA_CPP[dtype].items()}
+    for path in files.values():
         if not path.exists():
-            quantised(plain, format, path)
+            quantised(plain, path.stem, path)
     return files
 
 

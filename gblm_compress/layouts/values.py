@@ -6,6 +6,7 @@ place in a table of 16 levels; a byte holds two, the low half first. Each word o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,9 +247,8 @@ class Levels(Floats):
         if not self.mask.name and columns % WORD:
             values = pad(values, (0, -columns % WORD))  # whole words
         group = group_of(columns, scales.shape[1]) or 0
-        sums = held.get("sums", scales.new_zeros(len(scales), dtype=torch.float32))
-        weight = cpu.Quantised(values, scales, sums, columns, dtype, group, **stored)
-        return weight if "sums" in held else replace(weight, sums=weight.row_sums())
+        make = partial(cpu.Quantised, values, scales, columns=columns, dtype=dtype, group=group, **stored)
+        return make(sums=held["sums"] if "sums" in held else make(sums=torch.empty(0)).row_sums())
 
 
 class Places(Levels):

@@ -68,13 +68,13 @@ def prune_block_(
     kept, places = _for_errors(layers, statistics) if fit else ([], {})  # else each layer is final at once
     for name, layer in layers.items():
         gram = None if fit else statistics[name].gram
-        dense = None if gram is None else weight_matrix(layer).detach().clone()
+        before = None if gram is None else (weight_matrix(layer).detach().clone(), gram)
         shared = block.ranks if block and own[name].fits.needs else Ranks()  # not what takes less than a sum over ranks
         survivors[name], grid = _prune_layer_(layer, statistics[name], rules[name], own[name], shared, rounded)
         if grid is not None:
             grids[name] = grid
-        if dense is not None and gram is not None:
-            errors[name] = output_error(weight_matrix(layer).detach().float(), dense, gram)
+        if before is not None:
+            errors[name] = output_error(weight_matrix(layer).detach().float(), *before)
         if not again:
             del statistics[name]  # they take as much memory as a fit
 

@@ -77,7 +77,7 @@ def test_recover_times_a_training(program, prose, tmp_path, capsys) -> None:
 
 def test_a_large_model_is_pruned_by_its_first_blocks_beside_its_plan(program, tmp_path, monkeypatch) -> None:
     result, work = tmp_path / "result.json", tmp_path / "work"
-    options = ["toy", "--work", work, "--samples", "2", "--sequence-length", "32", "--memory", "1MiB"]
+    options = ["toy", "--work", work, "--samples", "2", "--sequence-length", "32", "--memory", "1MiB", "--cold"]
     with loaded("large", *options, "--json", result) as script:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "head_dim": 16}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
@@ -88,6 +88,7 @@ def test_a_large_model_is_pruned_by_its_first_blocks_beside_its_plan(program, tm
     (row,) = json.loads(result.read_text())["rows"]
     assert (row["model"], row["blocks"], row["all_blocks"], row["fit"]) == ("toy", 2, 5, "fast")
     assert row["peak_bytes"] > row["checkpoint_bytes"] > 0 and row["planned_bytes"] > 0
+    assert {"read_bytes", "written_bytes"} <= row.keys()
     a_block, whole = row["seconds_a_block"], row["hours_of_all"] * 3600
     assert whole == pytest.approx(row["seconds"] + 3 * a_block)
     assert not list(work.iterdir())
