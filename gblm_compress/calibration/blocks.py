@@ -115,8 +115,12 @@ def _sum_over_inputs(
     device = block.inputs[0].device
     missing = [name for name in layers if name not in sums]
     if block.ranks.total(len(missing)):  # then processes may differ in which layers share a sum
-        nothing = {name: torch.zeros(0, weight_matrix(layers[name]).shape[1], device=device) for name in missing}
-        sums = {name: sums[name].clone() if name in sums else add(None, nothing[name]) for name in layers}
+        users = Counter(map(id, sums.values()))
+        for name, total in list(sums.items()):
+            if users[id(total)] > 1:  # only these: copies of all Gram matrices of a mixture would take gigabytes
+                sums[name] = total.clone()
+        for name in missing:
+            sums[name] = add(None, torch.zeros(0, weight_matrix(layers[name]).shape[1], device=device))
     block.ranks.sum_({id(sums[name]): sums[name] for name in layers}.values())
     tokens = torch.tensor([got[name] for name in layers], device=device)
     block.ranks.sum_([tokens])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gblm_compress.calibration import blocks
 from gblm_compress.calibration.blocks import Block, layer_statistics
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.choices import Need
@@ -83,6 +84,18 @@ def test_layers_with_one_input_share_the_matrix() -> None:
     assert grams["q_proj"] is grams["k_proj"] is grams["v_proj"]
     assert grams["gate_proj"] is grams["up_proj"]
     assert len({id(gram) for gram in grams.values()}) == 4
+
+
+def test_where_an_expert_gets_no_token_no_matrix_is_copied_but_shared_ones(monkeypatch) -> None:
+    block, layers = second_block()
+    idle = torch.nn.Linear(8, 8, bias=False)
+    made, add = [], blocks._add_products
+    monkeypatch.setattr(blocks, "_add_products", lambda total, x: made.append(add(total, x)) or made[-1])
+    grams = gram_matrices(block, layers | {"idle": idle})
+    is_made = {name.rpartition(".")[2] for name, gram in grams.items() if any(gram is one for one in made)}
+    assert is_made == {"o_proj", "down_proj", "idle"}
+    assert not grams["idle"].any()
+    assert len({id(gram) for gram in grams.values()}) == len(grams)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
