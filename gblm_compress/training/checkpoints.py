@@ -71,6 +71,8 @@ class Work:
                 if not self.resumed:
                     shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(folder / "states", ignore_errors=True)
+                for path in folder.glob(".tmp*"):
+                    path.unlink()
                 folder.mkdir(parents=True, exist_ok=True)
             if self.resumed and not self.damaged:
                 ranks.wait()
@@ -129,7 +131,9 @@ class Work:
             raise UsageError(f"{str(self.folder)!r} is reserved for unfinished work, but is a link; move it away")
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         file = re.compile(rf"({names})\.safetensors")
-        other = re.compile(rf"run\.json|states|\.{file.pattern}|\.run\.json\.\d+|\.gblm-[0-9a-f]{{16}}\.partial-.*")
+        # What was being written: safetensors begins with .tmp and six characters.
+        begun = rf"\.{file.pattern}|\.tmp\w{{6}}|\.run\.json\.\d+|\.gblm-[0-9a-f]{{16}}\.partial-.*"
+        other = re.compile(rf"run\.json|states|{begun}")
         for path in entries:
             ours = (file.fullmatch(path.name) and path.is_file()) or other.fullmatch(path.name)
             if path.is_symlink() or not ours:

@@ -145,6 +145,18 @@ def test_unfinished_work_is_no_link(name, pruning, fails, tmp_path) -> None:
     assert there.exists() and not (tmp_path / "out").exists()
 
 
+def test_a_file_that_was_being_written_when_the_machine_stopped_is_removed(pruning, fails, tmp_path) -> None:
+    """safetensors writes to `.tmp` and six characters first."""
+    pruning("whole", **GBLM)
+    fails(saving, "save", killed, **GBLM)
+    begun = tmp_path / ".out.pruning" / ".tmpd4FX8j"
+    begun.write_bytes(bytes(8))
+    fails(saving, "save", killed, resume=True, **GBLM)
+    assert not begun.exists()
+    pruning(resume=True, **GBLM)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 # The first is sound by itself, but nothing that was written.
 DAMAGE = ['{"identity": {}, "budgets": null, "distilled": true}', "", "null", "[", "{}", '{"identity": 5}', None]
 DAMAGE.append('{"identity": {}, "budgets": {"a": {"pattern": {"name": "2:x"}, "sparsity": 0.5}}}')
