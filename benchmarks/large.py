@@ -31,6 +31,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
@@ -66,12 +67,13 @@ MODELS = {
 def told(*words: str) -> dict[str, Any]:
     """The JSON document that a command of gblm-compress prints, and the most memory it had, `own_bytes`."""
     command = [sys.executable, "-m", "gblm_compress", *words, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    with TemporaryFile() as said:  # a pipe would be full before the command ends
+        run = subprocess.Popen(command, stdout=said)
         peak = watched(run.pid, lambda: run.poll() is None)
-        said = run.communicate()[0]
-    if run.returncode:
-        raise GblmError(f"{' '.join(words)} ended with exit code {run.returncode}")
-    return {**json.loads(said), "own_peak_bytes": peak}
+        if run.returncode:
+            raise GblmError(f"{' '.join(words)} ended with exit code {run.returncode}")
+        said.seek(0)
+        return {**json.load(said), "own_peak_bytes": peak}
 
 
 def watched(pid: int, runs: Callable[[], bool]) -> int:
