@@ -134,12 +134,13 @@ class Size:
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
         self._states_of_pruning = (2 + settings.fits.fits_block) * place
-        # A block's Gram matrices: inputs, rows of the layers that share one, how many such matrices
-        alike = [(hidden, 3 * attended, 1), (attended, hidden, 1)]
-        alike += [(hidden, 2 * of_expert, experts), (of_expert, hidden, experts)]
-        # Each is multiplied in every step, to begin with, and for the errors.
         read = calibration.samples * length
-        fitted = sum(n * rows * inputs**2 * (3 + min(STEPS, most_steps(read, inputs))) for inputs, rows, n in alike)
+        routed = read * chosen // experts  # tokens that an expert gets
+        # A block's Gram matrices: inputs, rows of the layers that share one, how many such matrices, tokens
+        alike = [(hidden, 3 * attended, 1, read), (attended, hidden, 1, read)]
+        alike += [(hidden, 2 * of_expert, experts, routed), (of_expert, hidden, experts, routed)]
+        # Each is multiplied in every step, to begin with, and for the errors.
+        fitted = sum(n * rows * inputs**2 * (3 + min(STEPS, most_steps(t, inputs))) for inputs, rows, n, t in alike)
         self.solving = 2 * blocks * fitted if Need.GRAM in settings.needs else 0  # operations, in float32
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
         layer = hidden * inner  # the largest one, which is worked on alone
@@ -150,7 +151,7 @@ class Size:
         # Gradient norms, Gram matrices, and the weights before, for the error of each layer
         norms = 4 * block * (settings.needs_gradients + (Need.REGIONAL in settings.needs))
         before = self.block if settings.fits.fits_block else itemsize * layer
-        grams = 4 * sum(inputs**2 * n for inputs, _, n in alike) + before if Need.GRAM in settings.block_needs else 0
+        grams = 4 * sum(inputs**2 * n for inputs, _, n, _ in alike) + before if Need.GRAM in settings.block_needs else 0
         factor = FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0
         at_a_layer = norms + grams + factor + max(SELECTION_BYTES * layer, solution)
         in_a_fit = fit_bytes * block + (ROUND_BYTES * block + norms + grams if settings.rounds > 1 else 0)

@@ -12,6 +12,7 @@ from gblm_compress.calibration import ranks
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.machine import cost
+from gblm_compress.methods.fits import FEW_STEPS
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning import planning
@@ -79,6 +80,21 @@ def test_every_expert_has_gram_matrices_of_its_own(tmp_path) -> None:
     assert fast.working - none.working == solution + grams + 4 * hidden * inner
     assert none.idle == 2 * 3 * each * hidden * (model.config.num_experts - model.config.num_experts_per_tok) > 0
     assert none.saving == 2.5 * 3 * each * hidden * model.config.num_experts * 4
+
+
+def test_experts_that_get_few_tokens_are_solved_in_fewer_steps(tmp_path) -> None:
+    (model := tiny_family("qwen3_moe")).save_pretrained(tmp_path)
+    config = model.config
+
+    def solving(chosen: int) -> int:
+        (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "num_experts_per_tok": chosen}))
+        return size_of(ModelSource("mixture", tmp_path), method="wanda", allocation="uniform", fit="fast").solving
+
+    hidden, each = config.hidden_size, config.moe_intermediate_size
+    assert 2 * 64 >= 2 * hidden  # tokens for all: enough; for one of several experts: too few
+    of_experts = config.num_experts * (2 * each * hidden**2 + hidden * each**2)
+    saved = 2 * config.num_hidden_layers * of_experts * (planning.STEPS - FEW_STEPS)
+    assert solving(config.num_experts) - solving(1) == saved
 
 
 @pytest.fixture
