@@ -7,9 +7,9 @@
  * x is rounded once for each call. On x86 more than 8 tokens get 8 bits, see quantised_many.c. All others get 16 bits with
  * one scale a token: q = round(x · 32767 / largest). The error is 1/65534 of the largest input, so that outliers cost nothing.
  * AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes unsigned ones) and subtracts 32768 · (the row's sum of
- * weights). NEON with sdot, which takes signed ones, splits q - 128 and adds 128 · (that sum). AVX2, AVX-VNNI and other NEON
- * multiply q in 16 bits. Products are summed as integers along a group, or along a row that has one scale: with AVX2 and
- * NEON along a part of it.
+ * weights). AVX-VNNI does so for one token. NEON with sdot, which takes signed ones, splits q - 128 and adds 128 · (that sum).
+ * AVX2, other NEON, and AVX-VNNI for several tokens multiply q in 16 bits. Products are summed as integers along a group, or
+ * along a row that has one scale: with 256 bits or fewer along a part of it.
  *
  * The caller guarantees what quantised.h says.
  */
@@ -45,9 +45,6 @@ static inline uint32_t bits_f16(uint16_t x) {
     memcpy(&bits, &value, 4);
     return bits;
 }
-
-/* How q is written: as int16, or for each word 64 high bytes and then 64 low ones, of q + 32768 or of q - 128. */
-enum { WHOLE, UNSIGNED_BYTES, SIGNED_BYTES };
 
 /* Round a token, and return its scale: NaN, which makes all of y NaN, where not all of x is finite. */
 #define ROUNDED(NAME, ATTRIBUTE, TYPE, BITS)                                                                 \
@@ -397,30 +394,41 @@ AVX2 INLINE __m128i avx2_lane(const uint8_t *mask, const uint8_t *v, int64_t *at
 }
 
 /* A spread word has a place for each of 64 columns, and then 64 bits that say which of them are stored. A half of the word
- * is 32 places, the first half's in the low 4 bits of 32 bytes: place 2i is that of column i, place 2i + 1 that of column
- * 16 + i. Bit 4 · half + k of the j-th byte of bits belongs to place 8k + j.
+ * is 32 places, the first half's in the low 4 bits of 32 bytes. With AVX-VNNI place i is that of column i; with AVX2 place 2i
+ * is that of column i, place 2i + 1 that of column 16 + i. Bit 4 · half + k of the j-th byte of bits belongs to place 8k + j.
  *
- * Levels of half a word, columns by 16 in 16 bits. */
-typedef struct {
-    __m256i lanes[2];
-} Half;
-
-AVX2 INLINE Half avx2_spread(const uint8_t *word, __m128i table, const int half) {
+ * The levels of half a word, in the order of places. */
+AVX2 INLINE __m256i avx2_spread(const uint8_t *word, __m128i table, const int half) {
     const __m256i bytes = _mm256_loadu_si256((const __m256i *)word), bits = _mm256_set1_epi64x(*(const int64_t *)(word + 32));
     const __m256i places = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
     const __m256i first = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202, 0x0404040404040404, 0x0808080808080808);
     const __m256i bit = half ? _mm256_slli_epi16(first, 4) : first;
     const __m256i stored = _mm256_cmpeq_epi8(_mm256_and_si256(bits, bit), bit);
-    const __m256i levels = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), places), stored);
+    return _mm256_and_si256(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), places), stored);
+}
+
+/* The levels of half a word. Its weights begin at number `at` of v, which moves past them. */
+AVX2 INLINE __m256i avx2_bytes(const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind, const int half) {
+    if (kind == SPREAD) return avx2_spread(v + (*at += half * SPREAD_BYTES) - half * SPREAD_BYTES, table, half);
+    if (kind == DENSE) return _mm256_loadu_si256((const __m256i *)(v + (*at += 32) - 32));
+    const __m128i first = avx2_lane(mask + 4 * half, v, at, table, kind);
+    return _mm256_set_m128i(avx2_lane(mask + 4 * half + 2, v, at, table, kind), first);
+}
+
+/* The same in 16 bits, columns by 16. */
+typedef struct {
+    __m256i lanes[2];
+} Half;
+
+AVX2 INLINE Half avx2_widened(__m256i levels, int path) {
+    if (path == AVX_VNNI_PATH)
+        return (Half){{_mm256_cvtepi8_epi16(_mm256_castsi256_si128(levels)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(levels, 1))}};
     return (Half){{_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)}};
 }
 
-/* The levels of half a word, whose weights begin at number `at` of v, which moves past them. */
-AVX2 INLINE Half avx2_half(const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind, const int half) {
-    if (kind == SPREAD) {
-        if (half) *at += SPREAD_BYTES;
-        return avx2_spread(v + *at - half * SPREAD_BYTES, table, half);
-    }
+AVX2 INLINE Half avx2_half(const Quantised *job, const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind,
+                           const int half) {
+    if (kind == SPREAD) return avx2_widened(avx2_bytes(mask, v, at, table, kind, half), job->path);
     const __m128i first = avx2_lane(mask + 4 * half, v, at, table, kind);
     const __m128i second = avx2_lane(mask + 4 * half + 2, v, at, table, kind);
     return (Half){{_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(second)}};
@@ -435,46 +443,68 @@ AVX2 INLINE void avx2_scales(const Quantised *job, int64_t row, int64_t first, i
     }
 }
 
-/* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. */
-AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const int tokens) {
-    const int64_t stride = job->words * 64, span = (job->group ? job->group : PERIOD) / 32;
-    const int masked = kind == LEVELS || kind == PLACES;
-    const uint8_t *v = job->values + row_start(job, r);
+/* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. `bytes`: x is of UNSIGNED_BYTES,
+ * which AVX-VNNI takes for one token; more tokens have no registers for so many sums. `group`: 64 stands for 128 too. */
+AVX2 INLINE void avx2_row_by(const Quantised *job, int64_t r, const int bytes, const int group, const int kind, const int tokens) {
+    const int masked = kind == LEVELS || kind == PLACES, period = bytes ? PERIOD / 4 : PERIOD;
+    const int apart = bytes && !group && !masked; /* sums of half words: each waits for the one before */
+    const int64_t stride = job->words * 64, span = (group ? job->group : period) / 64;
+    const uint8_t *v = job->values + row_start(job, r), *mask = masked ? (const uint8_t *)(job->mask + r * job->words) : NULL;
     const int16_t *x = job->x;
     const __m128i table = avx2_table(job, r, kind);
+    const __m256i none = _mm256_setzero_si256();
     float scales[2 * BLOCK];
-    __m256i products[FEW_TOKENS];
+    __m256i products[FEW_TOKENS], high[2] = {none, none}, low[2] = {none, none};
     __m256 sums[FEW_TOKENS];
-    for (int t = 0; t < tokens; t++) products[t] = _mm256_setzero_si256(), sums[t] = _mm256_setzero_ps();
-    const uint64_t *bits = masked ? job->mask + r * job->words : NULL;
-    int64_t at = 0, left = span, group = 0;
+    for (int t = 0; t < tokens; t++) products[t] = none, sums[t] = _mm256_setzero_ps();
+    int64_t at = 0, left = span;
     for (int64_t block = 0; block < job->words; block += BLOCK) {
         const int64_t last = block + BLOCK < job->words ? block + BLOCK : job->words;
-        if (job->group) group = 0, avx2_scales(job, r, 64 * block / job->group, 64 * BLOCK / job->group, scales);
-        for (int64_t w = block; w < last; w++) {
-            const uint8_t *mask = (const uint8_t *)bits;
-            if (masked) bits++;
-            _mm_prefetch((const char *)v + (at >> (kind == PLACES)) + 1024, _MM_HINT_T0);
+        const float *next = scales;
+        if (group) avx2_scales(job, r, 64 * block / job->group, 64 * BLOCK / job->group, scales);
+        for (int64_t w = block; w < last; w++, x += bytes * 64, mask += masked * 8) {
+            _mm_prefetch((const char *)v + (at >> (kind == PLACES)) + 2048, _MM_HINT_T0);
             _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
-                const Half weights = avx2_half(mask, v, &at, table, kind, half);
-                for (int lane = 0; lane < 2; lane++, x += 16)
-                    _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
-                        const __m256i inputs = _mm256_loadu_si256((const __m256i *)(x + t * stride));
-                        products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(weights.lanes[lane], inputs));
-                    }
-                if (--left && (half == 0 || w + 1 < job->words)) continue;
-                const __m256 scale = job->group ? _mm256_broadcast_ss(scales + group) : _mm256_set1_ps(1);
+                if (bytes) {
+                    const __m256i *from = (const __m256i *)x + half, levels = avx2_bytes(mask, v, &at, table, kind, half);
+                    high[apart * half] = avx_vnni_added(high[apart * half], _mm256_loadu_si256(from), levels);
+                    low[apart * half] = avx_vnni_added(low[apart * half], _mm256_loadu_si256(from + 2), levels);
+                } else {
+                    const Half weights = avx2_half(job, mask, v, &at, table, kind, half);
+                    for (int lane = 0; lane < 2; lane++, x += 16)
+                        _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
+                            const __m256i inputs = _mm256_loadu_si256((const __m256i *)(x + t * stride));
+                            products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(weights.lanes[lane], inputs));
+                            if (tokens > 2) __asm__("" : "+x"(products[t])); /* lest GCC add them later, and keep them in memory */
+                        }
+                }
+                if (group != 32 && (half == 0 || (--left && w + 1 < job->words))) continue;
+                if (apart) high[0] = _mm256_add_epi32(high[0], high[1]), low[0] = _mm256_add_epi32(low[0], low[1]);
+                if (bytes) products[0] = _mm256_add_epi32(_mm256_slli_epi32(high[0], 8), low[0]);
+                const __m256 scale = group ? _mm256_broadcast_ss(next++) : _mm256_set1_ps(1);
                 _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
                     sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sums[t]);
-                    products[t] = _mm256_setzero_si256();
+                    products[t] = none;
                 }
-                group++, left = span;
+                high[0] = high[1] = low[0] = low[1] = none;
+                left = span;
             }
             if (kind == PLACES) at = (at + 1) & ~1ll; /* a word begins with a byte */
         }
     }
-    const float scale = job->group ? 1.0f : avx2_scale(job, r, 0);
-    for (int t = 0; t < tokens && t < job->tokens; t++) put(job, t, r, gblm_sum_256(sums[t]) * scale * job->x_scales[t]);
+    const float scale = group ? 1.0f : avx2_scale(job, r, 0), more = bytes ? 32768 * job->sums[r] : 0;
+    for (int t = 0; t < tokens && t < job->tokens; t++)
+        put(job, t, r, (gblm_sum_256(sums[t]) - more) * scale * job->x_scales[t]);
+}
+
+AVX2 INLINE void avx2_row_of(const Quantised *job, int64_t r, const int bytes, const int kind, const int tokens) {
+    if (job->group == 32) avx2_row_by(job, r, bytes, 32, kind, tokens);
+    else if (job->group) avx2_row_by(job, r, bytes, 64, kind, tokens);
+    else avx2_row_by(job, r, bytes, 0, kind, tokens);
+}
+AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const int tokens) {
+    if (HAS_AVX_VNNI && tokens == 1 && job->form == UNSIGNED_BYTES) avx2_row_of(job, r, 1, kind, 1);
+    else avx2_row_of(job, r, 0, kind, tokens);
 }
 
 ROW_KERNELS(avx2, AVX2)
@@ -489,9 +519,12 @@ AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, i
         _mm_prefetch((const char *)v + (at >> (kind == PLACES)) + 256, _MM_HINT_T0);
         if (kind == SPREAD) {
             for (int half = 0; half < 2; half++) {
-                const Half levels = avx2_spread(v + at, table, half);
-                const __m256i bytes = _mm256_packs_epi16(levels.lanes[0], levels.lanes[1]);
-                _mm256_storeu_si256((__m256i *)(to + 32 * half), _mm256_permute4x64_epi64(bytes, 0xd8));
+                __m256i levels = avx2_spread(v + at, table, half);
+                if (job->path != AVX_VNNI_PATH) {
+                    const Half wide = avx2_widened(levels, job->path);
+                    levels = _mm256_permute4x64_epi64(_mm256_packs_epi16(wide.lanes[0], wide.lanes[1]), 0xd8);
+                }
+                _mm256_storeu_si256((__m256i *)(to + 32 * half), levels);
             }
             at += SPREAD_BYTES;
             continue;
@@ -713,7 +746,8 @@ void gblm_spread(const Quantised *job, uint8_t *to) {
             const uint64_t bits = row_bits(job, row, w);
             int at = 0;
             for (uint64_t left = bits; left; left &= left - 1, at++) {
-                const int column = __builtin_ctzll(left), half = column / 32, place = column % 16 * 2 + column / 16 % 2;
+                const int column = __builtin_ctzll(left), half = column / 32;
+                const int place = job->path == AVX_VNNI_PATH ? column % 32 : column % 16 * 2 + column / 16 % 2;
                 to[place] |= (uint8_t)((v[at / 2] >> (at % 2 * 4) & 15) << 4 * half);
                 to[32 + place % 8] |= (uint8_t)(1 << (4 * half + place / 8));
             }
@@ -741,12 +775,16 @@ typedef struct {
     float *x_scales;
 } Share;
 
+static int form_of(int path, int64_t tokens) {
+    if (path >= VNNI_PATH || (path == AVX_VNNI_PATH && tokens == 1)) return UNSIGNED_BYTES;
+    return path == DOT_PATH ? SIGNED_BYTES : WHOLE;
+}
+
 static void round_part(void *argument, int index) {
     const Share *work = argument;
     const Quantised *job = work->job;
     const int64_t from = job->columns * (job->type == F32 ? 4 : 2), to = bytes_a_token(job->words);
     const Rounding round = rounding_of(job->path, job->type);
-    const int form = job->path >= VNNI_PATH ? UNSIGNED_BYTES : job->path == DOT_PATH ? SIGNED_BYTES : WHOLE;
     int64_t begin, end;
     gblm_share(job->tokens, work->parts, index, &begin, &end);
 #if defined(__x86_64__)
@@ -761,7 +799,7 @@ static void round_part(void *argument, int index) {
 #endif
     for (int64_t t = begin; t < end; t++)
         work->x_scales[t] =
-            round(work->inputs + t * from, job->columns, job->words, form, (char *)job->x + t * to);
+            round(work->inputs + t * from, job->columns, job->words, job->form, (char *)job->x + t * to);
 }
 
 static Rows rows_of(int path) {
@@ -861,7 +899,7 @@ void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *ro
     const int64_t last = gblm_by_tiles(jobs) ? tokens / BLOCK_TOKENS * jobs->words * WORD_BLOCKS * (int64_t)sizeof(Block) : tokens * size;
     memset((char *)rounded + last, 0, (size_t)(eights * size - last)); /* kernels compute more tokens than there are */
     float *x_scales = (float *)((char *)rounded + eights * size);
-    for (int i = 0; i < count; i++) jobs[i].x = rounded, jobs[i].x_scales = x_scales;
+    for (int i = 0; i < count; i++) jobs[i].x = rounded, jobs[i].x_scales = x_scales, jobs[i].form = form_of(jobs->path, tokens);
     Share work = {.job = jobs, .count = count, .parts = tokens > FEW_TOKENS ? threads->count : 1, .inputs = inputs,
                   .x_scales = x_scales};
     if (work.parts == 1) round_part(&work, 0); /* less work than a region of threads */
@@ -877,7 +915,7 @@ EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int
                                  int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type, int path,
                                  int count) {
     Quantised job = {mask, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
-                     groups_of(columns, group), stride, group, type, path, 0};
+                     groups_of(columns, group), stride, group, type, path, 0, WHOLE};
     if (!can_run(&job, count) || tokens < 1) return 0;
     const Threads threads = gblm_threads(count);
     gblm_quantised_run(&job, 1, x, rounded, &threads);

@@ -10,6 +10,9 @@
 
 enum { MOST_WORDS = 1024, SPREAD_BYTES = 40 /* of a word */ };
 
+/* How x in 16 bits is written: as int16, or for each word 64 high bytes and then 64 low ones, of q + 32768 or of q - 128. */
+enum { WHOLE, UNSIGNED_BYTES, SIGNED_BYTES };
+
 typedef struct {
     const uint64_t *mask; /* NULL: rows × words·64 levels, or with `levels` what gblm_spread wrote */
     const uint8_t *values;
@@ -17,12 +20,13 @@ typedef struct {
     const int8_t *levels;  /* 16 for all rows or for each; NULL: values are levels */
     const uint16_t *scales;
     const float *sums;     /* of a row: Σ scale · level, or Σ level where the row has one scale */
-    const void *x;         /* rounded: tokens × words × 64 int16, or × (64 high bytes, 64 low bytes); or for many tokens a `Block` each */
+    const void *x;         /* rounded: tokens × words × 64 in `form`; or for many tokens a `Block` each */
     const float *x_scales;
     void *y;
     int64_t rows, words, tokens, columns, groups, stride; /* stride: from row to row in levels */
     int group, type, path; /* group: 0 for a row; type: of x and y */
     int exact;             /* x has 16 bits for many tokens too */
+    int form;
 } Quantised;
 
 /* y = x Wᵀ of each job, for any number of tokens. The jobs differ in the weight, y and rows alone; x is rounded for all of
@@ -35,7 +39,7 @@ void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *ro
  * instead of 5.0 (Zen 5), and 40 bytes instead of 24. With many processors reading is the limit. */
 int gblm_spreads(int path, int processors);
 
-/* Write the weight with SPREAD_BYTES for each word. Kernels for AVX2 take that as `values`, without mask and starts. */
+/* Write the weight with SPREAD_BYTES for each word. Kernels of the job's path take that as `values`, without mask and starts. */
 void gblm_spread(const Quantised *job, uint8_t *to);
 
 EXPORT int64_t gblm_quantised_bytes(int64_t words, int64_t tokens);

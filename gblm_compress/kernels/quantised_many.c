@@ -226,10 +226,7 @@ AVX2 static void fill_narrow(const Quantised *job, int64_t first, int count, int
 /* sums + the products of four bytes each. Both instructions take one side unsigned. With AVX-VNNI, which `vnni` says, the levels
  * are larger by 128, and the sums began with what that adds. Else x takes the sign of the levels; no pair exceeds 16 bits. */
 AVX2 INLINE __m256i avx2_added(__m256i sums, __m256i levels, __m256i x, const int vnni) {
-    if (vnni) {
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(levels), "x"(x));
-        return sums;
-    }
+    if (vnni) return avx_vnni_added(sums, levels, x);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(x, levels));
     __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))); /* lest GCC copy the sums */
     return sums;
