@@ -270,10 +270,6 @@ def timed(**sizes: str) -> dict[str, str]:
     return columns
 
 
-def without_llama_cpp(columns: dict[str, str]) -> dict[str, str]:
-    return {heading: shape for heading, shape in columns.items() if "llama.cpp" not in heading}
-
-
 def by_fit(*names: str) -> dict[str, str]:
     columns = {f"`--fit {name}`": name for name in names}
     return {"mask": "`{mask}`"} | across(columns, {"": "{IN[perplexity]:.1f} ({IN[mean_kl]:.2f})"})
@@ -325,7 +321,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     ),
     "engines-2-threads": (engines("engines-epyc-zen5-2-cores", 2), ENGINES),
     "engines-1-thread": (engines("engines-epyc-zen5-2-cores", 1), ENGINES),
-    "engines-avx2": (without_avx512("engines"), without_llama_cpp(SIZES)),
+    "engines-avx2": (without_avx512("engines"), SIZES),
     "sizes": (
         [row for n in (2, 1) for row in engines("sizes-epyc-zen5-2-cores", n)],
         {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
@@ -338,7 +334,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         [row for n in (2, 1) for row in engines("sizes-8b-epyc-zen5-2-cores", n)],
         {heading: shape for heading, shape in SIZES.items() if heading != "instructions"},
     ),
-    "sizes-avx2": (without_avx512("sizes"), without_llama_cpp(SIZES)),
+    "sizes-avx2": (without_avx512("sizes"), SIZES),
     "kernels-float": (
         [row for row in results("cpu-decode-epyc-zen5-2-cores")["kernels"] if row["tokens"] == 1],
         {

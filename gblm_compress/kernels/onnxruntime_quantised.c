@@ -71,7 +71,7 @@ static void fill_sums(const Quantised *job, float *sums) {
 
 /* From now on the weight is a spread one: see gblm_spreads. */
 static OrtStatusPtr spread(Quantised *job, void **owned) {
-    if (!(*owned = malloc((size_t)(job->rows * job->words) * SPREAD_BYTES))) return gblm_out_of_memory();
+    if (!(*owned = malloc((size_t)(job->rows * job->words) * (size_t)gblm_spread_bytes(job)))) return gblm_out_of_memory();
     gblm_spread(job, *owned);
     job->values = *owned;
     job->mask = NULL, job->starts = NULL;
@@ -142,7 +142,7 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised
     if (!(owned[4] = malloc((size_t)job->rows * sizeof *job->sums))) return gblm_out_of_memory();
     fill_sums(job, owned[4]);
     job->sums = owned[4];
-    return places && gblm_spreads(job->path, gblm_parts) ? spread(job, &owned[5]) : NULL;
+    return job->mask && gblm_spreads(job->path, gblm_parts, places) ? spread(job, &owned[5]) : NULL;
 }
 
 /* The attribute accuracy_level, or -1. */

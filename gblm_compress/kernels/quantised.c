@@ -736,22 +736,28 @@ int gblm_quantised_paths(void) {
     return paths;
 }
 
-int gblm_spreads(int path, int processors) { return (path == AVX2_PATH || path == AVX_VNNI_PATH) && processors <= 8; }
+int gblm_spreads(int path, int processors, int places) {
+    return (path == AVX2_PATH || path == AVX_VNNI_PATH) && processors <= (places ? 8 : 2);
+}
+
+static void spread_place(const Quantised *job, uint8_t *word, int column, int place) {
+    const int half = column / 32;
+    const int at = job->path == AVX_VNNI_PATH ? column % 32 : column % 16 * 2 + column / 16 % 2;
+    word[at] |= (uint8_t)(place << 4 * half);
+    word[32 + at % 8] |= (uint8_t)(1 << (4 * half + at / 8));
+}
 
 void gblm_spread(const Quantised *job, uint8_t *to) {
-    memset(to, 0, (size_t)(job->rows * job->words) * SPREAD_BYTES);
+    const int bytes = gblm_spread_bytes(job);
+    memset(to, 0, (size_t)(job->rows * job->words) * (size_t)bytes);
     for (int64_t row = 0; row < job->rows; row++) {
         const uint8_t *v = job->values + row_start(job, row);
-        for (int64_t w = 0; w < job->words; w++, to += SPREAD_BYTES) {
-            const uint64_t bits = row_bits(job, row, w);
+        for (int64_t w = 0; w < job->words; w++, to += bytes) {
             int at = 0;
-            for (uint64_t left = bits; left; left &= left - 1, at++) {
-                const int column = __builtin_ctzll(left), half = column / 32;
-                const int place = job->path == AVX_VNNI_PATH ? column % 32 : column % 16 * 2 + column / 16 % 2;
-                to[place] |= (uint8_t)((v[at / 2] >> (at % 2 * 4) & 15) << 4 * half);
-                to[32 + place % 8] |= (uint8_t)(1 << (4 * half + place / 8));
-            }
-            v += bytes_in(at, PLACES);
+            for (uint64_t left = row_bits(job, row, w); left; left &= left - 1, at++)
+                if (job->levels) spread_place(job, to, __builtin_ctzll(left), v[at / 2] >> (at % 2 * 4) & 15);
+                else to[__builtin_ctzll(left)] = v[at];
+            v += bytes_in(at, kind_of(job));
         }
     }
 }
