@@ -69,11 +69,13 @@ static void fill_sums(const Quantised *job, float *sums) {
     }
 }
 
-/* From now on the weight is a spread one: see gblm_spreads. */
-static OrtStatusPtr spread(Quantised *job, void **owned) {
-    if (!(*owned = malloc((size_t)(job->rows * job->words) * (size_t)gblm_spread_bytes(job)))) return gblm_out_of_memory();
-    gblm_spread(job, *owned);
-    job->values = *owned;
+/* From now on the weight is a spread one, see gblm_spreads, and has neither mask nor starts. */
+static OrtStatusPtr spread(Quantised *job, void *owned[OWNED]) {
+    if (!(owned[5] = malloc((size_t)(job->rows * job->words) * (size_t)gblm_spread_bytes(job)))) return gblm_out_of_memory();
+    gblm_spread(job, owned[5]);
+    job->values = owned[5];
+    free(owned[0]), free(owned[2]);
+    owned[0] = owned[2] = NULL;
     job->mask = NULL, job->starts = NULL;
     return NULL;
 }
@@ -142,7 +144,7 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised
     if (!(owned[4] = malloc((size_t)job->rows * sizeof *job->sums))) return gblm_out_of_memory();
     fill_sums(job, owned[4]);
     job->sums = owned[4];
-    return job->mask && gblm_spreads(job->path, gblm_parts, places) ? spread(job, &owned[5]) : NULL;
+    return job->mask && gblm_spreads(job->path, gblm_parts, places) ? spread(job, owned) : NULL;
 }
 
 /* The attribute accuracy_level, or -1. */
