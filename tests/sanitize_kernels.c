@@ -21,6 +21,7 @@
 
 #include "../gblm_compress/kernels/bitmask.h"
 #include "../gblm_compress/kernels/many_tokens.h"
+#include "../gblm_compress/kernels/quantised.h"
 
 EXPORT void gblm_set_parallel(void *parallel, void *omp_get_thread_num, void *omp_get_num_threads);
 EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, void *y, void *panels,
@@ -28,8 +29,6 @@ EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64
 EXPORT int gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
                                int64_t rows, int64_t columns, int64_t words, int type, int path, int count);
 
-EXPORT int gblm_quantised_paths(void);
-EXPORT int64_t gblm_quantised_bytes(int64_t words, int64_t tokens);
 EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int64_t *starts, const void *levels,
                                  const void *scales, const float *sums, const void *x, void *y, void *rounded, int64_t rows,
                                  int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type, int path,
@@ -295,7 +294,7 @@ static void expand(Case *c) {
 
 /* ---- quantised weights ---- */
 
-enum { Q_MASK, Q_VALUES, Q_STARTS, Q_LEVELS, Q_SCALES, Q_SUMS, Q_X, Q_Y, Q_ROUNDED, Q_BUFFERS };
+enum { Q_MASK, Q_VALUES, Q_STARTS, Q_LEVELS, Q_SCALES, Q_SUMS, Q_X, Q_Y, Q_ROUNDED, Q_SPREAD, Q_SPREAD_SCALES, Q_BUFFERS };
 static Buffer quantised_buffers[Q_BUFFERS];
 static double dense_weight[40][700];
 
@@ -361,6 +360,7 @@ static void quantised(long long *by_path) {
     void *const starts_or_none = kind == 2 ? NULL : starts, *const mask_or_none = kind == 2 ? NULL : mask;
     void *const table = kind == 1 ? levels : NULL;
     if (fault[3] > 16) fault[3] = 16;
+    const int spread = kind == 1 && !stride && !hostile && (path == AVX2_PATH || path == AVX_VNNI_PATH) && below(2);
     if (below(3) == 0) {
         const int64_t first = below(rows), count = below(rows - first + 1);
         char *dense = sized(held + Q_Y, (size_t)(count * columns * size));
@@ -377,10 +377,21 @@ static void quantised(long long *by_path) {
         char *x = sized(held + Q_X, (size_t)(tokens * columns * size)), *y = sized(held + Q_Y, (size_t)(tokens * rows * size));
         take_elements(type, x, tokens * columns);
         void *rounded = sized(held + Q_ROUNDED, (size_t)gblm_quantised_bytes(words, tokens));
-        const int done = gblm_quantised_linear(mask_or_none, values, starts_or_none, table, scales, sums, x, y, rounded, rows,
-                                               words, columns, tokens, stride, fault[0], fault[1], fault[2], fault[3]);
+        const int done = spread || gblm_quantised_linear(mask_or_none, values, starts_or_none, table, scales, sums, x, y, rounded,
+                                                         rows, words, columns, tokens, stride, fault[0], fault[1], fault[2], fault[3]);
+        if (spread) {
+            Quantised job = {mask, values, starts, table, scales, sums, NULL, NULL, y, rows, words, tokens, columns, groups, 0,
+                             group, type, path, 0, 0};
+            const int64_t spread_bytes = gblm_spread_bytes(&job), spread_scales = gblm_spread_scales(&job);
+            job.values = sized(held + Q_SPREAD, (size_t)spread_bytes), job.scales = sized(held + Q_SPREAD_SCALES, (size_t)spread_scales * 2);
+            const Quantised packed = {mask, values, starts, table, scales, .rows = rows, .words = words, .groups = groups, .path = path};
+            gblm_spread(&packed, (uint8_t *)job.values, (uint16_t *)job.scales);
+            job.mask = NULL, job.starts = NULL;
+            const Threads team = gblm_threads(threads);
+            gblm_quantised_run(&job, 1, x, rounded, &team);
+        }
         if (done == refused || (refused && !untouched(held + Q_Y))) fail("a quantised product was taken or refused wrongly");
-        const int eight = path >= AVX2_PATH && tokens > FEW_TOKENS; /* bits of the inputs; else 16 */
+        const int eight = spread || (path >= AVX2_PATH && tokens > FEW_TOKENS); /* bits of the inputs; else 16 */
         const int64_t block = eight ? 32 : columns;
         for (int64_t r = 0; done && r < rows; r++)
             for (int64_t t = 0; t < tokens; t++) {

@@ -71,12 +71,32 @@ static void fill_sums(const Quantised *job, float *sums) {
 
 /* From now on the weight is a spread one, see gblm_spreads, and has neither mask nor starts. */
 static OrtStatusPtr spread(Quantised *job, void *owned[OWNED]) {
-    if (!(owned[5] = malloc((size_t)(job->rows * job->words) * (size_t)gblm_spread_bytes(job)))) return gblm_out_of_memory();
-    gblm_spread(job, owned[5]);
+    uint16_t *scales = NULL;
+    if (!(owned[5] = aligned_alloc(64, (size_t)(gblm_spread_bytes(job) + 63) / 64 * 64))) return gblm_out_of_memory();
+    if (job->levels && !(scales = malloc((size_t)gblm_spread_scales(job) * sizeof *scales))) return gblm_out_of_memory();
+    gblm_spread(job, owned[5], scales);
     job->values = owned[5];
     free(owned[0]), free(owned[2]);
     owned[0] = owned[2] = NULL;
     job->mask = NULL, job->starts = NULL;
+    if (!scales) return NULL;
+    free(owned[3]);
+    job->scales = owned[3] = scales;
+    return NULL;
+}
+
+/* Spread the weights of a node: places of all or none, since all multiply the same x. */
+static OrtStatusPtr spread_all(Linear *linear) {
+    int places = 1;
+    for (int i = 0; i < linear->count; i++) {
+        const Quantised *job = linear->jobs + i;
+        places &= job->levels && !job->stride && !job->exact;
+    }
+    for (int i = 0; i < linear->count; i++) {
+        Quantised *job = linear->jobs + i;
+        const int fits = job->mask && (places || !job->levels);
+        if (fits && gblm_spreads(job->path, gblm_parts, places)) TRY(spread(job, linear->owned[i]));
+    }
     return NULL;
 }
 
@@ -144,7 +164,7 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised
     if (!(owned[4] = malloc((size_t)job->rows * sizeof *job->sums))) return gblm_out_of_memory();
     fill_sums(job, owned[4]);
     job->sums = owned[4];
-    return job->mask && gblm_spreads(job->path, gblm_parts, places) ? spread(job, owned) : NULL;
+    return NULL;
 }
 
 /* The attribute accuracy_level, or -1. */
@@ -174,7 +194,7 @@ static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
             return gblm_invalid("%s: the weights have %lld and %lld columns; all multiply the same x", operator_name,
                                 (long long)linear->jobs->columns, (long long)linear->jobs[i].columns);
     }
-    return NULL;
+    return spread_all(linear);
 }
 
 static void ORT_API_CALL destroy(void *kernel) {

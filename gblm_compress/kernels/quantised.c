@@ -4,12 +4,12 @@
  * starts are those of job.h; what is stored for each bit is a level, or a place of 4 bits in a table of 16 levels. Places
  * are two to a byte, the first in the low half, and those of every word of the mask begin with a byte.
  *
- * x is rounded once for each call. On x86 more than 8 tokens get 8 bits, see quantised_many.c. All others get 16 bits with
- * one scale a token: q = round(x · 32767 / largest). The error is 1/65534 of the largest input, so that outliers cost nothing.
- * AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes unsigned ones) and subtracts 32768 · (the row's sum of
- * weights). AVX-VNNI does so for one token. NEON with sdot, which takes signed ones, splits q - 128 and adds 128 · (that sum).
- * AVX2, other NEON, and AVX-VNNI for several tokens multiply q in 16 bits. Products are summed as integers along a group, or
- * along a row that has one scale: with 256 bits or fewer along a part of it.
+ * x is rounded once for each call. On x86 more than 8 tokens get 8 bits, as do all tokens where places are spread, see
+ * quantised_many.c. All others get 16 bits with one scale a token: q = round(x · 32767 / largest). The error is 1/65534 of the
+ * largest input, so that outliers cost nothing. AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes unsigned ones)
+ * and subtracts 32768 · (the row's sum of weights). AVX-VNNI does so for one token. NEON with sdot, which takes signed ones, splits
+ * q - 128 and adds 128 · (that sum). AVX2, other NEON, and AVX-VNNI for several tokens multiply q in 16 bits. Products are summed
+ * as integers along a group, or along a row that has one scale: with 256 bits or fewer along a part of it.
  *
  * The caller guarantees what quantised.h says.
  */
@@ -83,10 +83,10 @@ static inline uint32_t bits_f16(uint16_t x) {
         }                                                                                                    \
         return most < 0x7f800000 ? (usable ? largest / 32767 : 0) : __builtin_nanf("");                      \
     }
-/* Round a token, one of 12 of the blocks. Blocks with a number that is not finite have the scale NaN, which makes all of y NaN. */
+/* Round a token of blocks of `width` tokens. Blocks with a number that is not finite have the scale NaN: all of y becomes NaN. */
 #define ROUNDED_BLOCKS(NAME, ATTRIBUTE, TYPE, BITS)                                                                \
-    ATTRIBUTE static void NAME(const void *input, int64_t columns, int64_t words, int token, Block *blocks) { \
-        for (int64_t first = 0; first < words * 64; first += BLOCK_COLUMNS, blocks++) {                       \
+    ATTRIBUTE static void NAME(const void *input, int64_t columns, int64_t words, int width, uint8_t *block) { \
+        for (int64_t first = 0; first < words * 64; first += BLOCK_COLUMNS, block += BLOCK_BYTES * width) {   \
             const int64_t left = columns - first;                                                             \
             TYPE last[BLOCK_COLUMNS] = {0};                                                                   \
             const TYPE *x = (const TYPE *)input + first;                                                      \
@@ -112,9 +112,10 @@ static inline uint32_t bits_f16(uint16_t x) {
                 sum += q;                                                                                     \
                 levels[c] = (int8_t)q;                                                                        \
             }                                                                                                 \
-            for (int c = 0; c < BLOCK_COLUMNS; c += 4) memcpy(blocks->levels[c / 4][token], levels + c, 4);   \
-            blocks->scales[token] = most < 0x7f800000 ? (usable ? largest / 127 : 0) : __builtin_nanf("");    \
-            blocks->offsets[token] = -128 * sum;                                                              \
+            for (int c = 0; c < BLOCK_COLUMNS; c += 4) memcpy(block + c * width, levels + c, 4);              \
+            const float scale = most < 0x7f800000 ? (usable ? largest / 127 : 0) : __builtin_nanf("");        \
+            const int32_t offset = -128 * sum;                                                                \
+            memcpy(block + BLOCK_SCALES * width, &scale, 4), memcpy(block + BLOCK_OFFSETS * width, &offset, 4); \
         }                                                                                                     \
     }
 #define ROUNDED_TYPES(NAME, ATTRIBUTE)                  \
@@ -127,7 +128,7 @@ static inline uint32_t bits_f16(uint16_t x) {
     ROUNDED_BLOCKS(NAME##_blocks_bf16, ATTRIBUTE, uint16_t, bits_bf16)
 ROUNDED_TYPES(portable, )
 typedef float (*Rounding)(const void *, int64_t, int64_t, int, void *);
-typedef void (*BlockRounding)(const void *, int64_t, int64_t, int, Block *);
+typedef void (*BlockRounding)(const void *, int64_t, int64_t, int, uint8_t *);
 
 /* The products of some rows, for up to FEW_TOKENS tokens. */
 typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
@@ -147,9 +148,8 @@ static int by_tokens(int64_t tokens) { return tokens <= 2 ? (int)tokens - 1 : to
 #define KIND_TABLE(NAME, KIND) {NAME##_##KIND##_1, NAME##_##KIND##_2, NAME##_##KIND##_4, NAME##_##KIND##_8}
 #define ROW_KERNELS(NAME, ATTRIBUTE)                                                                                     \
     KIND_KERNELS(NAME, ATTRIBUTE, LEVELS) KIND_KERNELS(NAME, ATTRIBUTE, PLACES) KIND_KERNELS(NAME, ATTRIBUTE, DENSE)     \
-    KIND_KERNELS(NAME, ATTRIBUTE, SPREAD)                                                                                \
     static void NAME##_any(const Quantised *job, int64_t begin, int64_t end) {                                           \
-        static const Rows rows[KINDS][4] = {KIND_TABLE(NAME, LEVELS), KIND_TABLE(NAME, PLACES), KIND_TABLE(NAME, DENSE), KIND_TABLE(NAME, SPREAD)}; \
+        static const Rows rows[KINDS][4] = {KIND_TABLE(NAME, LEVELS), KIND_TABLE(NAME, PLACES), KIND_TABLE(NAME, DENSE)}; \
         rows[kind_of(job)][by_tokens(job->tokens)](job, begin, end);                                                     \
     }
 #endif
@@ -371,7 +371,7 @@ __attribute__((constructor)) static void fill_places_of_8(void) {
 
 /* The 16 levels of a row. */
 AVX2 INLINE __m128i avx2_table(const Quantised *job, int64_t row, const int kind) {
-    return kind == PLACES || kind == SPREAD ? _mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)) : _mm_setzero_si128();
+    return kind == PLACES ? _mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)) : _mm_setzero_si128();
 }
 
 /* The levels of 16 columns. Their weights begin at number `at` of v, which moves past them. */
@@ -393,23 +393,8 @@ AVX2 INLINE __m128i avx2_lane(const uint8_t *mask, const uint8_t *v, int64_t *at
     return levels;
 }
 
-/* A spread word has a place for each of 64 columns, and then 64 bits that say which of them are stored. A half of the word
- * is 32 places, the first half's in the low 4 bits of 32 bytes. With AVX-VNNI place i is that of column i; with AVX2 place 2i
- * is that of column i, place 2i + 1 that of column 16 + i. Bit 4 · half + k of the j-th byte of bits belongs to place 8k + j.
- *
- * The levels of half a word, in the order of places. */
-AVX2 INLINE __m256i avx2_spread(const uint8_t *word, __m128i table, const int half) {
-    const __m256i bytes = _mm256_loadu_si256((const __m256i *)word), bits = _mm256_set1_epi64x(*(const int64_t *)(word + 32));
-    const __m256i places = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
-    const __m256i first = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202, 0x0404040404040404, 0x0808080808080808);
-    const __m256i bit = half ? _mm256_slli_epi16(first, 4) : first;
-    const __m256i stored = _mm256_cmpeq_epi8(_mm256_and_si256(bits, bit), bit);
-    return _mm256_and_si256(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), places), stored);
-}
-
 /* The levels of half a word. Its weights begin at number `at` of v, which moves past them. */
 AVX2 INLINE __m256i avx2_bytes(const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind, const int half) {
-    if (kind == SPREAD) return avx2_spread(v + (*at += half * SPREAD_BYTES) - half * SPREAD_BYTES, table, half);
     if (kind == DENSE) return _mm256_loadu_si256((const __m256i *)(v + (*at += 32) - 32));
     const __m128i first = avx2_lane(mask + 4 * half, v, at, table, kind);
     return _mm256_set_m128i(avx2_lane(mask + 4 * half + 2, v, at, table, kind), first);
@@ -420,15 +405,7 @@ typedef struct {
     __m256i lanes[2];
 } Half;
 
-AVX2 INLINE Half avx2_widened(__m256i levels, int path) {
-    if (path == AVX_VNNI_PATH)
-        return (Half){{_mm256_cvtepi8_epi16(_mm256_castsi256_si128(levels)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(levels, 1))}};
-    return (Half){{_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)}};
-}
-
-AVX2 INLINE Half avx2_half(const Quantised *job, const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind,
-                           const int half) {
-    if (kind == SPREAD) return avx2_widened(avx2_bytes(mask, v, at, table, kind, half), job->path);
+AVX2 INLINE Half avx2_half(const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind, const int half) {
     const __m128i first = avx2_lane(mask + 4 * half, v, at, table, kind);
     const __m128i second = avx2_lane(mask + 4 * half + 2, v, at, table, kind);
     return (Half){{_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(second)}};
@@ -446,7 +423,7 @@ AVX2 INLINE void avx2_scales(const Quantised *job, int64_t row, int64_t first, i
 /* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. `bytes`: x is of UNSIGNED_BYTES,
  * which AVX-VNNI takes for one token; more tokens have no registers for so many sums. `group`: 64 stands for 128 too. */
 AVX2 INLINE void avx2_row_by(const Quantised *job, int64_t r, const int bytes, const int group, const int kind, const int tokens) {
-    const int masked = kind == LEVELS || kind == PLACES, period = bytes ? PERIOD / 4 : PERIOD;
+    const int masked = kind != DENSE, period = bytes ? PERIOD / 4 : PERIOD;
     const int apart = bytes && !group && !masked; /* sums of half words: each waits for the one before */
     const int64_t stride = job->words * 64, span = (group ? job->group : period) / 64;
     const uint8_t *v = job->values + row_start(job, r), *mask = masked ? (const uint8_t *)(job->mask + r * job->words) : NULL;
@@ -470,7 +447,7 @@ AVX2 INLINE void avx2_row_by(const Quantised *job, int64_t r, const int bytes, c
                     high[apart * half] = avx_vnni_added(high[apart * half], _mm256_loadu_si256(from), levels);
                     low[apart * half] = avx_vnni_added(low[apart * half], _mm256_loadu_si256(from + 2), levels);
                 } else {
-                    const Half weights = avx2_half(job, mask, v, &at, table, kind, half);
+                    const Half weights = avx2_half(mask, v, &at, table, kind, half);
                     for (int lane = 0; lane < 2; lane++, x += 16)
                         _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
                             const __m256i inputs = _mm256_loadu_si256((const __m256i *)(x + t * stride));
@@ -512,23 +489,11 @@ ROW_KERNELS(avx2, AVX2)
 AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *place, int8_t *to,
                              const int kind) {
     const uint8_t *v = job->values + row_start(job, row);
-    const uint8_t *mask = (const uint8_t *)(job->mask + (kind == LEVELS || kind == PLACES ? row * job->words + first : 0));
+    const uint8_t *mask = (const uint8_t *)(job->mask + (kind == DENSE ? 0 : row * job->words + first));
     const __m128i table = avx2_table(job, row, kind);
     int64_t at = *place; /* a copy, since `to` may point to anything */
     for (int64_t w = first; w < last; w++, to += 64, mask += 8) {
         _mm_prefetch((const char *)v + (at >> (kind == PLACES)) + 256, _MM_HINT_T0);
-        if (kind == SPREAD) {
-            for (int half = 0; half < 2; half++) {
-                __m256i levels = avx2_spread(v + at, table, half);
-                if (job->path != AVX_VNNI_PATH) {
-                    const Half wide = avx2_widened(levels, job->path);
-                    levels = _mm256_permute4x64_epi64(_mm256_packs_epi16(wide.lanes[0], wide.lanes[1]), 0xd8);
-                }
-                _mm256_storeu_si256((__m256i *)(to + 32 * half), levels);
-            }
-            at += SPREAD_BYTES;
-            continue;
-        }
         _Pragma("GCC unroll 4") for (int lane = 0; lane < 4; lane++)
             _mm_storeu_si128((__m128i *)(to + 16 * lane), avx2_lane(mask + 2 * lane, v, &at, table, kind));
         if (kind == PLACES) at = (at + 1) & ~1ll;
@@ -539,7 +504,6 @@ AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int64_t first, i
 AVX2 void gblm_avx2_levels(const Quantised *job, int64_t row, int64_t first, int64_t last, int64_t *at, int8_t *to) {
     if (kind_of(job) == DENSE) avx2_levels(job, row, first, last, at, to, DENSE);
     else if (kind_of(job) == PLACES) avx2_levels(job, row, first, last, at, to, PLACES);
-    else if (kind_of(job) == SPREAD) avx2_levels(job, row, first, last, at, to, SPREAD);
     else avx2_levels(job, row, first, last, at, to, LEVELS);
 }
 
@@ -740,28 +704,6 @@ int gblm_spreads(int path, int processors, int places) {
     return (path == AVX2_PATH || path == AVX_VNNI_PATH) && processors <= (places ? 8 : 2);
 }
 
-static void spread_place(const Quantised *job, uint8_t *word, int column, int place) {
-    const int half = column / 32;
-    const int at = job->path == AVX_VNNI_PATH ? column % 32 : column % 16 * 2 + column / 16 % 2;
-    word[at] |= (uint8_t)(place << 4 * half);
-    word[32 + at % 8] |= (uint8_t)(1 << (4 * half + at / 8));
-}
-
-void gblm_spread(const Quantised *job, uint8_t *to) {
-    const int bytes = gblm_spread_bytes(job);
-    memset(to, 0, (size_t)(job->rows * job->words) * (size_t)bytes);
-    for (int64_t row = 0; row < job->rows; row++) {
-        const uint8_t *v = job->values + row_start(job, row);
-        for (int64_t w = 0; w < job->words; w++, to += bytes) {
-            int at = 0;
-            for (uint64_t left = row_bits(job, row, w); left; left &= left - 1, at++)
-                if (job->levels) spread_place(job, to, __builtin_ctzll(left), v[at / 2] >> (at % 2 * 4) & 15);
-                else to[__builtin_ctzll(left)] = v[at];
-            v += bytes_in(at, kind_of(job));
-        }
-    }
-}
-
 static Rounding rounding_of(int path, int type) {
     static const Rounding portable[] = {portable_f32, portable_f16, portable_bf16};
 #if defined(__x86_64__)
@@ -798,8 +740,8 @@ static void round_part(void *argument, int index) {
                                                {avx512_blocks_f32, avx512_blocks_f16, avx512_blocks_bf16}};
     if (gblm_by_tiles(job)) {
         for (int64_t t = begin; t < end; t++)
-            blocks[job->path >= VNNI_PATH][job->type](work->inputs + t * from, job->columns, job->words, t % BLOCK_TOKENS,
-                                                      (Block *)job->x + t / BLOCK_TOKENS * job->words * WORD_BLOCKS);
+            blocks[job->path >= VNNI_PATH][job->type](work->inputs + t * from, job->columns, job->words, block_width(job->tokens),
+                                                      (uint8_t *)job->x + (block_of(job, t, 0) - (const uint8_t *)job->x));
         return;
     }
 #endif
@@ -858,7 +800,7 @@ static void multiply_part(void *argument, int index) {
     int64_t begin, end;
     for (int i = 0; i < work->count; i++) {
         const Quantised *job = work->job + i;
-        const int64_t together = gblm_by_tiles(job) ? GBLM_TILE : 1;
+        const int64_t together = !gblm_by_tiles(job) ? 1 : job->path >= VNNI_PATH ? GBLM_TILE : GBLM_TILE / 2;
         gblm_share((job->rows + together - 1) / together, work->parts, index, &begin, &end);
         multiply_rows(job, begin * together, end * together < job->rows ? end * together : job->rows);
     }
@@ -902,8 +844,8 @@ int64_t gblm_quantised_bytes(int64_t words, int64_t tokens) {
 
 void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *rounded, const Threads *threads) {
     const int64_t size = bytes_a_token(jobs->words), tokens = jobs->tokens, eights = in_eights(tokens);
-    const int64_t last = gblm_by_tiles(jobs) ? tokens / BLOCK_TOKENS * jobs->words * WORD_BLOCKS * (int64_t)sizeof(Block) : tokens * size;
-    memset((char *)rounded + last, 0, (size_t)(eights * size - last)); /* kernels compute more tokens than there are */
+    const int64_t last = gblm_by_tiles(jobs) ? tokens / BLOCK_TOKENS * jobs->words * WORD_BLOCKS * BLOCK_TOKENS * BLOCK_BYTES : tokens * size;
+    if (tokens > 1) memset((char *)rounded + last, 0, (size_t)(eights * size - last)); /* kernels compute more tokens than there are */
     float *x_scales = (float *)((char *)rounded + eights * size);
     for (int i = 0; i < count; i++) jobs[i].x = rounded, jobs[i].x_scales = x_scales, jobs[i].form = form_of(jobs->path, tokens);
     Share work = {.job = jobs, .count = count, .parts = tokens > FEW_TOKENS ? threads->count : 1, .inputs = inputs,

@@ -8,7 +8,7 @@
 
 #include "job.h"
 
-enum { MOST_WORDS = 1024, SPREAD_BYTES = 40 /* of a word */ };
+enum { MOST_WORDS = 1024 };
 
 /* How x in 16 bits is written: as int16, or for each word 64 high bytes and then 64 low ones, of q + 32768 or of q - 128. */
 enum { WHOLE, UNSIGNED_BYTES, SIGNED_BYTES };
@@ -35,14 +35,16 @@ typedef struct {
  * inputs: x as it comes, tokens × columns of `type`. rounded: gblm_quantised_bytes of scratch. */
 void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *rounded, const Threads *threads);
 
-/* Whether levels or places are multiplied faster once they are spread over all columns. One core of a Zen 5 with AVX2 so takes
- * 1.1 ns instead of 2.6 for 64 levels, and 2.0 instead of 4.5 for places. They then take 64 bytes instead of 40, and 40 instead
- * of 24: with many processors reading is the limit. */
+/* Whether levels or places are multiplied faster once they are spread over all columns. Levels then take 64 bytes for 64 columns
+ * instead of 40, and places 40 instead of 24: with many processors reading is the limit. */
 int gblm_spreads(int path, int processors, int places);
 
-/* Write the weight with so many bytes for each word. Kernels of the job's path take that as `values`, without mask and starts. */
-void gblm_spread(const Quantised *job, uint8_t *to);
-static inline int gblm_spread_bytes(const Quantised *job) { return job->levels ? SPREAD_BYTES : 64; }
+/* Write the weight, so many bytes, and with places also so many scales, for kernels of the job's path: they take them as `values`
+ * and `scales`, without mask and starts. Spread places are multiplied by x of 8 bits for any number of tokens. They need one table
+ * for all rows. */
+void gblm_spread(const Quantised *job, uint8_t *to, uint16_t *scales);
+int64_t gblm_spread_bytes(const Quantised *job);
+int64_t gblm_spread_scales(const Quantised *job);
 
 EXPORT int64_t gblm_quantised_bytes(int64_t words, int64_t tokens);
 EXPORT int gblm_quantised_paths(void); /* bit p is set where the CPU can run path p */

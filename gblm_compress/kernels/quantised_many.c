@@ -1,4 +1,5 @@
-/* Products of quantised weights with many tokens: 16 or 32 rows are spread once for 96 tokens. First for AVX-512 with VNNI.
+/* Products of quantised weights by tiles of 16 or 32 rows. With many tokens a tile is spread once for 96 tokens; places that were
+ * spread when they were loaded take few tokens too. First for AVX-512 with VNNI.
  *
  * Levels of the rows are turned so that four columns of 16 rows are one vector, or of 8 rows with AVX2: an instruction adds their
  * products with four inputs of a token, and sums of as many rows lie in a register. Decoding is bound by the bytes of the
@@ -6,6 +7,76 @@
  * columns, as those of ONNX Runtime and llama.cpp.
  */
 #include "quantised_words.h"
+
+/* ---- weights that AVX2 and AVX-VNNI take without a mask ---- */
+
+enum { NARROW = GBLM_TILE / 2 /* rows */ };
+
+/* Places of 8 rows × 32 columns, spread. Byte i of 32 is for row i / 4, column i % 4 of four columns. Its bits in pairs[p]: 0 to 3
+ * are the place in the columns 8p …, 7 tells that nothing is stored there, and 4 to 6 begin the place in the columns 8p + 4 ….
+ * pairs[p] as numbers of 16 bits, shifted right by 4, are that place but for bits 3 and 7, which differ where bits p and p + 4 of
+ * `rest` are set. Bits 4 to 6 of an index of vpshufb say nothing. */
+typedef struct {
+    uint8_t pairs[4][32], rest[32];
+} Spread;
+
+/* Spread places of a tile from a word on: for each 32 columns those of rows 0 to 7, then those of rows 8 to 15. */
+INLINE const Spread *spread_at(const Quantised *job, int64_t first, int64_t word) {
+    return (const Spread *)job->values + (first / NARROW * job->words + word) * WORD_BLOCKS * 2;
+}
+
+int64_t gblm_spread_bytes(const Quantised *job) {
+    if (!job->levels) return job->rows * job->words * 64;
+    return (job->rows + NARROW - 1) / NARROW * job->words * WORD_BLOCKS * 2 * (int64_t)sizeof(Spread);
+}
+int64_t gblm_spread_scales(const Quantised *job) { return (job->rows + NARROW - 1) / NARROW * job->groups * NARROW; }
+
+enum { NOTHING = 128 };
+
+/* `places`: [four columns][byte], with NOTHING where nothing is stored. */
+static void spread_places(const uint8_t places[8][32], Spread *to) {
+    memset(to->rest, 0, sizeof to->rest);
+    for (int p = 0; p < 4; p++) {
+        const uint8_t *first = places[2 * p], *second = places[2 * p + 1];
+        for (int i = 0; i < 32; i++) to->pairs[p][i] = (uint8_t)(first[i] | (second[i] & 7) << 4);
+        for (int i = 0; i < 32; i++) {
+            const int shifted = to->pairs[p][i] >> 4 | (i % 2 ? 0 : to->pairs[p][i + 1] << 4), differ = shifted ^ second[i];
+            to->rest[i] |= (uint8_t)((differ >> 3 & 1) << p | (differ >> 7 & 1) << (p + 4));
+        }
+    }
+}
+
+void gblm_spread(const Quantised *job, uint8_t *to, uint16_t *scales) {
+    memset(to, 0, job->levels ? 0 : (size_t)gblm_spread_bytes(job));
+    for (int64_t row = 0; !job->levels && row < job->rows; row++) {
+        const uint8_t *v = job->values + row_start(job, row);
+        for (int64_t w = 0; w < job->words; w++, to += 64)
+            for (uint64_t left = row_bits(job, row, w); left; left &= left - 1) to[__builtin_ctzll(left)] = *v++;
+    }
+    Spread *spread = (Spread *)to;
+    for (int64_t first = 0; job->levels && first < job->rows; first += NARROW) {
+        const int64_t rows = job->rows - first < NARROW ? job->rows - first : NARROW;
+        const uint8_t *v[NARROW];
+        for (int64_t i = 0; i < rows; i++) v[i] = job->values + row_start(job, first + i);
+        for (int64_t w = 0; w < job->words; w++) {
+            uint8_t places[WORD_BLOCKS][2][8][32]; /* [block][half of the rows] */
+            memset(places, NOTHING, sizeof places);
+            for (int64_t i = 0; i < rows; i++) {
+                int at = 0;
+                for (uint64_t left = row_bits(job, first + i, w); left; left &= left - 1, at++) {
+                    const int c = __builtin_ctzll(left);
+                    places[c / 32][i / 8][c % 32 / 4][i % 8 * 4 + c % 4] = v[i][at / 2] >> (at % 2 * 4) & 15;
+                }
+                v[i] += bytes_in(at, PLACES);
+            }
+            for (int b = 0; b < WORD_BLOCKS; b++)
+                for (int half = 0; half < 2; half++) spread_places((const uint8_t(*)[32])places[b][half], spread++);
+        }
+        for (int64_t g = 0; g < job->groups; g++)
+            for (int64_t i = 0; i < NARROW; i++)
+                *scales++ = i < rows ? job->scales[(first + i) * job->groups + g] : 0;
+    }
+}
 
 #if defined(__x86_64__)
 
@@ -24,10 +95,6 @@ typedef struct {
     __m512i levels[DEEP * 16][2];
     __m512 scales[MOST_GROUPS][2];
 } Tile;
-
-INLINE const Block *blocks_at(const Quantised *job, int64_t token, int64_t word) {
-    return (const Block *)job->x + (token / BLOCK_TOKENS * job->words + word) * WORD_BLOCKS;
-}
 
 /* 16 rows of 64 levels, four columns of all rows together. */
 VNNI INLINE void turn(const __m512i rows[16], __m512i (*columns)[2], const int half) {
@@ -90,22 +157,32 @@ VNNI INLINE void fill(const Quantised *job, int64_t first, int count, int64_t bl
             tile->scales[g][half] = _mm512_i32gather_ps(sixteens, scales[16 * half] + g, 4);
 }
 
-/* sums += the products of a tile's first blocks and `tokens` tokens of x from `token` on. A scale is for `group` blocks; 0: none. */
-VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const Block *x, int token, float (*sums)[TILE],
-                          const int tokens, const int grouped) {
+/* A number of the t-th token from x on, in a part of its block. */
+INLINE int32_t number_of(const uint8_t *x, int part, int width, int t) {
+    int32_t number;
+    memcpy(&number, x + part * width + 4 * t, 4);
+    return number;
+}
+INLINE float scale_of(const uint8_t *x, int width, int t) {
+    float scale;
+    memcpy(&scale, x + BLOCK_SCALES * width + 4 * t, 4);
+    return scale;
+}
+
+/* sums += the products of a tile's first blocks and `tokens` tokens of x. A scale is for `group` blocks; 0: none. */
+VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const uint8_t *x, float (*sums)[TILE], const int tokens,
+                          const int grouped) {
     __m512 totals[WIDE][2];
     for (int t = 0; t < tokens; t++)
         for (int half = 0; half < 2; half++) totals[t][half] = _mm512_load_ps(sums[t] + 16 * half);
-    for (int64_t b = 0; b < blocks; b++, x++) {
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK_BYTES * BLOCK_TOKENS) {
         __m512i products[WIDE][2];
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
-            products[t][0] = products[t][1] = _mm512_set1_epi32(x->offsets[token + t]);
-        for (int64_t c = 0; c < 8; c++) {
+            products[t][0] = products[t][1] = _mm512_set1_epi32(number_of(x, BLOCK_OFFSETS, BLOCK_TOKENS, t));
+        for (int c = 0; c < 8; c++) {
             const __m512i first = tile->levels[8 * b + c][0], second = tile->levels[8 * b + c][1];
             _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++) {
-                int32_t four;
-                memcpy(&four, x->levels[c][token + t], 4);
-                const __m512i inputs = _mm512_set1_epi32(four);
+                const __m512i inputs = _mm512_set1_epi32(number_of(x, 4 * c, BLOCK_TOKENS, t));
                 products[t][0] = added(products[t][0], first, inputs);
                 products[t][1] = added(products[t][1], second, inputs);
             }
@@ -113,7 +190,7 @@ VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const
         const __m512 *scales = tile->scales[grouped ? b / group : 0];
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
             for (int half = 0; half < 2; half++) {
-                const __m512 step = _mm512_set1_ps(x->scales[token + t]),
+                const __m512 step = _mm512_set1_ps(scale_of(x, BLOCK_TOKENS, t)),
                              scale = grouped ? _mm512_mul_ps(step, scales[half]) : step;
                 totals[t][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t][half]), scale, totals[t][half]);
             }
@@ -122,12 +199,11 @@ VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const
         for (int half = 0; half < 2; half++) _mm512_store_ps(sums[t] + 16 * half, totals[t][half]);
 }
 
-typedef void (*Multiply)(const Tile *, int64_t blocks, int64_t group, const Block *, int token, float (*sums)[TILE]);
+typedef void (*Multiply)(const Tile *, int64_t blocks, int64_t group, const uint8_t *x, float (*sums)[TILE]);
 #define TOKENS_AT_ONCE(COUNT)                                                                                               \
-    VNNI static void multiply_##COUNT(const Tile *tile, int64_t blocks, int64_t group, const Block *x, int token,           \
-                                      float (*sums)[TILE]) {                                                               \
-        if (group) multiply(tile, blocks, group, x, token, sums, COUNT, 1);                                                \
-        else multiply(tile, blocks, 1, x, token, sums, COUNT, 0);                                                          \
+    VNNI static void multiply_##COUNT(const Tile *tile, int64_t blocks, int64_t group, const uint8_t *x, float (*sums)[TILE]) { \
+        if (group) multiply(tile, blocks, group, x, sums, COUNT, 1);                                                            \
+        else multiply(tile, blocks, 1, x, sums, COUNT, 0);                                                                      \
     }
 TOKENS_AT_ONCE(2) TOKENS_AT_ONCE(4) TOKENS_AT_ONCE(6)
 
@@ -164,8 +240,7 @@ VNNI INLINE void tiles(const Quantised *job, int64_t begin, int64_t end, const i
                 fill(job, first, count, block, last, v, &tile, kind, vbmi2);
                 for (int64_t at = t; at < until; at += WIDE) {
                     const int64_t left = until - at < WIDE ? until - at : WIDE;
-                    kernels[(left - 1) / 2](&tile, (last - block) * WORD_BLOCKS, group, blocks_at(job, at, block),
-                                            (int)(at % BLOCK_TOKENS), sums + (at - t));
+                    kernels[(left - 1) / 2](&tile, (last - block) * WORD_BLOCKS, group, block_of(job, at, block), sums + (at - t));
                 }
             }
             put_tile(job, first, count, t, until, sums);
@@ -183,12 +258,13 @@ VNNI void gblm_quantised_many(const Quantised *job, int64_t begin, int64_t end) 
 
 /* ---- AVX2 and AVX-VNNI: sums of 8 rows lie in a register ---- */
 
-enum { NARROW = 16 /* rows */ };
-
-/* Part of 16 rows: of each 4 columns those of rows 0 to 7, then those of rows 8 to 15; for AVX-VNNI as level + 128. */
+/* Part of 16 rows: of each 4 columns those of rows 0 to 7, then those of rows 8 to 15, for AVX-VNNI as level + 128; and scales of
+ * groups. With few tokens levels are read from spread places instead. */
 typedef struct {
     __m256i levels[DEEP * 16][2];
     float scales[MOST_GROUPS][NARROW] __attribute__((aligned(32)));
+    const Spread *spread;
+    const int8_t *table;
 } NarrowTile;
 
 /* 8 rows of 16 levels, four columns of all rows together. */
@@ -207,20 +283,55 @@ AVX2 INLINE void turn_narrow(const int8_t (*rows)[DEEP * 64], __m256i (*columns)
     }
 }
 
+/* The levels of 8 columns from 8p on, by fours. */
+AVX2 INLINE void spread_levels(const Spread *from, __m256i table, __m256i unsign, const int p, __m256i levels[2]) {
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)from->pairs[p]);
+    const __m256i rest = _mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)from->rest), 3 - p);
+    const __m256i second = _mm256_xor_si256(_mm256_srli_epi16(pairs, 4), _mm256_and_si256(rest, _mm256_set1_epi8(-0x78)));
+    levels[0] = _mm256_xor_si256(_mm256_shuffle_epi8(table, pairs), unsign);
+    levels[1] = _mm256_xor_si256(_mm256_shuffle_epi8(table, second), unsign);
+}
+
+AVX2 INLINE __m256i spread_table(const int8_t *levels) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)levels));
+}
+
+/* Scales of words [block, block + DEEP) of `count` rows from `first` on. */
+AVX2 static void fill_scales(const Quantised *job, int64_t first, int count, int64_t block, NarrowTile *tile) {
+    const int64_t from = job->group ? 64 * block / job->group : 0;
+    for (int64_t g = 0; job->group && g < 64 * DEEP / job->group; g++)
+        for (int i = 0; i < NARROW; i += 8)
+            if (kind_of(job) == SPREAD && from + g < job->groups) {
+                const uint16_t *scales = job->scales + (first * job->groups + (from + g) * NARROW + i);
+                _mm256_store_ps(tile->scales[g] + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales)));
+            } else
+                for (int row = i; row < i + 8; row++)
+                    tile->scales[g][row] = row < count && kind_of(job) != SPREAD ? avx2_scale(job, first + row, from + g) : 0;
+}
+
 /* Words [block, last) of `count` rows from `first` on, which `at` moves past. */
 AVX2 static void fill_narrow(const Quantised *job, int64_t first, int count, int64_t block, int64_t last, int64_t *at,
                              NarrowTile *tile) {
+    const __m256i unsign = _mm256_set1_epi8(job->path == AVX_VNNI_PATH ? -128 : 0);
+    if (kind_of(job) == SPREAD) {
+        const Spread *spread = spread_at(job, first, block);
+        const __m256i table = spread_table(job->levels);
+        for (int64_t b = 0; b < WORD_BLOCKS * (last - block); b++)
+            for (int half = 0; half < 2; half++, spread++)
+                _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) {
+                    __m256i levels[2];
+                    spread_levels(spread, table, unsign, p, levels);
+                    for (int i = 0; i < 2; i++) tile->levels[8 * b + 2 * p + i][half] = levels[i];
+                }
+        return;
+    }
     int8_t rows[NARROW][DEEP * 64] __attribute__((aligned(32)));
     for (int i = 0; i < NARROW; i++)
         if (i < count) gblm_avx2_levels(job, first + i, block, last, at + i, rows[i]);
         else memset(rows[i], 0, sizeof rows[i]);
-    const __m256i unsign = _mm256_set1_epi8(job->path == AVX_VNNI_PATH ? -128 : 0);
     for (int half = 0; half < 2; half++)
         for (int64_t c = 0; c < 64 * (last - block); c += 16)
             turn_narrow((const int8_t(*)[DEEP * 64])(rows[8 * half] + c), tile->levels + c / 4, half, unsign);
-    for (int64_t g = 0; job->group && g < 64 * DEEP / job->group; g++)
-        for (int i = 0; i < NARROW; i++)
-            tile->scales[g][i] = i < count ? avx2_scale(job, first + i, 64 * block / job->group + g) : 0;
 }
 
 /* sums + the products of four bytes each. Both instructions take one side unsigned. With AVX-VNNI, which `vnni` says, the levels
@@ -232,28 +343,35 @@ AVX2 INLINE __m256i avx2_added(__m256i sums, __m256i levels, __m256i x, const in
     return sums;
 }
 
-/* As `multiply`. */
-AVX2 INLINE void multiply_narrow(const NarrowTile *tile, int64_t blocks, int64_t group, const Block *x, int token,
-                                 float (*sums)[NARROW], const int tokens, const int vnni) {
-    for (int64_t b = 0; b < blocks; b++, x++) {
+/* As `multiply`; x is in blocks of `width` tokens, `few` says where levels are. */
+AVX2 INLINE void multiply_narrow(const NarrowTile *tile, int64_t blocks, int64_t group, const uint8_t *x, float (*sums)[NARROW],
+                                 const int tokens, const int width, const int few, const int vnni) {
+    const __m256i unsign = _mm256_set1_epi8(vnni ? -128 : 0);
+    const __m256i table = few ? spread_table(tile->table) : unsign;
+    const Spread *spread = tile->spread;
+    const int shift = group ? __builtin_ctzll((uint64_t)group) : 63;
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK_BYTES * width, spread += 2) {
         __m256i products[6][2];
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
-            products[t][0] = products[t][1] = vnni ? _mm256_set1_epi32(x->offsets[token + t]) : _mm256_setzero_si256();
-        for (int64_t c = 0; c < 8; c++) {
-            const __m256i first = tile->levels[8 * b + c][0], second = tile->levels[8 * b + c][1];
-            _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++) {
-                int32_t four;
-                memcpy(&four, x->levels[c][token + t], 4);
-                const __m256i inputs = _mm256_set1_epi32(four);
-                products[t][0] = avx2_added(products[t][0], first, inputs, vnni);
-                products[t][1] = avx2_added(products[t][1], second, inputs, vnni);
-            }
+            products[t][0] = products[t][1] =
+                vnni ? _mm256_set1_epi32(number_of(x, BLOCK_OFFSETS, width, t)) : _mm256_setzero_si256();
+        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) {
+            __m256i levels[2][2]; /* [half][four columns] */
+            for (int half = 0; half < 2; half++)
+                if (few) spread_levels(spread + half, table, unsign, p, levels[half]);
+                else for (int i = 0; i < 2; i++) levels[half][i] = tile->levels[8 * b + 2 * p + i][half];
+            for (int i = 0; i < 2; i++)
+                _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++) {
+                    const __m256i inputs = _mm256_set1_epi32(number_of(x, 8 * p + 4 * i, width, t));
+                    for (int half = 0; half < 2; half++)
+                        products[t][half] = avx2_added(products[t][half], levels[half][i], inputs, vnni);
+                }
         }
-        const float *scales = tile->scales[group ? b / group : 0];
+        const float *scales = tile->scales[b >> shift];
         __asm__("" ::: "memory");
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
             for (int half = 0; half < 2; half++) {
-                const __m256 step = _mm256_set1_ps(x->scales[token + t]),
+                const __m256 step = _mm256_set1_ps(scale_of(x, width, t)),
                              scale = group ? _mm256_mul_ps(step, _mm256_load_ps(scales + 8 * half)) : step;
                 _mm256_storeu_ps(sums[t] + 8 * half, _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t][half]), scale,
                                                                      _mm256_loadu_ps(sums[t] + 8 * half)));
@@ -261,16 +379,20 @@ AVX2 INLINE void multiply_narrow(const NarrowTile *tile, int64_t blocks, int64_t
     }
 }
 
-#define NARROW_KERNEL(NAME, ATTRIBUTE, VNNI_TOO, TOKENS)                                                                    \
-    ATTRIBUTE static void NAME##_##TOKENS(const NarrowTile *tile, int64_t blocks, int64_t group, const Block *x, int token, \
+#define NARROW_KERNEL(NAME, ATTRIBUTE, TOKENS, WIDTH, FEW, VNNI_TOO)                                                             \
+    ATTRIBUTE static void NAME##_##TOKENS(const NarrowTile *tile, int64_t blocks, int64_t group, const uint8_t *x,         \
                                           float (*sums)[NARROW]) {                                                         \
-        multiply_narrow(tile, blocks, group, x, token, sums, TOKENS, VNNI_TOO);                                            \
+        multiply_narrow(tile, blocks, group, x, sums, TOKENS, WIDTH, FEW, VNNI_TOO);                                       \
     }
-NARROW_KERNEL(multiply_avx2, AVX2, 0, 4)
-NARROW_KERNEL(multiply_avx2, AVX2, 0, 2)
+#define NARROW_KERNELS(NAME, ATTRIBUTE, MOST, VNNI_TOO)                                                                        \
+    NARROW_KERNEL(many_##NAME, ATTRIBUTE, MOST, BLOCK_TOKENS, 0, VNNI_TOO)                                                     \
+    NARROW_KERNEL(many_##NAME, ATTRIBUTE, 2, BLOCK_TOKENS, 0, VNNI_TOO)                                                        \
+    NARROW_KERNEL(few_##NAME, ATTRIBUTE, 4, BLOCK_TOKENS, 1, VNNI_TOO)                                                         \
+    NARROW_KERNEL(few_##NAME, ATTRIBUTE, 2, BLOCK_TOKENS, 1, VNNI_TOO)                                                         \
+    NARROW_KERNEL(few_##NAME, ATTRIBUTE, 1, 1, 1, VNNI_TOO)
+NARROW_KERNELS(avx2, AVX2, 4, 0)
 #if HAS_AVX_VNNI
-NARROW_KERNEL(multiply_avx_vnni, AVX_VNNI, 1, 6)
-NARROW_KERNEL(multiply_avx_vnni, AVX_VNNI, 1, 2)
+NARROW_KERNELS(avx_vnni, AVX_VNNI, 6, 1)
 #endif
 
 /* What the sums of up to 16 rows are as outputs of tokens [begin, end). */
@@ -286,14 +408,15 @@ AVX2 static void put_narrow(const Quantised *job, int64_t first, int count, int6
 }
 
 AVX2 void gblm_quantised_many_avx2(const Quantised *job, int64_t begin, int64_t end) {
-    typedef void (*Multiply)(const NarrowTile *, int64_t, int64_t, const Block *, int, float (*)[NARROW]);
-    static const Multiply kernels[1 + HAS_AVX_VNNI][2] = {
-        {multiply_avx2_2, multiply_avx2_4},
+    typedef void (*Multiply)(const NarrowTile *, int64_t, int64_t, const uint8_t *, float (*)[NARROW]);
+    static const Multiply kernels[1 + HAS_AVX_VNNI][2][3] = { /* of 1, 2 and more tokens */
+        {{NULL, many_avx2_2, many_avx2_4}, {few_avx2_1, few_avx2_2, few_avx2_4}},
 #if HAS_AVX_VNNI
-        {multiply_avx_vnni_2, multiply_avx_vnni_6},
+        {{NULL, many_avx_vnni_2, many_avx_vnni_6}, {few_avx_vnni_1, few_avx_vnni_2, few_avx_vnni_4}},
 #endif
     };
-    const int vnni = job->path == AVX_VNNI_PATH, most = vnni ? 6 : 4; /* tokens that have registers for their sums */
+    const int vnni = job->path == AVX_VNNI_PATH, few = job->tokens <= FEW_TOKENS; /* few: the weight is spread */
+    const int most = vnni && !few ? 6 : 4;                                        /* tokens that have registers for their sums */
     const int64_t group = job->group / BLOCK_COLUMNS;
     for (int64_t first = begin; first < end; first += NARROW)
         for (int64_t t = 0; t < job->tokens; t += AT_ONCE) {
@@ -301,15 +424,17 @@ AVX2 void gblm_quantised_many_avx2(const Quantised *job, int64_t begin, int64_t 
             const int64_t until = t + AT_ONCE < job->tokens ? t + AT_ONCE : job->tokens;
             float sums[AT_ONCE][NARROW];
             int64_t places[NARROW] = {0};
-            memset(sums, 0, sizeof sums);
+            memset(sums, 0, few ? FEW_TOKENS * sizeof *sums : sizeof sums);
             for (int64_t block = 0; block < job->words; block += DEEP) {
                 NarrowTile tile;
                 const int64_t last = block + DEEP < job->words ? block + DEEP : job->words;
-                fill_narrow(job, first, count, block, last, places, &tile);
+                tile.spread = few ? spread_at(job, first, block) : NULL, tile.table = job->levels;
+                if (!few) fill_narrow(job, first, count, block, last, places, &tile);
+                fill_scales(job, first, count, block, &tile);
                 for (int64_t at = t, some; at < until; at += some) {
-                    some = until - at > 2 ? most : 2;
-                    kernels[vnni][some > 2](&tile, (last - block) * WORD_BLOCKS, group, blocks_at(job, at, block),
-                                            (int)(at % BLOCK_TOKENS), sums + (at - t));
+                    some = job->tokens == 1 ? 1 : until - at > 2 ? most : 2;
+                    kernels[vnni][few][some > 2 ? 2 : some - 1](&tile, (last - block) * WORD_BLOCKS, group,
+                                                                block_of(job, at, block), sums + (at - t));
                 }
             }
             put_narrow(job, first, count, t, until, sums);

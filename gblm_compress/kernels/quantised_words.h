@@ -5,13 +5,12 @@
 #include "quantised.h"
 
 #define INLINE static inline __attribute__((always_inline))
-#define GBLM_TILE 32 /* rows that are spread together for many tokens */
+#define GBLM_TILE 32 /* rows that are spread together for many tokens; with AVX2 half as many */
 
-enum { LEVELS, PLACES, DENSE, SPREAD, KINDS };
+enum { LEVELS, PLACES, DENSE, KINDS, SPREAD };
 
 static inline int64_t row_start(const Quantised *job, int64_t row) {
-    if (job->mask) return job->starts[row];
-    return row * job->words * (job->levels ? SPREAD_BYTES : 64);
+    return job->mask ? job->starts[row] : row * job->words * 64;
 }
 
 static inline uint64_t row_bits(const Quantised *job, int64_t row, int64_t w) {
@@ -27,20 +26,26 @@ static inline int bytes_in(int count, int kind) { return kind == PLACES ? (count
 /* Of x, rounded to 16 bits. */
 static inline int64_t bytes_a_token(int64_t words) { return words * 128; }
 
-/* For many tokens x is rounded to 8 bits: of 12 tokens 32 columns, by fours. Blocks of the same tokens follow each other. */
-enum { BLOCK_TOKENS = 12, BLOCK_COLUMNS = 32, WORD_BLOCKS = 2 };
-typedef struct {
-    int8_t levels[BLOCK_COLUMNS / 4][BLOCK_TOKENS][4];
-    float scales[BLOCK_TOKENS];
-    int32_t offsets[BLOCK_TOKENS]; /* -128 · the sum of the levels: products of weights + 128, which `vpdpbusd` takes, begin with it */
-} Block;
+/* A tile's x has 8 bits, in blocks of 32 columns. A block has 4 columns of each of its tokens, the next 4 columns of each, and so
+ * on; then a scale of each token; then of each -128 · the sum of its levels: products of weights + 128, which `vpdpbusd` takes,
+ * begin with it. Blocks of the same tokens follow each other. Offsets are for a block of one token. */
+enum { BLOCK_COLUMNS = 32, WORD_BLOCKS = 2, BLOCK_TOKENS = 12, BLOCK_SCALES = 32, BLOCK_OFFSETS = 36, BLOCK_BYTES = 40 };
 
-/* Whether rows are spread for all tokens together, by the functions below; x then has 8 bits. */
-static inline int gblm_by_tiles(const Quantised *job) {
-    return job->path >= AVX2_PATH && job->tokens > FEW_TOKENS && !job->exact;
+/* Tokens of a block. */
+static inline int block_width(int64_t tokens) { return tokens == 1 ? 1 : BLOCK_TOKENS; }
+
+/* A token in the first block of a word. */
+static inline const uint8_t *block_of(const Quantised *job, int64_t token, int64_t word) {
+    const int64_t width = block_width(job->tokens);
+    return (const uint8_t *)job->x + (token / width * job->words + word) * WORD_BLOCKS * BLOCK_BYTES * width + token % width * 4;
 }
 
-/* Rows [begin, end) of y for all tokens; begin is a multiple of GBLM_TILE. With AVX-512, and with AVX2 or AVX-VNNI. */
+/* Whether rows are multiplied by tiles, by the functions below. */
+static inline int gblm_by_tiles(const Quantised *job) {
+    return job->path >= AVX2_PATH && (kind_of(job) == SPREAD || (job->tokens > FEW_TOKENS && !job->exact));
+}
+
+/* Rows [begin, end) of y for all tokens; begin is a whole number of tiles. With AVX-512, and with AVX2 or AVX-VNNI. */
 void gblm_quantised_many(const Quantised *job, int64_t begin, int64_t end);
 void gblm_quantised_many_avx2(const Quantised *job, int64_t begin, int64_t end);
 

@@ -102,7 +102,7 @@ def test_the_message_names_the_fault(library: str, operator: str, damage, messag
 @pytest.mark.parametrize("path", [*cpu.PATHS, "none"])
 def test_a_path_can_be_forced(library: str, monkeypatch, path: str) -> None:
     monkeypatch.setenv(cpu.PATH_VARIABLE, path)
-    for seed in range(20):
+    for seed in range(40):
         case = sound_case(random.Random(seed))
         half = any(tensor.dtype == np.float16 for tensor in case.tensors.values())
         dtype = torch.int8 if case.operator == "QuantisedLinear" else torch.float16 if half else torch.float32
