@@ -372,7 +372,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
     "rounds-64": (
         results("rounds-smollm2-135m")["rows_64"],
         {
-            "`--fit`": "`{fit}`", "`--rounds`": "{rounds}", **JUDGED,
+            "pattern": "{pattern}", "mask": "`{method}`", "`--fit`": "`{fit}`", "`--rounds`": "{rounds}", **JUDGED,
             "seconds": "{seconds:.0f}", "peak GB": "{peak_GB:.1f}",
         },
     ),
