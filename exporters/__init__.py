@@ -78,8 +78,8 @@ def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:
     is_packed_int4 = (settings.kernels and settings.quantise == "int4") or settings.format.endswith("-int4")
     if is_packed_int4 and cpu.available() and cpu.path(torch.int8) in ("avx2", "avx-vnni"):
         return settings, (
-            "on this CPU, which has AVX2 and no AVX-512, zeros in 4 bits save bytes, not time: dense 4 bits decode as "
-            "fast"
+            "on this CPU, which has AVX2 and no AVX-512, 4 bits save bytes, not time: dense 4 bits decode as fast or "
+            "faster"
         )
     return settings, None
 

@@ -1,6 +1,5 @@
 """ONNX graphs around the operators gblm, sound and damaged: `python -m tests.hostile_graphs LIBRARY GRAPHS SEED`."""
 
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -65,7 +64,7 @@ class Case:
         x, *given = (self.tensors[name] for name in self.inputs)
         if self.operator == "QuantisedLinear":
             tables = [levels for _, _, _, levels in zip(*[iter(given)] * 4, strict=True)]
-            few_too = spread() and all(len(levels) == 16 for levels in tables)
+            few_too = cpu.spreads_places() and all(len(levels) == 16 for levels in tables)
             x = rounded(x, (few_too or eight_bits(x.size // x.shape[-1])) and not self.attributes)
         x = x.astype(np.float64)
         return [x @ restored(*given[at : at + len(roles)]).T for at in range(0, len(given), len(roles))]
@@ -74,11 +73,6 @@ class Case:
 def eight_bits(tokens: int, path: str | None = None) -> bool:
     """Whether x has 8 bits: with many tokens on x86."""
     return tokens > cpu.FEW_TOKENS and (path or cpu.path.__wrapped__(torch.int8)).startswith(("avx", "vnni"))
-
-
-def spread() -> bool:
-    """Whether the operator spreads places, which multiply x of 8 bits for any number of tokens."""
-    return cpu.path.__wrapped__(torch.int8) in ("avx2", "avx-vnni") and (os.cpu_count() or 1) <= 8
 
 
 def _alive(mask: np.ndarray) -> np.ndarray:

@@ -382,11 +382,10 @@ static void quantised(long long *by_path) {
         if (spread) {
             Quantised job = {mask, values, starts, table, scales, sums, NULL, NULL, y, rows, words, tokens, columns, groups, 0,
                              group, type, path, 0, 0};
-            const int64_t spread_bytes = gblm_spread_bytes(&job), spread_scales = gblm_spread_scales(&job);
-            job.values = sized(held + Q_SPREAD, (size_t)spread_bytes), job.scales = sized(held + Q_SPREAD_SCALES, (size_t)spread_scales * 2);
-            const Quantised packed = {mask, values, starts, table, scales, .rows = rows, .words = words, .groups = groups, .path = path};
-            gblm_spread(&packed, (uint8_t *)job.values, (uint16_t *)job.scales);
-            job.mask = NULL, job.starts = NULL;
+            uint8_t *spread_values = sized(held + Q_SPREAD, (size_t)gblm_spread_bytes(&job));
+            uint16_t *spread_scales = sized(held + Q_SPREAD_SCALES, (size_t)gblm_spread_scales(&job) * 2);
+            gblm_spread(&job, spread_values, spread_scales);
+            job.values = spread_values, job.scales = spread_scales, job.mask = NULL, job.starts = NULL;
             const Threads team = gblm_threads(threads);
             gblm_quantised_run(&job, 1, x, rounded, &team);
         }

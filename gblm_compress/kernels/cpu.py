@@ -91,6 +91,11 @@ def path(dtype: torch.dtype) -> str:
     return forced
 
 
+def spreads_places() -> bool:
+    """Whether ONNX Runtime's operator spreads 4-bit weights at load; inputs of few tokens then have 8 bits, not 16."""
+    return bool(library().gblm_spreads(PATHS.index(path.__wrapped__(torch.int8)), os.cpu_count() or 1, 1))
+
+
 @cache
 def has_many(dtype: torch.dtype, kernel: str) -> bool:
     """Whether the path has a kernel for more than `FEW_TOKENS` tokens of that dtype."""

@@ -741,7 +741,7 @@ static void round_part(void *argument, int index) {
     if (gblm_by_tiles(job)) {
         for (int64_t t = begin; t < end; t++)
             blocks[job->path >= VNNI_PATH][job->type](work->inputs + t * from, job->columns, job->words, block_width(job->tokens),
-                                                      (uint8_t *)job->x + (block_of(job, t, 0) - (const uint8_t *)job->x));
+                                                      (uint8_t *)block_of(job, t, 0));
         return;
     }
 #endif
@@ -800,7 +800,7 @@ static void multiply_part(void *argument, int index) {
     int64_t begin, end;
     for (int i = 0; i < work->count; i++) {
         const Quantised *job = work->job + i;
-        const int64_t together = !gblm_by_tiles(job) ? 1 : job->path >= VNNI_PATH ? GBLM_TILE : GBLM_TILE / 2;
+        const int64_t together = !gblm_by_tiles(job) ? 1 : job->path >= VNNI_PATH ? GBLM_TILE : GBLM_NARROW_TILE;
         gblm_share((job->rows + together - 1) / together, work->parts, index, &begin, &end);
         multiply_rows(job, begin * together, end * together < job->rows ? end * together : job->rows);
     }

@@ -37,7 +37,7 @@ void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *ro
 
 /* Whether levels or places are multiplied faster once they are spread over all columns. Levels then take 64 bytes for 64 columns
  * instead of 40, and places 40 instead of 24: with many processors reading is the limit. */
-int gblm_spreads(int path, int processors, int places);
+EXPORT int gblm_spreads(int path, int processors, int places);
 
 /* Write the weight, so many bytes, and with places also so many scales, for kernels of the job's path: they take them as `values`
  * and `scales`, without mask and starts. Spread places are multiplied by x of 8 bits for any number of tokens. They need one table

@@ -10,7 +10,7 @@
 
 /* ---- weights that AVX2 and AVX-VNNI take without a mask ---- */
 
-enum { NARROW = GBLM_TILE / 2 /* rows */ };
+enum { NARROW = GBLM_NARROW_TILE /* rows */ };
 
 /* Places of 8 rows × 32 columns, spread. Byte i of 32 is for row i / 4, column i % 4 of four columns. Its bits in pairs[p]: 0 to 3
  * are the place in the columns 8p …, 7 tells that nothing is stored there, and 4 to 6 begin the place in the columns 8p + 4 ….

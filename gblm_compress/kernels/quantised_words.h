@@ -5,7 +5,8 @@
 #include "quantised.h"
 
 #define INLINE static inline __attribute__((always_inline))
-#define GBLM_TILE 32 /* rows that are spread together for many tokens; with AVX2 half as many */
+#define GBLM_TILE 32 /* rows that are multiplied together by tiles, with AVX-512 */
+#define GBLM_NARROW_TILE 16 /* with AVX2 and AVX-VNNI */
 
 enum { LEVELS, PLACES, DENSE, KINDS, SPREAD };
 

@@ -217,3 +217,15 @@ def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu.PATH_VARIABLE, "no path")
     with pytest.raises(UsageError, match="has no such path .* it has portable"):
         cpu.path.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "processors", "spreads"),
+    [("portable", 2, False), ("avx2", 8, True), ("avx2", 9, False), ("avx-vnni", 8, True), ("avx512", 2, False)],
+)
+def test_places_are_spread_without_avx512_on_few_processors(monkeypatch, kernel, processors, spreads) -> None:
+    if kernel not in cpu.paths(torch.int8):
+        pytest.skip(f"this CPU cannot run {kernel}")
+    monkeypatch.setenv(cpu.PATH_VARIABLE, kernel)
+    monkeypatch.setattr("os.cpu_count", lambda: processors)
+    assert cpu.spreads_places() is spreads
