@@ -360,7 +360,7 @@ static void quantised(long long *by_path) {
     void *const starts_or_none = kind == 2 ? NULL : starts, *const mask_or_none = kind == 2 ? NULL : mask;
     void *const table = kind == 1 ? levels : NULL;
     if (fault[3] > 16) fault[3] = 16;
-    const int spread = kind == 1 && !stride && !hostile && (path == AVX2_PATH || path == AVX_VNNI_PATH) && below(2);
+    const int spread = kind == 1 && !stride && !hostile && gblm_spreads(path, 1, 1) && below(2);
     if (below(3) == 0) {
         const int64_t first = below(rows), count = below(rows - first + 1);
         char *dense = sized(held + Q_Y, (size_t)(count * columns * size));

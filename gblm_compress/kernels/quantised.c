@@ -701,7 +701,8 @@ int gblm_quantised_paths(void) {
 }
 
 int gblm_spreads(int path, int processors, int places) {
-    return (path == AVX2_PATH || path == AVX_VNNI_PATH) && processors <= (places ? 8 : 2);
+    const int narrow = path == AVX2_PATH || path == AVX_VNNI_PATH;
+    return places ? (narrow || path == VNNI_PATH) && processors <= 8 : narrow && processors <= 2;
 }
 
 static Rounding rounding_of(int path, int type) {

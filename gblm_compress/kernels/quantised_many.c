@@ -8,7 +8,7 @@
  */
 #include "quantised_words.h"
 
-/* ---- weights that AVX2 and AVX-VNNI take without a mask ---- */
+/* ---- weights without a mask: levels for AVX2 and AVX-VNNI, places also for AVX-512 without VBMI2 ---- */
 
 enum { NARROW = GBLM_NARROW_TILE /* rows */ };
 
@@ -157,6 +157,38 @@ VNNI INLINE void fill(const Quantised *job, int64_t first, int count, int64_t bl
             tile->scales[g][half] = _mm512_i32gather_ps(sixteens, scales[16 * half] + g, 4);
 }
 
+VNNI INLINE __m512i both_halves(const uint8_t *first, const uint8_t *second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)first)),
+                              _mm256_loadu_si256((const __m256i *)second), 1);
+}
+
+/* The same of spread places, of which four columns of 16 rows lie together already. */
+VNNI INLINE void fill_spread(const Quantised *job, int64_t first, int count, int64_t block, int64_t last, Tile *tile) {
+    const __m512i table = vnni_table(job, 0, PLACES), unsign = _mm512_set1_epi8(-128);
+    const int64_t groups = job->group ? 64 * DEEP / job->group : 0, from = job->group ? 64 * block / job->group : 0;
+    if (count <= 16) memset(tile, 0, sizeof *tile); /* there is no second half */
+    for (int half = 0; 16 * half < count; half++) {
+        const Spread *spread = spread_at(job, first + 16 * half, block);
+        for (int64_t b = 0; b < WORD_BLOCKS * (last - block); b++, spread += 2) {
+            const char *const next = (const char *)(spread + WORD_BLOCKS * 2 * DEEP); /* the next part of the tile */
+            for (size_t at = 0; at < 2 * sizeof *spread; at += 64) _mm_prefetch(next + at, _MM_HINT_T0);
+            const __m512i rest = both_halves(spread[0].rest, spread[1].rest);
+            _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) {
+                const __m512i pairs = both_halves(spread[0].pairs[p], spread[1].pairs[p]);
+                const __m512i differ = _mm512_and_si512(_mm512_slli_epi16(rest, (unsigned)(3 - p)), _mm512_set1_epi8(-0x78));
+                const __m512i second = _mm512_xor_si512(_mm512_srli_epi16(pairs, 4), differ);
+                tile->levels[8 * b + 2 * p][half] = _mm512_xor_si512(_mm512_shuffle_epi8(table, pairs), unsign);
+                tile->levels[8 * b + 2 * p + 1][half] = _mm512_xor_si512(_mm512_shuffle_epi8(table, second), unsign);
+            }
+        }
+        const uint16_t *scales = job->scales + (first + 16 * half) * job->groups + from * NARROW;
+        for (int64_t g = 0; g < groups; g++)
+            tile->scales[g][half] = from + g < job->groups
+                                        ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scales + g * NARROW)))
+                                        : _mm512_setzero_ps();
+    }
+}
+
 /* A number of the t-th token from x on, in a part of its block. */
 INLINE int32_t number_of(const uint8_t *x, int part, int width, int t) {
     int32_t number;
@@ -169,20 +201,21 @@ INLINE float scale_of(const uint8_t *x, int width, int t) {
     return scale;
 }
 
-/* sums += the products of a tile's first blocks and `tokens` tokens of x. A scale is for `group` blocks; 0: none. */
+/* sums += the products of a tile's first blocks and `tokens` tokens of x, in blocks of `width`. A scale is for
+ * `group` blocks; 0: none. */
 VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const uint8_t *x, float (*sums)[TILE], const int tokens,
-                          const int grouped) {
+                          const int width, const int grouped) {
     __m512 totals[WIDE][2];
     for (int t = 0; t < tokens; t++)
         for (int half = 0; half < 2; half++) totals[t][half] = _mm512_load_ps(sums[t] + 16 * half);
-    for (int64_t b = 0; b < blocks; b++, x += BLOCK_BYTES * BLOCK_TOKENS) {
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK_BYTES * width) {
         __m512i products[WIDE][2];
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
-            products[t][0] = products[t][1] = _mm512_set1_epi32(number_of(x, BLOCK_OFFSETS, BLOCK_TOKENS, t));
+            products[t][0] = products[t][1] = _mm512_set1_epi32(number_of(x, BLOCK_OFFSETS, width, t));
         for (int c = 0; c < 8; c++) {
             const __m512i first = tile->levels[8 * b + c][0], second = tile->levels[8 * b + c][1];
             _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++) {
-                const __m512i inputs = _mm512_set1_epi32(number_of(x, 4 * c, BLOCK_TOKENS, t));
+                const __m512i inputs = _mm512_set1_epi32(number_of(x, 4 * c, width, t));
                 products[t][0] = added(products[t][0], first, inputs);
                 products[t][1] = added(products[t][1], second, inputs);
             }
@@ -190,7 +223,7 @@ VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const
         const __m512 *scales = tile->scales[grouped ? b / group : 0];
         _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
             for (int half = 0; half < 2; half++) {
-                const __m512 step = _mm512_set1_ps(scale_of(x, BLOCK_TOKENS, t)),
+                const __m512 step = _mm512_set1_ps(scale_of(x, width, t)),
                              scale = grouped ? _mm512_mul_ps(step, scales[half]) : step;
                 totals[t][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t][half]), scale, totals[t][half]);
             }
@@ -202,10 +235,11 @@ VNNI INLINE void multiply(const Tile *tile, int64_t blocks, int64_t group, const
 typedef void (*Multiply)(const Tile *, int64_t blocks, int64_t group, const uint8_t *x, float (*sums)[TILE]);
 #define TOKENS_AT_ONCE(COUNT)                                                                                               \
     VNNI static void multiply_##COUNT(const Tile *tile, int64_t blocks, int64_t group, const uint8_t *x, float (*sums)[TILE]) { \
-        if (group) multiply(tile, blocks, group, x, sums, COUNT, 1);                                                            \
-        else multiply(tile, blocks, 1, x, sums, COUNT, 0);                                                                      \
+        const int width = COUNT == 1 ? 1 : BLOCK_TOKENS;                                                                        \
+        if (group) multiply(tile, blocks, group, x, sums, COUNT, width, 1);                                                     \
+        else multiply(tile, blocks, 1, x, sums, COUNT, width, 0);                                                               \
     }
-TOKENS_AT_ONCE(2) TOKENS_AT_ONCE(4) TOKENS_AT_ONCE(6)
+TOKENS_AT_ONCE(1) TOKENS_AT_ONCE(2) TOKENS_AT_ONCE(4) TOKENS_AT_ONCE(6)
 
 /* What the sums of `count` rows are as outputs of tokens [begin, end). */
 VNNI static void put_tile(const Quantised *job, int64_t first, int count, int64_t begin, int64_t end, float (*sums)[TILE]) {
@@ -224,23 +258,25 @@ VNNI static void put_tile(const Quantised *job, int64_t first, int count, int64_
 }
 
 VNNI INLINE void tiles(const Quantised *job, int64_t begin, int64_t end, const int kind, const int vbmi2) {
-    static const Multiply kernels[] = {multiply_2, multiply_4, multiply_6};
+    static const Multiply kernels[] = {multiply_1, multiply_2, multiply_4, multiply_6};
     const int64_t group = job->group / BLOCK_COLUMNS;
     for (int64_t first = begin; first < end; first += TILE)
         for (int64_t t = 0; t < job->tokens; t += AT_ONCE) {
             const int count = end - first < TILE ? (int)(end - first) : TILE;
             const int64_t until = t + AT_ONCE < job->tokens ? t + AT_ONCE : job->tokens;
             float sums[AT_ONCE][TILE] __attribute__((aligned(64)));
-            memset(sums, 0, sizeof sums);
+            memset(sums, 0, job->tokens <= FEW_TOKENS ? FEW_TOKENS * sizeof *sums : sizeof sums);
             const uint8_t *v[TILE];
-            for (int i = 0; i < count; i++) v[i] = job->values + row_start(job, first + i);
+            for (int i = 0; kind != SPREAD && i < count; i++) v[i] = job->values + row_start(job, first + i);
             for (int64_t block = 0; block < job->words; block += DEEP) {
                 Tile tile;
                 const int64_t last = block + DEEP < job->words ? block + DEEP : job->words;
-                fill(job, first, count, block, last, v, &tile, kind, vbmi2);
+                if (kind == SPREAD) fill_spread(job, first, count, block, last, &tile);
+                else fill(job, first, count, block, last, v, &tile, kind, vbmi2);
                 for (int64_t at = t; at < until; at += WIDE) {
                     const int64_t left = until - at < WIDE ? until - at : WIDE;
-                    kernels[(left - 1) / 2](&tile, (last - block) * WORD_BLOCKS, group, block_of(job, at, block), sums + (at - t));
+                    kernels[job->tokens == 1 ? 0 : (left + 1) / 2](&tile, (last - block) * WORD_BLOCKS, group,
+                                                                   block_of(job, at, block), sums + (at - t));
                 }
             }
             put_tile(job, first, count, t, until, sums);
@@ -250,6 +286,7 @@ VNNI INLINE void tiles(const Quantised *job, int64_t begin, int64_t end, const i
 VNNI void gblm_quantised_many(const Quantised *job, int64_t begin, int64_t end) {
     const int kind = kind_of(job), vbmi2 = job->path == AVX512_PATH;
     if (kind == DENSE) tiles(job, begin, end, DENSE, 0);
+    else if (kind == SPREAD) tiles(job, begin, end, SPREAD, 0);
     else if (kind == PLACES && vbmi2) tiles(job, begin, end, PLACES, 1);
     else if (kind == PLACES) tiles(job, begin, end, PLACES, 0);
     else if (vbmi2) tiles(job, begin, end, LEVELS, 1);

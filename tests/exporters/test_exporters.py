@@ -96,7 +96,7 @@ def test_every_option_is_some_formats_and_every_layout_has_a_format() -> None:
     assert {name for name, entry in FORMATS.items() if entry.needs_cuda} == {"semi-structured"}
 
 
-@pytest.mark.parametrize(("path", "is_slow"), [("avx2", True), ("avx-vnni", True), ("avx512", False)])
+@pytest.mark.parametrize(("path", "is_slow"), [("avx2", True), ("avx-vnni", True), ("vnni", True), ("avx512", False)])
 def test_where_4_bits_save_no_time_a_note_says_so(path, is_slow, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "available", lambda: True)
     monkeypatch.setattr(cpu, "path", lambda dtype: path)

@@ -221,9 +221,16 @@ def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "processors", "spreads"),
-    [("portable", 2, False), ("avx2", 8, True), ("avx2", 9, False), ("avx-vnni", 8, True), ("avx512", 2, False)],
+    [
+        ("portable", 2, False),
+        ("avx2", 8, True),
+        ("avx2", 9, False),
+        ("avx-vnni", 8, True),
+        ("vnni", 8, True),
+        ("avx512", 2, False),
+    ],
 )
-def test_places_are_spread_without_avx512_on_few_processors(monkeypatch, kernel, processors, spreads) -> None:
+def test_places_are_spread_without_vbmi2_on_few_processors(monkeypatch, kernel, processors, spreads) -> None:
     if kernel not in cpu.paths(torch.int8):
         pytest.skip(f"this CPU cannot run {kernel}")
     monkeypatch.setenv(cpu.PATH_VARIABLE, kernel)
