@@ -237,7 +237,7 @@ def run(case: Case, library: str) -> str:
 def run_many(count: int, library: str, seed: int = 0) -> int:
     """Run that many cases, one in four as it should be, the others with up to three damages; how many were refused.
 
-    A forced path that is for quantised weights alone leaves their operator alone.
+    If GBLM_COMPRESS_KERNEL names a path that only quantised weights have, all cases are of their operator.
     """
     pick, refused = random.Random(seed), 0
     forced = os.environ.get(cpu.PATH_VARIABLE)
