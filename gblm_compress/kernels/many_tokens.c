@@ -21,6 +21,7 @@ enum {
     NARROW_PANEL = 96,
     ROWS = 128, /* that pass over a panel together */
     TILE = 128, /* columns of a panel that stay in the L1 cache while dense rows pass */
+    VISIT = 12, /* words of a row that are listed together, if a panel has 16 tokens; their columns fit in 48 KiB */
     STRIP = 32,
     STRIP_WORDS = 8,
     PANELS = 4 /* that share an expansion */
@@ -144,6 +145,60 @@ static float *panel_at(const Work *work, int64_t first, int64_t *width) {
             }                                                                                                         \
     }
 
+/* The same for so few tokens that to find a weight's column takes as long as to multiply. The places of several words' weights
+ * are listed first: one loop then takes all of them, and its end is mispredicted once for all words. LIST writes each column
+ * 64-fold as 16 bits, and may write up to 16 more. A panel of 16 tokens has 64 bytes for a column. */
+#define LISTED_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, TYPE, WEIGHT, LIST, VECTORS)                                  \
+    ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
+        enum { WIDTH = VECTORS * LANES, UNITS = WIDTH / 16, SETS = 8 / VECTORS, AHEAD = 4 };                          \
+        const int64_t visits = (job->words * UNITS + VISIT - 1) / VISIT;                                              \
+        const TYPE *values[ROWS + AHEAD];                                                                             \
+        const uint64_t *masks[ROWS + AHEAD];                                                                          \
+        uint16_t places[VISIT * 64 + 16];                                                                             \
+        for (int i = 0; i < rows + AHEAD; i++) {                                                                      \
+            const int64_t at = row + (i < rows ? i : rows - 1);                                                       \
+            values[i] = (const TYPE *)job->values + gblm_start(job, at);                                              \
+            masks[i] = job->mask + at * job->words;                                                                   \
+        }                                                                                                             \
+        for (int64_t visit = 0, w = 0; visit < visits; visit++) {                                                     \
+            const int words = (int)(job->words * (visit + 1) / visits - w);                                           \
+            for (int i = 0; i < rows; i++) {                                                                          \
+                const int64_t count = LIST(masks[i] + w, words, places);                                              \
+                const TYPE *v = values[i];                                                                            \
+                VECTOR set[SETS][VECTORS];                                                                            \
+                for (int j = 0; j < VECTORS; j++) {                                                                   \
+                    set[0][j] = w ? P(loadu_ps)(sums + i * WIDTH + j * LANES) : P(setzero_ps)();                      \
+                    for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                       \
+                }                                                                                                     \
+                __builtin_prefetch(masks[i + AHEAD] + w);                                                             \
+                __builtin_prefetch(masks[i + AHEAD] + w + words - 1);                                                 \
+                for (int line = 0; line < words * (int)sizeof(TYPE) / 2; line++) /* half of the columns */            \
+                    __builtin_prefetch((const char *)values[i + AHEAD] + 64 * line);                                  \
+                int64_t k = 0;                                                                                        \
+                for (; k + SETS <= count; k += SETS)                                                                  \
+                    for (int s = 0; s < SETS; s++) {                                                                  \
+                        const float *x = (const float *)((const char *)panel + (int64_t)places[k + s] * UNITS);       \
+                        const VECTOR weight = WEIGHT(v[k + s]);                                                       \
+                        for (int j = 0; j < VECTORS; j++)                                                             \
+                            set[s][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[s][j]);                   \
+                    }                                                                                                 \
+                for (; k < count; k++) {                                                                              \
+                    const float *x = (const float *)((const char *)panel + (int64_t)places[k] * UNITS);               \
+                    const VECTOR weight = WEIGHT(v[k]);                                                               \
+                    for (int j = 0; j < VECTORS; j++)                                                                 \
+                        set[0][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[0][j]);                       \
+                }                                                                                                     \
+                for (int j = 0; j < VECTORS; j++) {                                                                   \
+                    for (int s = 1; s < SETS; s++) set[0][j] = P(add_ps)(set[0][j], set[s][j]);                       \
+                    P(storeu_ps)(sums + i * WIDTH + j * LANES, set[0][j]);                                            \
+                }                                                                                                     \
+                values[i] = v + count;                                                                                \
+            }                                                                                                         \
+            w += words;                                                                                               \
+            panel += words * 64 * WIDTH;                                                                              \
+        }                                                                                                             \
+    }
+
 /* ---- fp32 x, dense weights: the sums of several rows and vectors of tokens stay in registers ---- */
 
 /* Add `columns` columns of TAKEN rows times VECTORS vectors of tokens to their sums [TAKEN][width]. */
@@ -232,6 +287,38 @@ STORE(512, AVX512, __m512, 16, OF_512)
 PACK_PART(256, AVX2, __m256, 8, OF_256)
 STORE(256, AVX2, __m256, 8, OF_256)
 
+/* For LISTED_PANEL; they return how many weights there are. */
+AVX512 static inline int64_t list_512(const uint64_t *masks, int words, uint16_t *places) {
+    const __m512i columns = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 6);
+    uint16_t *next = places;
+    for (int w = 0; w < words; w++)
+        for (int column = 0; column < 64; column += 16) {
+            const __mmask16 bits = (__mmask16)(masks[w] >> column);
+            const __m512i all = _mm512_add_epi32(columns, _mm512_set1_epi32(64 * (64 * w + column)));
+            _mm256_storeu_si256((__m256i *)next, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(bits, all)));
+            next += __builtin_popcount(bits);
+        }
+    return next - places;
+}
+
+static uint16_t places_of[256][8]; /* of the bits of a byte */
+__attribute__((constructor)) static void fill_places(void) {
+    for (int bits = 0; bits < 256; bits++)
+        for (int bit = 0, n = 0; bit < 8; bit++)
+            if (bits >> bit & 1) places_of[bits][n++] = (uint16_t)(64 * bit);
+}
+AVX2 static inline int64_t list_256(const uint64_t *masks, int words, uint16_t *places) {
+    uint16_t *next = places;
+    for (int w = 0; w < words; w++)
+        for (int column = 0; column < 64; column += 8) {
+            const uint8_t bits = (uint8_t)(masks[w] >> column);
+            const __m128i found = _mm_loadu_si128((const __m128i *)places_of[bits]);
+            _mm_storeu_si128((__m128i *)next, _mm_add_epi16(found, _mm_set1_epi16((short)(64 * (64 * w + column)))));
+            next += __builtin_popcount(bits);
+        }
+    return next - places;
+}
+
 #define HALF_512(H) _mm512_cvtph_ps(_mm256_set1_epi16((short)(H)))
 #define HALF_256(H) _mm256_cvtph_ps(_mm_set1_epi16((short)(H)))
 #define SPARSE_PANEL_512(V)                                                                           \
@@ -240,9 +327,14 @@ STORE(256, AVX2, __m256, 8, OF_256)
 #define SPARSE_PANEL_256(V)                                                                           \
     SPARSE_PANEL(sparse_256, AVX2, __m256, 8, OF_256, float, _mm256_set1_ps, V)                        \
     SPARSE_PANEL(half_256, AVX2, __m256, 8, OF_256, uint16_t, HALF_256, V)
-SPARSE_PANEL_512(1) SPARSE_PANEL_512(2) SPARSE_PANEL_512(3) SPARSE_PANEL_512(4)
+#define LISTED_PANEL_512(V)                                                                           \
+    LISTED_PANEL(sparse_512, AVX512, __m512, 16, OF_512, float, _mm512_set1_ps, list_512, V)           \
+    LISTED_PANEL(half_512, AVX512_16, __m512, 16, OF_512, uint16_t, HALF_512, list_512, V)
+LISTED_PANEL_512(1) LISTED_PANEL_512(2) LISTED_PANEL_512(3) SPARSE_PANEL_512(4)
 SPARSE_PANEL_512(5) SPARSE_PANEL_512(6) SPARSE_PANEL_512(7) SPARSE_PANEL_512(8)
-SPARSE_PANEL_256(2) SPARSE_PANEL_256(4) SPARSE_PANEL_256(6) SPARSE_PANEL_256(8)
+LISTED_PANEL(sparse_256, AVX2, __m256, 8, OF_256, float, _mm256_set1_ps, list_256, 2)
+LISTED_PANEL(half_256, AVX2, __m256, 8, OF_256, uint16_t, HALF_256, list_256, 2)
+SPARSE_PANEL_256(4) SPARSE_PANEL_256(6) SPARSE_PANEL_256(8)
 SPARSE_PANEL_256(10) SPARSE_PANEL_256(12)
 
 DENSE_TILE(dense_512, AVX512, __m512, 16, OF_512, 8, 1)

@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 QUANTISED = [name for name, layout in LAYOUTS.items() if layout.width]
 SUM_TOLERANCE = 1e-5  # of Σ |x·w|: sums are float32, and products of 16 bit are exact there; y is rounded once more
 SHAPES = [(1, 1), (3, 5), (7, 64), (33, 100), (65, 128), (16, 576), (5, 1500)]
-MANY = (1, 9, 16, 33, 70, 90, 127, 128, 129, 300)
+MANY = (1, 9, 16, 20, 33, 70, 90, 127, 128, 129, 300)
 MOST_COLUMNS = 1 << 16  # of a row of levels
 OF_LEVELS = cpu.paths(torch.int8)
 
