@@ -196,7 +196,7 @@ CHANGES: list[tuple[tuple[str, ...], Callable[[np.ndarray, random.Random], Any]]
 def _tensor(case: Case, pick: random.Random) -> None:
     name = pick.choice(("x", *pick.choices(list(case.tensors), k=4)))
     change = pick.choice([change for roles, change in CHANGES if name.startswith(roles)])
-    with np.errstate(all="ignore"), suppress(TypeError, ValueError, IndexError, MemoryError):
+    with np.errstate(all="ignore"), suppress(TypeError, ValueError, IndexError, MemoryError, OverflowError):
         case.tensors[name] = np.array(change(case.tensors[name], pick), order="C")
 
 
