@@ -5,8 +5,9 @@
  *
  * fp32 x (AVX-512, AVX2, NEON): a vector holds one column of many tokens, and every stored weight is one multiply-add to it.
  * Zeros cost nothing, so that half the weights are half the arithmetic of a dense product. A mask word selects 64 columns,
- * whose part of the panel stays in the L1 cache while a block of rows passes over it. For a dense weight, the sums of some rows
- * and tokens stay in registers while the columns pass.
+ * whose part of the panel stays in the L1 cache while a block of rows passes over it. For up to 48 tokens, the columns of
+ * several words are listed first. For a dense weight, the sums of some rows and tokens stay in registers while the columns
+ * pass.
  *
  * bf16 (AMX, AVX-512): instructions that multiply several columns at once cannot leave out single zeros; a strip of 32 rows is
  * expanded in the L1 cache and multiplied from there, so that the dense weight never exists in memory. AMX multiplies tiles
