@@ -103,12 +103,31 @@ static float *panel_at(const Work *work, int64_t first, int64_t *width) {
 
 /* ---- fp32 x: one multiply-add of a vector of tokens for each stored weight ---- */
 
-/* A panel of VECTORS vectors of tokens. Where these are few, several weights are taken at a time, each with sums of its own:
- * a sum that waits for its predecessor would wait longer than the arithmetic takes. Memory is not waited for either: a word's
- * values are fetched while the word before is multiplied, and those of the first word some rows ahead. */
+/* The sums of row i in registers: SETS sets of N vectors. Where N is small, several weights are taken at a time, each with a set
+ * of its own: a sum that waits for its predecessor would wait longer than the arithmetic takes. */
+#define LOAD_SUMS(P, VECTOR)                                                                                          \
+    VECTOR set[SETS][N];                                                                                              \
+    for (int j = 0; j < N; j++) {                                                                                     \
+        set[0][j] = w ? P(loadu_ps)(sums + i * WIDTH + j * (WIDTH / N)) : P(setzero_ps)();                            \
+        for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                                   \
+    }
+#define MULTIPLY(P, VECTOR, SET, WEIGHT, X)                                                                           \
+    {                                                                                                                 \
+        const float *x = X;                                                                                           \
+        const VECTOR weight = WEIGHT;                                                                                 \
+        for (int j = 0; j < N; j++) set[SET][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * (WIDTH / N)), set[SET][j]); \
+    }
+#define STORE_SUMS(P)                                                                                                 \
+    for (int j = 0; j < N; j++) {                                                                                     \
+        for (int s = 1; s < SETS; s++) set[0][j] = P(add_ps)(set[0][j], set[s][j]);                                   \
+        P(storeu_ps)(sums + i * WIDTH + j * (WIDTH / N), set[0][j]);                                                  \
+    }
+
+/* A panel of VECTORS vectors of tokens. Memory is not waited for: a word's values are fetched while the word before is
+ * multiplied, and those of the first word some rows ahead. */
 #define SPARSE_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, TYPE, WEIGHT, VECTORS)                                        \
     ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
-        enum { WIDTH = VECTORS * LANES, SETS = VECTORS > 4 ? 1 : 8 / VECTORS, AHEAD = 8 };                            \
+        enum { N = VECTORS, WIDTH = N * LANES, SETS = N > 4 ? 1 : 8 / N, AHEAD = 8 };                                 \
         const TYPE *values[ROWS + AHEAD];                                                                             \
         for (int i = 0; i < rows + AHEAD; i++)                                                                        \
             values[i] = (const TYPE *)job->values + gblm_start(job, row + (i < rows ? i : rows - 1));                 \
@@ -116,42 +135,31 @@ static float *panel_at(const Work *work, int64_t first, int64_t *width) {
             for (int i = 0; i < rows; i++) {                                                                          \
                 uint64_t mask = gblm_bits(job, row + i, w);                                                           \
                 const TYPE *v = values[i], *next = v + __builtin_popcountll(mask), *first = values[i + AHEAD];        \
-                VECTOR set[SETS][VECTORS];                                                                            \
-                for (int j = 0; j < VECTORS; j++) {                                                                   \
-                    set[0][j] = w ? P(loadu_ps)(sums + i * WIDTH + j * LANES) : P(setzero_ps)();                      \
-                    for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                       \
-                }                                                                                                     \
+                LOAD_SUMS(P, VECTOR)                                                                                  \
                 __builtin_prefetch(next + 16);                                                                        \
                 __builtin_prefetch(next + 32);                                                                        \
                 for (int line = 0; w == 0 && line < 3; line++)                                                        \
                     __builtin_prefetch(first + 16 * line);                                                            \
                 while (v + SETS <= next)                                                                              \
-                    for (int s = 0; s < SETS; s++, v++, mask &= mask - 1) {                                           \
-                        const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                       \
-                        const VECTOR weight = WEIGHT(*v);                                                             \
-                        for (int j = 0; j < VECTORS; j++)                                                             \
-                            set[s][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[s][j]);                   \
-                    }                                                                                                 \
-                for (; SETS > 1 && v < next; v++, mask &= mask - 1) {                                                 \
-                    const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                           \
-                    const VECTOR weight = WEIGHT(*v);                                                                 \
-                    for (int j = 0; j < VECTORS; j++)                                                                 \
-                        set[0][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[0][j]);                       \
-                }                                                                                                     \
-                for (int j = 0; j < VECTORS; j++) {                                                                   \
-                    for (int s = 1; s < SETS; s++) set[0][j] = P(add_ps)(set[0][j], set[s][j]);                       \
-                    P(storeu_ps)(sums + i * WIDTH + j * LANES, set[0][j]);                                            \
-                }                                                                                                     \
+                    for (int s = 0; s < SETS; s++, v++, mask &= mask - 1)                                             \
+                        MULTIPLY(P, VECTOR, s, WEIGHT(*v), panel + __builtin_ctzll(mask) * WIDTH)                     \
+                for (; SETS > 1 && v < next; v++, mask &= mask - 1)                                                   \
+                    MULTIPLY(P, VECTOR, 0, WEIGHT(*v), panel + __builtin_ctzll(mask) * WIDTH)                         \
+                STORE_SUMS(P)                                                                                         \
                 values[i] = next;                                                                                     \
             }                                                                                                         \
     }
+
+static inline const float *column_at(const float *panel, int64_t bytes) {
+    return (const float *)((const char *)panel + bytes);
+}
 
 /* The same for so few tokens that to find a weight's column takes as long as to multiply. The places of several words' weights
  * are listed first: one loop then takes all of them, and its end is mispredicted once for all words. LIST writes each column
  * 64-fold as 16 bits, and may write up to 16 more. A panel of 16 tokens has 64 bytes for a column. */
 #define LISTED_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, TYPE, WEIGHT, LIST, VECTORS)                                  \
     ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
-        enum { WIDTH = VECTORS * LANES, UNITS = WIDTH / 16, SETS = 8 / VECTORS, AHEAD = 4 };                          \
+        enum { N = VECTORS, WIDTH = N * LANES, UNITS = WIDTH / 16, SETS = 8 / N, AHEAD = 4 };                         \
         const int64_t visits = (job->words * UNITS + VISIT - 1) / VISIT;                                              \
         const TYPE *values[ROWS + AHEAD];                                                                             \
         const uint64_t *masks[ROWS + AHEAD];                                                                          \
@@ -166,33 +174,17 @@ static float *panel_at(const Work *work, int64_t first, int64_t *width) {
             for (int i = 0; i < rows; i++) {                                                                          \
                 const int64_t count = LIST(masks[i] + w, words, places);                                              \
                 const TYPE *v = values[i];                                                                            \
-                VECTOR set[SETS][VECTORS];                                                                            \
-                for (int j = 0; j < VECTORS; j++) {                                                                   \
-                    set[0][j] = w ? P(loadu_ps)(sums + i * WIDTH + j * LANES) : P(setzero_ps)();                      \
-                    for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                       \
-                }                                                                                                     \
+                LOAD_SUMS(P, VECTOR)                                                                                  \
                 __builtin_prefetch(masks[i + AHEAD] + w);                                                             \
                 __builtin_prefetch(masks[i + AHEAD] + w + words - 1);                                                 \
                 for (int line = 0; line < words * (int)sizeof(TYPE) / 2; line++) /* half of the columns */            \
                     __builtin_prefetch((const char *)values[i + AHEAD] + 64 * line);                                  \
                 int64_t k = 0;                                                                                        \
                 for (; k + SETS <= count; k += SETS)                                                                  \
-                    for (int s = 0; s < SETS; s++) {                                                                  \
-                        const float *x = (const float *)((const char *)panel + (int64_t)places[k + s] * UNITS);       \
-                        const VECTOR weight = WEIGHT(v[k + s]);                                                       \
-                        for (int j = 0; j < VECTORS; j++)                                                             \
-                            set[s][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[s][j]);                   \
-                    }                                                                                                 \
-                for (; k < count; k++) {                                                                              \
-                    const float *x = (const float *)((const char *)panel + (int64_t)places[k] * UNITS);               \
-                    const VECTOR weight = WEIGHT(v[k]);                                                               \
-                    for (int j = 0; j < VECTORS; j++)                                                                 \
-                        set[0][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[0][j]);                       \
-                }                                                                                                     \
-                for (int j = 0; j < VECTORS; j++) {                                                                   \
-                    for (int s = 1; s < SETS; s++) set[0][j] = P(add_ps)(set[0][j], set[s][j]);                       \
-                    P(storeu_ps)(sums + i * WIDTH + j * LANES, set[0][j]);                                            \
-                }                                                                                                     \
+                    for (int s = 0; s < SETS; s++)                                                                    \
+                        MULTIPLY(P, VECTOR, s, WEIGHT(v[k + s]), column_at(panel, places[k + s] * UNITS))             \
+                for (; k < count; k++) MULTIPLY(P, VECTOR, 0, WEIGHT(v[k]), column_at(panel, places[k] * UNITS))      \
+                STORE_SUMS(P)                                                                                         \
                 values[i] = v + count;                                                                                \
             }                                                                                                         \
             w += words;                                                                                               \
