@@ -103,8 +103,8 @@ static float *panel_at(const Work *work, int64_t first, int64_t *width) {
 
 /* ---- fp32 x: one multiply-add of a vector of tokens for each stored weight ---- */
 
-/* The sums of row i in registers: SETS sets of N vectors. Where N is small, several weights are taken at a time, each with a set
- * of its own: a sum that waits for its predecessor would wait longer than the arithmetic takes. */
+/* The sums of row i in registers: SETS sets of N vectors. Where N is small, several weights are taken at a time, each with a
+ * set of its own: a sum that waits for its predecessor would wait longer than the arithmetic takes. */
 #define LOAD_SUMS(P, VECTOR)                                                                                          \
     VECTOR set[SETS][N];                                                                                              \
     for (int j = 0; j < N; j++) {                                                                                     \
