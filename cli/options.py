@@ -158,6 +158,8 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
     )
     if several:
         kind, default = list[str], None if default is None else [str(value) for value in default]
+    elif isinstance(default, tuple):
+        default = ",".join(map(str, default))
     default = Parameter.empty if described.is_required() else default
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, option], default=default)
 

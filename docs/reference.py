@@ -70,7 +70,7 @@ def _section(name: str, model: type[BaseModel]) -> list[str]:
     lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     properties = model.model_json_schema()["properties"]
     for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
-        default = "required" if field.is_required() else _default(field)
+        default = "required" if field.is_required() else _default(field, properties[key])
         lines.append(f"| `{key}` | {_type(properties[key])} | {default} | {field.description} |")
     return [*lines, ""]
 
@@ -78,6 +78,8 @@ def _section(name: str, model: type[BaseModel]) -> list[str]:
 def _models(model: type[BaseModel], prefix: str) -> list[tuple[str, type[BaseModel]]]:
     found = []
     for key, field in model.model_fields.items():
+        if model.model_json_schema()["properties"][key].get("type") == "string":
+            continue
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
         inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if inner is not None:
@@ -85,14 +87,15 @@ def _models(model: type[BaseModel], prefix: str) -> list[tuple[str, type[BaseMod
     return found
 
 
-def _default(field: Any) -> str:
+def _default(field: Any, schema: dict[str, Any]) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "unset"
     if isinstance(value, BaseModel):
         return "see below"
     if isinstance(value, tuple):
-        value = [each.model_dump() if isinstance(each, BaseModel) else each for each in value]
+        value = [str(each) if isinstance(each, BaseModel) else each for each in value]
+        value = value if schema.get("type") == "array" else ",".join(value)
     return f"`{json.dumps(value, default=str)}`".replace('"', "")
 
 

@@ -109,7 +109,7 @@ def prune(
         from gblm_compress.pruning import stage
 
         return stage.prune_in_place(model, processor, settings, text, _progress(quiet))
-    path, texts = Path(output), [text.dataset] if settings.needs_text else []
+    path, texts = Path(output), text.datasets if settings.needs_text else ()
     outputs.check_output(path, force)
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
         from gblm_compress.pruning import stage
@@ -213,7 +213,7 @@ def compare(
 ) -> "CompareResult":
     """Prune a model in several ways, and compare the results. An interrupted run resumes."""
     outputs.check_workable(Path(output), "comparison")
-    texts, tasks = [text.dataset, evaluation.dataset], evaluation.include_path
+    texts, tasks = [*text.datasets, evaluation.dataset], evaluation.include_path
     with _found(model, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source):
         from gblm_compress.measure.evaluation import Reference
         from gblm_compress.runs import comparison

@@ -25,7 +25,7 @@ from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import CalibrationSettings, RecoverSettings
-from gblm_compress.settings.fields import SELF
+from gblm_compress.settings.fields import SELF, Source
 from gblm_compress.storage import records
 from gblm_compress.tasks import task_of
 from gblm_compress.tasks.task import Sample
@@ -106,13 +106,17 @@ def write(model: Any, tokenizer: Any, work: Work, progress: Progress) -> list[li
 
 def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, progress: Progress) -> list[Sample]:
     """As `Author.calibration`, for a model in memory."""
-    size = text.samples, text.sequence_length, text.seed
-    if text.dataset != SELF:
-        return task_of(type(model)).calibration(processor, model.config, text.dataset, *size)
-    sample = bytes_of_sample(model.config, text.sequence_length, str(model.dtype).removeprefix("torch."))
-    weights = model.get_memory_footprint(return_buffers=False)
-    work = work_of(*size, weights, sample, weights + free_memory(str(model.device)))
-    return [{"input_ids": torch.tensor([row])} for row in write(model, processor, work, progress)]
+    task, samples = task_of(type(model)), list[Sample]()
+    for part in text.parts:
+        (dataset,), size = part.datasets, (part.samples, part.sequence_length, part.seed)
+        if dataset == SELF:
+            sample = bytes_of_sample(model.config, part.sequence_length, str(model.dtype).removeprefix("torch."))
+            weights = model.get_memory_footprint(return_buffers=False)
+            work = work_of(*size, weights, sample, weights + free_memory(str(model.device)))
+            samples += [{"input_ids": torch.tensor([row])} for row in write(model, processor, work, progress)]
+        else:
+            samples += task.calibration(processor, model.config, dataset, *size)
+    return samples
 
 
 @dataclass(frozen=True)
@@ -133,17 +137,24 @@ class Author:
         return faster_dtype(self.device, self.ranks)
 
     def calibration(self, processor: Any, text: CalibrationSettings) -> list[Sample]:
-        if text.dataset == SELF:
-            return self._written(processor, text)
-        self.progress.say(f"reading {text.dataset} …")
-        task, config = loading.task_of(self.source), loading.config_of(self.source)
-        return task.calibration(processor, config, text.dataset, text.samples, text.sequence_length, text.seed)
+        """The samples of each dataset, one dataset after the other."""
+        task, config, samples = loading.task_of(self.source), loading.config_of(self.source), list[Sample]()
+        for part in text.parts:
+            (dataset,), size = part.datasets, (part.samples, part.sequence_length, part.seed)
+            if dataset == SELF:
+                samples += self._written(processor, part)
+            else:
+                self.progress.say(f"reading {dataset} …")
+                samples += task.calibration(processor, config, dataset, *size)
+        return samples
 
     def training(self, processor: Any, dataset: str, settings: RecoverSettings, tokens: int) -> Sequence[Sample]:
         length = settings.sequence_length
         if dataset == SELF:
             count = tokens // length
-            text = CalibrationSettings(dataset=SELF, samples=count, sequence_length=length, seed=settings.seed)
+            text = CalibrationSettings(
+                dataset=(Source(dataset=SELF),), samples=count, sequence_length=length, seed=settings.seed
+            )
             if not self.progress.quiet and (takes := self.cost(text))[0]:
                 self.progress.say(f"to write the text first, {cost.sentence(*takes)}")
             return self.calibration(processor, text)
@@ -173,7 +184,8 @@ class Author:
 
     def cost(self, text: CalibrationSettings) -> tuple[float, float]:
         """Seconds and bytes to write the missing samples, 0 if there are none; UsageError if memory is too small."""
-        if text.dataset != SELF or _read(self._place(work := self._work(text))) is not None:
+        own = next((part for part in text.parts if part.datasets == (SELF,)), None)
+        if own is None or _read(self._place(work := self._work(own))) is not None:
             return 0, 0
         # Two operations per weight, and the time of three for the rest: SmolLM2-135M, 550 tokens/s on a Zen 5's thread.
         operations = 5 * loading.count_weights(self.source) * work.count * work.length

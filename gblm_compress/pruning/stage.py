@@ -73,7 +73,7 @@ def prune(
 
     `resume` continues an interrupted run; None continues one if it exists.
     """
-    start, texts = time.perf_counter(), [job.source.folder, *tasks.files_of(job.calibration.dataset)]
+    start, texts = time.perf_counter(), [job.source.folder, *tasks.files_of(*job.calibration.datasets)]
     with outputs.reserved(output, force, texts, ranks.is_first_started()):
         done = _to_folder(job, output, progress, resume, force)
     return _result(done, start, str(output), _pruned_before(job.source))
@@ -93,7 +93,7 @@ def prune_in_place(
         if processor is None:
             raise UsageError(f"method {settings.method} reads data: give the {task.processor.name} of the model")
         task.check_processor(processor)
-        task.data_files(calibration.dataset)
+        errors.raise_all(errors.collect(partial(task.data_files, name) for name in calibration.datasets))
         if task.generates:
             loading.check_positions(type(model).__name__, model.config.to_dict(), calibration.sequence_length)
         samples = generation.calibration_in_place(model, processor, calibration, progress)
@@ -247,7 +247,7 @@ def _checked(job: PruneJob) -> dict[str, Budget]:
     ]
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
-        looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
+        looks += [partial(loading.task_of(source).data_files, name) for name in calibration.datasets]
     errors.raise_all(errors.collect(looks))
     return budgets
 

@@ -102,7 +102,7 @@ class Grid:
             name=name,
             does=f"compare: {name}",
             reads=(self.dense.source,),
-            texts=(text.dataset, asked.dataset),
+            texts=(*text.datasets, asked.dataset),
             decides=lambda: [settings, text, asked, zero_shot.fingerprint(asked), place["dtype"], place["device"]],
             work=work,
         )
@@ -147,7 +147,7 @@ def check(grid: Grid, progress: Progress) -> None:
         raise UsageError(f"compare measures perplexity, and {task.help} has none; prune and evaluate it")
     looks: list[Look] = [partial(loading.choose_device, grid.compute.device)]
     if any(method.needs_text for method in methods):
-        looks.append(partial(task.data_files, text.dataset))
+        looks += [partial(task.data_files, name) for name in text.datasets]
         looks.append(partial(loading.check_length, source, text.sequence_length))
     looks.append(lambda: raise_all(evaluation.check([source], grid.evaluation, progress)))
     raise_all(errors.collect(looks))

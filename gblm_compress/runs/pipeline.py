@@ -159,7 +159,7 @@ def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
     elif recipe.prune.needs_text:
         text = recipe.calibration
         size = f"{text.samples} samples of {text.sequence_length} tokens"
-        found["calibration"] = f"{text.dataset}: {size}, seed {text.seed}"
+        found["calibration"] = f"{text.name}: {size}, seed {text.seed}"
     if evaluation := results.get(f"evaluate {job.measured[0].name}"):
         size = f"{evaluation['windows']} {evaluation['sample']}s of at most {evaluation['sequence_length']} tokens"
         note = f" ({said})" if (said := evaluation.get("note")) else ""

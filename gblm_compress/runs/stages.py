@@ -79,7 +79,7 @@ def timed_against(job: Job) -> list[ExportSettings]:
 
 def _prune(job: Job, settings: PruneSettings) -> Stage:
     text, place = job.recipe.calibration, job.as_pruned.folder
-    texts, length = ((text.dataset,), text.sequence_length) if settings.needs_text else ((), 0)
+    texts, length = (text.datasets, text.sequence_length) if settings.needs_text else ((), 0)
     what = PruneJob(job.dense, settings, text, job.compute, job.recipe.resources)
     does = f"prune {job.dense.name} by {settings.method}, {settings.pattern}"
     return Stage(

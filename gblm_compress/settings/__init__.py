@@ -3,7 +3,7 @@
 Importing this package loads no torch.
 """
 
-from gblm_compress.settings.fields import Panel, Settings
+from gblm_compress.settings.fields import Panel, Settings, Source
 from gblm_compress.settings.prune import REGISTRIES, GradientNorm, OverrideSettings, PruneSettings
 from gblm_compress.settings.recipe import GATES, CompareSettings, GateSettings, Recipe
 from gblm_compress.settings.stages import (
@@ -15,7 +15,6 @@ from gblm_compress.settings.stages import (
     ExportSettings,
     RecoverSettings,
     ResourceSettings,
-    Source,
 )
 
 __all__ = [

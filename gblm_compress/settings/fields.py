@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from gblm_compress.errors import UsageError
@@ -153,6 +163,46 @@ class Settings(BaseModel):
     """Frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(Settings):
+    """A dataset, and its share."""
+
+    dataset: str = Field(description=f"{SELF} (a language model writes the text itself), {DATA}.")
+    weight: float = Field(1.0, gt=0, le=1e9, description="Share, relative to the other weights.")
+
+    def __str__(self) -> str:
+        return self.dataset if self.weight == 1 else f"{self.dataset}={self.weight:g}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """Parse `SRC` or `SRC=WEIGHT`."""
+        if not isinstance(value, str):
+            return value
+        dataset, _, weight = value.rpartition("=")
+        try:
+            return {"dataset": dataset, "weight": float(weight)} if dataset else {"dataset": value}
+        except ValueError:  # an equals sign in the name
+            return {"dataset": value}
+
+
+def mixed(given: Any) -> Any:
+    """Split `SRC[=WEIGHT],...`; other values stay as they are."""
+    return tuple(part.strip() for part in given.split(",") if part.strip()) if isinstance(given, str) else given
+
+
+def joined(sources: tuple[Source, ...]) -> str:
+    return ",".join(map(str, sources))
+
+
+Mix = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(mixed),
+    Field(min_length=1, max_length=100),
+    PlainSerializer(joined),
+    WithJsonSchema({"type": "string"}),
+]
 
 
 def choices_of(settings: type[BaseModel], name: str) -> OneOf:

@@ -1,5 +1,6 @@
 """Settings of the stages other than pruning."""
 
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -17,15 +18,18 @@ from gblm_compress.settings.fields import (
     Fraction,
     GivenText,
     Memory,
+    Mix,
     OneOf,
     Panel,
     PatternName,
     Seed,
     Settings,
     Several,
+    Source,
     Threads,
     Tokens,
     budget_of,
+    joined,
 )
 
 RuntimeName = Annotated[
@@ -57,10 +61,40 @@ class ModelSettings(ComputeSettings):
 class CalibrationSettings(Settings):
     """The data that pruning measures on."""
 
-    dataset: str = Field(SELF, description=f"self (a language model writes the text itself), {DATA}.")
+    dataset: Mix = Field(
+        (Source(dataset=SELF),),
+        description=f"self (a language model writes the text itself), {DATA}. Or several, each with a weight, such as "
+        "mine.txt=1,self=2.",
+    )
     samples: Count = Field(128, description="Number of windows, texts or images.")
     sequence_length: Several = Field(2048, description="Tokens in a window; longer texts are cut to it.")
     seed: Seed = Field(0, description="Random seed for sampling.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if twice := sorted({name for name in self.datasets if self.datasets.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} is given twice; give it once, with a weight")
+        if idle := [part.datasets[0] for part in self.parts if not part.samples]:
+            raise ValueError(
+                f"samples is {self.samples}, so {idle[0]!r} would give none; give more samples, or other weights"
+            )
+        return self
+
+    @property
+    def parts(self) -> tuple["CalibrationSettings", ...]:
+        """The same for each dataset alone, with its share of the samples."""
+        shares = [*accumulate(source.weight for source in self.dataset)]
+        ends = [round(self.samples * share / shares[-1]) for share in shares]
+        alone = zip(self.dataset, [0, *ends], ends, strict=False)
+        return tuple(self.model_copy(update={"dataset": (s,), "samples": end - start}) for s, start, end in alone)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return tuple(source.dataset for source in self.dataset)
+
+    @property
+    def name(self) -> str:
+        return joined(self.dataset)
 
 
 class ResourceSettings(Settings):
@@ -74,30 +108,6 @@ class ResourceSettings(Settings):
     offload: Annotated[bool | None, Panel.NO_OPTION] = Field(
         None, description="Keep the model on disk, and one block in memory; if unset, only when it does not fit."
     )
-
-
-class Source(Settings):
-    """A text to train on, and its share."""
-
-    dataset: str = Field(description="As calibration.dataset.")
-    weight: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Share of the tokens, relative to the other weights."
-    )
-
-    def __str__(self) -> str:
-        return self.dataset if self.weight == 1 else f"{self.dataset}={self.weight:g}"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        """Parse `SRC` or `SRC=WEIGHT`."""
-        if not isinstance(value, str):
-            return value
-        dataset, _, weight = value.rpartition("=")
-        try:
-            return {"dataset": dataset, "weight": float(weight)} if dataset else {"dataset": value}
-        except ValueError:  # an equals sign in the name
-            return {"dataset": value}
 
 
 class RecoverSettings(Settings):

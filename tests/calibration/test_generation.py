@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gblm_compress.calibration import generation
-from gblm_compress.calibration.generation import Author, Work, bytes_of_sample, work_of, write
+from gblm_compress.calibration.generation import Author, Work, bytes_of_sample, calibration_in_place, work_of, write
 from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.errors import DataError, ModelError, UsageError
 from gblm_compress.machine import cache_folder
@@ -87,6 +87,40 @@ def test_a_models_own_samples_are_written_once_and_are_the_tokens_as_drawn(tiny,
         assert author(source).cost(text) == (0, 0)
     kept.write_text(kept.read_text().replace(str(END), "0"))  # damaged
     assert fingerprint(author(source).calibration(byte_tokenizer(), text)) == fingerprint(samples)
+
+
+def test_a_mix_holds_the_samples_of_each_dataset_one_after_the_other(tiny, tmp_path, progress) -> None:
+    source, prose = tiny("llama"), tmp_path / "a.txt"
+    prose.write_text("All work and no play. " * 40)
+    alone = {"sequence_length": 20, "seed": 3}
+    mix = CalibrationSettings(dataset=f"{prose}=1,self=2", samples=6, **alone)
+    parts = [CalibrationSettings(dataset=name, samples=n, **alone) for name, n in ((str(prose), 2), ("self", 4))]
+    (seconds, size), (_, alone_size) = author(source).cost(mix), author(source).cost(parts[1])
+    assert seconds > 0 and size == alone_size
+    separate = [sample for part in parts for sample in author(source).calibration(byte_tokenizer(), part)]
+    assert fingerprint(author(source).calibration(byte_tokenizer(), mix)) == fingerprint(separate)
+    model = load_model(source, faster_dtype("cpu", Ranks()))
+    assert fingerprint(calibration_in_place(model, byte_tokenizer(), mix, progress)) == fingerprint(separate)
+
+
+def test_the_samples_of_a_mix_are_shared_by_weight() -> None:
+    def counts(dataset, samples):
+        text = CalibrationSettings(dataset=dataset, samples=samples)
+        assert CalibrationSettings(**text.model_dump(mode="json")) == text  # as in a manifest
+        return {part.datasets[0]: part.samples for part in text.parts}
+
+    assert counts("a=b.txt=1,self=2", 192) == {"a=b.txt": 64, "self": 128}
+    assert counts("c4, demo ,self", 128) == {"c4": 43, "demo": 42, "self": 43}
+    assert counts("c4=0.001,self", 1001) == {"c4": 1, "self": 1000} and counts("c4", 1) == {"c4": 1}
+    for dataset, message in (
+        ("c4,self=2,c4", "'c4' is given twice; give it once, with a weight"),
+        ("c4=0.01,self", "samples is 8, so 'c4' would give none"),
+        ("c4=-1", "greater than 0"),
+        ("c4=nan", "finite number|less than"),
+        (",", "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            counts(dataset, 8)
 
 
 def test_how_many_samples_are_written_at_once_depends_on_the_model_and_not_on_the_memory() -> None:

@@ -47,7 +47,7 @@ def text(tmp_path) -> CalibrationSettings:
 
 
 def drawn(source: ModelSource, text: CalibrationSettings) -> list[Sample]:
-    found = TASK.calibration(load_processor(source), config_of(source), text.dataset, SAMPLES, LENGTH, 0)
+    found = TASK.calibration(load_processor(source), config_of(source), *text.datasets, SAMPLES, LENGTH, 0)
     assert len({int(sample["attention_mask"].sum()) for sample in found}) > 2  # lengths differ
     return found
 
@@ -183,6 +183,7 @@ def test_the_same_text_is_told_by_its_name_or_its_file(tmp_path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("words")
-    assert same_text("c4", "c4") == same_text("a.txt", str(tmp_path / "a.txt")) != ""
+    note = same_text("c4", "c4")
+    assert note == same_text("a.txt", str(tmp_path / "a.txt")) == same_text("b.txt", "a.txt,self=2,b.txt") != ""
     others = (("c4", "wikitext2"), ("a.txt", "b.txt"), ("c4", "self"), ("demo", ""), ("c4", "gone.txt"))
     assert [same_text(*pair) for pair in others] == [""] * len(others)
