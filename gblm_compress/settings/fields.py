@@ -189,7 +189,12 @@ class Source(Settings):
 
 def mixed(given: Any) -> Any:
     """Split `SRC[=WEIGHT],...`; other values stay as they are."""
-    return tuple(part.strip() for part in given.split(",") if part.strip()) if isinstance(given, str) else given
+    if not isinstance(given, str):
+        return given
+    parts = tuple(part.strip() for part in given.split(",") if part.strip())
+    if not parts:
+        raise ValueError(f"{given!r} names no dataset")
+    return parts
 
 
 def joined(sources: tuple[Source, ...]) -> str:
