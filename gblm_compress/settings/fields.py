@@ -177,24 +177,21 @@ class Source(Settings):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        """Parse `SRC` or `SRC=WEIGHT`."""
-        if not isinstance(value, str):
-            return value
-        dataset, _, weight = value.rpartition("=")
-        try:
-            return {"dataset": dataset, "weight": float(weight)} if dataset else {"dataset": value}
-        except ValueError:  # an equals sign in the name
-            return {"dataset": value}
+        return weighted(value) if isinstance(value, str) else value
+
+
+def weighted(text: str) -> dict[str, Any]:
+    """The fields of a `Source` that `SRC` or `SRC=WEIGHT` names, as they were given."""
+    dataset, _, weight = text.rpartition("=")
+    try:
+        return {"dataset": dataset, "weight": float(weight)} if dataset else {"dataset": text}
+    except ValueError:  # an equals sign in the name
+        return {"dataset": text}
 
 
 def mixed(given: Any) -> Any:
     """Split `SRC[=WEIGHT],...`; other values stay as they are."""
-    if not isinstance(given, str):
-        return given
-    parts = tuple(part.strip() for part in given.split(",") if part.strip())
-    if not parts:
-        raise ValueError(f"{given!r} names no dataset")
-    return parts
+    return tuple(part.strip() for part in given.split(",") if part.strip()) if isinstance(given, str) else given
 
 
 def joined(sources: tuple[Source, ...]) -> str:
@@ -204,7 +201,7 @@ def joined(sources: tuple[Source, ...]) -> str:
 Mix = Annotated[
     tuple[Source, ...],
     BeforeValidator(mixed),
-    Field(min_length=1, max_length=100),
+    Field(max_length=100),
     PlainSerializer(joined),
     WithJsonSchema({"type": "string"}),
 ]

@@ -72,6 +72,8 @@ class CalibrationSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.dataset:
+            raise ValueError("the dataset has no name")
         if twice := sorted({name for name in self.datasets if self.datasets.count(name) > 1}):
             raise ValueError(f"{twice[0]!r} is given twice; give it once, with a weight")
         if idle := [part.datasets[0] for part in self.parts if not part.samples]:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gblm_compress.errors import DataError, ModelError
-from gblm_compress.settings.fields import SELF, Source, mixed
+from gblm_compress.settings.fields import SELF, mixed, weighted
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.classification import Classification
 from gblm_compress.tasks.embedding import Embedding
@@ -60,7 +60,7 @@ def is_here(dataset: str) -> bool:
 
 def same_text(evaluated: str, calibrated: str) -> str:
     """A note if an evaluation reads a dataset of the calibration, even another part of it; else empty."""
-    read = [Source.model_validate(part).dataset for part in mixed(calibrated)]
+    read = [weighted(part)["dataset"] for part in mixed(calibrated)]
     files, others = ([[path.resolve() for path in files_of(name)] for name in names] for names in ((evaluated,), read))
     same = evaluated in read or (files[0] and files[0] in others)
     return "same data as calibration: on other data the loss may be larger" if same else ""

@@ -117,7 +117,7 @@ def test_the_samples_of_a_mix_are_shared_by_weight() -> None:
         ("c4=0.01,self", "samples is 8, so 'c4' would give none"),
         ("c4=-1", "greater than 0"),
         ("c4=nan", "finite number|less than"),
-        (" , ", "names no dataset"),
+        (" , ", "the dataset has no name"),
     ):
         with pytest.raises(ValueError, match=message):
             counts(dataset, 8)

@@ -185,5 +185,12 @@ def test_the_same_text_is_told_by_its_name_or_its_file(tmp_path, monkeypatch) ->
         (tmp_path / name).write_text("words")
     note = same_text("c4", "c4")
     assert note == same_text("a.txt", str(tmp_path / "a.txt")) == same_text("b.txt", "a.txt,self=2,b.txt") != ""
-    others = (("c4", "wikitext2"), ("a.txt", "b.txt"), ("c4", "self"), ("demo", ""), ("c4", "gone.txt"))
+    others = (
+        ("c4", "wikitext2"),
+        ("a.txt", "b.txt"),
+        ("c4", "self"),
+        ("demo", ""),
+        ("c4", " , =nan,x=-1"),
+        ("c4", "gone.txt"),
+    )
     assert [same_text(*pair) for pair in others] == [""] * len(others)
