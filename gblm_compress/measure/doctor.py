@@ -22,6 +22,8 @@ def diagnose() -> list[dict[str, Any]]:
     paths, of_levels = cpu.paths(torch.float32), cpu.paths(torch.int8)
     kernels = ", ".join(paths) or "not built: no C compiler was at hand at install"
     runs = f"bitmask folders run on the {paths[-1]} path, those of 8 and 4 bits on {of_levels[-1]}" if paths else ""
+    if paths and paths[-1] == "portable":
+        runs = "slower than dense weights, as this CPU has neither AVX2 nor NEON: export without `--kernels`"
     try:
         operator = cpu.onnxruntime_library().name
     except MissingDependencyError as error:
