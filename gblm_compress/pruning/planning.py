@@ -219,11 +219,14 @@ def passes(settings: PruneSettings) -> float:
     count = 1.0 + 3.0 * settings.needs_gradients  # loading and saving; gradients
     count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
     count += sum(choice.passes for choice in settings.choices)
-    if settings.fits.fits_block:
-        count += 1.0 + 3.0 * BLOCK_EPOCHS + 4.0 * (settings.rounds - 1)  # further rounds stop early
-    if settings.fits.fits_model:
-        count += 1.0 + 4.0 * MODEL_EPOCHS
-    return count
+    count += settings.fits.fits_block + settings.fits.fits_model  # what the fits shall imitate
+    return count + passes_of_fits(settings)
+
+
+def passes_of_fits(settings: PruneSettings) -> float:
+    """Those of the `passes` that are fits by Adam, whose products may have another dtype."""
+    in_blocks = 3.0 * BLOCK_EPOCHS + 4.0 * (settings.rounds - 1)  # further rounds stop early
+    return in_blocks * settings.fits.fits_block + 4.0 * MODEL_EPOCHS * settings.fits.fits_model
 
 
 def _measuring(needs: Need) -> float:
@@ -251,16 +254,21 @@ def cost_of(
 
     `writing`: seconds and bytes to generate the text, if the model writes it.
     """
-    rate, times = cost.operations_per_second(plan.device, getattr(torch, plan.dtype)), passes(plan.settings)
-    # The head is read for the loss alone; its weights get no gradients.
-    reads_head = 2.0 * plan.settings.needs_gradients + 4.0 * MODEL_EPOCHS * plan.settings.fits.fits_model
+    settings, dtypes = plan.settings, (plan.dtype, plan.products, "float32")
+    rate, of_products, in_solving = (cost.operations_per_second(plan.device, getattr(torch, name)) for name in dtypes)
+    in_fits = 1 / (0.75 / of_products + 0.25 / rate)  # a quarter of the time is not in products
+    times, fitted = passes(settings), passes_of_fits(settings)
     handling = READS * 4 * size.in_blocks / cost.bytes_per_second("cpu")
-    solving = size.solving / plan.ranks.size / cost.operations_per_second(plan.device, torch.float32)
+    solving = size.solving / plan.ranks.size / in_solving
 
     def seconds(text: CalibrationSettings) -> float:
-        a_weight = 2 * text.samples * text.sequence_length / plan.ranks.size / rate
-        one, head = (a_weight * weights for weights in (size.in_blocks - size.idle, size.head))
-        return handling + one * times + head * reads_head + max(0.0, solving - one)  # one is counted for the solution
+        a_weight = 2 * text.samples * text.sequence_length / plan.ranks.size  # operations of a pass
+        one = a_weight * (size.in_blocks - size.idle)
+        in_blocks = one * ((times - fitted) / rate + fitted / in_fits)
+        # The head is read for the loss alone; its weights get no gradients.
+        of_head = 2.0 * settings.needs_gradients / rate + 4.0 * MODEL_EPOCHS * settings.fits.fits_model / in_fits
+        solved = max(0.0, solving - one / rate)  # one is counted for the solution
+        return handling + in_blocks + a_weight * size.head * of_head + solved
 
     takes, memory = seconds(calibration) + writing[0], max(int(writing[1]), size.peak(plan.placement))
     smaller = seconds(calibration.model_copy(update=SMALL))
@@ -273,6 +281,6 @@ def cost_of(
         passes=times,
         seconds=takes,
         memory_bytes=cost.with_program(memory),
-        disk_bytes=size.on_disk(plan.settings, plan.placement, finished=0),
+        disk_bytes=size.on_disk(settings, plan.placement, finished=0),
     )
     return result, cost.sentence(takes, memory, ("--samples 16 --sequence-length 512", smaller))
