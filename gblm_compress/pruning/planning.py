@@ -220,13 +220,13 @@ def passes(settings: PruneSettings) -> float:
     count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
     count += sum(choice.passes for choice in settings.choices)
     count += settings.fits.fits_block + settings.fits.fits_model  # what the fits shall imitate
-    return count + passes_of_fits(settings)
+    return count + sum(passes_of_fits(settings))
 
 
-def passes_of_fits(settings: PruneSettings) -> float:
-    """Those of the `passes` that are fits by Adam, whose products may have another dtype."""
-    in_blocks = 3.0 * BLOCK_EPOCHS + 4.0 * (settings.rounds - 1)  # further rounds stop early
-    return in_blocks * settings.fits.fits_block + 4.0 * MODEL_EPOCHS * settings.fits.fits_model
+def passes_of_fits(settings: PruneSettings) -> tuple[float, float]:
+    """Those of the `passes` that are fits by Adam: of blocks, and of the model. Their products have their own dtype."""
+    of_blocks = 3.0 * BLOCK_EPOCHS + 4.0 * (settings.rounds - 1)  # further rounds stop early
+    return of_blocks * settings.fits.fits_block, 4.0 * MODEL_EPOCHS * settings.fits.fits_model
 
 
 def _measuring(needs: Need) -> float:
@@ -254,19 +254,21 @@ def cost_of(
 
     `writing`: seconds and bytes to generate the text, if the model writes it.
     """
-    settings, dtypes = plan.settings, (plan.dtype, plan.products, "float32")
-    rate, of_products, in_solving = (cost.operations_per_second(plan.device, getattr(torch, name)) for name in dtypes)
-    in_fits = 1 / (0.75 / of_products + 0.25 / rate)  # a quarter of the time is not in products
-    times, fitted = passes(settings), passes_of_fits(settings)
+    settings, times, (of_blocks, of_model) = plan.settings, passes(plan.settings), passes_of_fits(plan.settings)
+    fitted = of_blocks + of_model
+    dtypes = {plan.dtype, plan.products, "float32"}
+    rates = {name: cost.operations_per_second(plan.device, getattr(torch, name)) for name in dtypes}
+    rate = rates[plan.dtype]
+    in_fits = 1 / (0.75 / rates[plan.products] + 0.25 / rate)  # a quarter of the time is not in products
     handling = READS * 4 * size.in_blocks / cost.bytes_per_second("cpu")
-    solving = size.solving / plan.ranks.size / in_solving
+    solving = size.solving / plan.ranks.size / rates["float32"]
 
     def seconds(text: CalibrationSettings) -> float:
         a_weight = 2 * text.samples * text.sequence_length / plan.ranks.size  # operations of a pass
         one = a_weight * (size.in_blocks - size.idle)
         in_blocks = one * ((times - fitted) / rate + fitted / in_fits)
         # The head is read for the loss alone; its weights get no gradients.
-        of_head = 2.0 * settings.needs_gradients / rate + 4.0 * MODEL_EPOCHS * settings.fits.fits_model / in_fits
+        of_head = 2.0 * settings.needs_gradients / rate + of_model / in_fits
         solved = max(0.0, solving - one / rate)  # one is counted for the solution
         return handling + in_blocks + a_weight * size.head * of_head + solved
 
