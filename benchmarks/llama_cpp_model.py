@@ -30,21 +30,22 @@ def write_gguf(model: Any, kind: str, path: Path) -> Path:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
+    tensors = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    kinds = {name: _KINDS[kind if tensor.dim() == 2 else "float32"] for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        size = tensor.numel() * gguf.GGML_QUANT_SIZES[kinds[name]][1]
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor_info(stored, tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors.items():  # one at a time, so that a large model needs little memory
         tensor = tensor.float()
         if "q_proj" in name or "k_proj" in name:
             tensor = _interleave_rotary(tensor, config.head_dim)
-        quantization = _KINDS[kind] if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)),
-            gguf.quants.quantize(tensor.numpy(), quantization),
-            raw_dtype=quantization,
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        writer.write_tensor_data(gguf.quants.quantize(tensor.numpy(), kinds[name]))
     writer.close()
     return path
 

@@ -155,13 +155,12 @@ def contenders(
 def gguf_files(dense: ModelSource, dtype: str, folder: Path) -> dict[str, Path]:
     """{what its row is called: file} for llama.cpp, made where they are not in `folder`."""
     plain = folder / f"{'float16' if dtype in LLAMA_CPP else dtype}.gguf"
-    if not plain.exists():
+    files = {name: folder / f"{format}.gguf" for name, format in LLAMA_CPP.get(dtype, {dtype: plain.stem}).items()}
+    missing = [path for path in files.values() if not path.exists()]
+    if missing and not plain.exists():
         write_gguf(load_model(dense, plain.stem), plain.stem, plain)
-    if dtype not in LLAMA_CPP:
-        return {dtype: plain}
-    files = {name: folder / f"{format}.gguf" for name, format in LLAMA_CPP[dtype].items()}
-    for path in files.values():
-        if not path.exists():
+    for path in missing:
+        if path != plain:
             quantised(plain, path.stem, path)
     return files
 
