@@ -285,10 +285,11 @@ class Places(Levels):
 
     def spread(self, held: Held, columns: int) -> Tensor:
         mask, table = held["mask"], held["levels"]
-        rows: Any = 0
+        places = unpack_places(mask, held["values"]).int()
         if len(table) > 1:
-            rows = torch.arange(len(mask), device=mask.device).repeat_interleave(word_counts(mask).sum(1))
-        alive, levels = bits(mask, columns), table[rows, unpack_places(mask, held["values"]).int()]
+            first = torch.arange(0, table.numel(), table.shape[1], dtype=torch.int32, device=mask.device)
+            places += first.repeat_interleave(word_counts(mask).sum(1))
+        alive, levels = bits(mask, columns), table.flatten().index_select(0, places)
         return table.new_zeros(alive.shape).masked_scatter_(alive, levels)
 
     def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
@@ -325,21 +326,24 @@ def _bytes(places: Tensor) -> Tensor:
     return (places + 1) // 2
 
 
-def _addresses(counts: Tensor) -> Tensor:
-    """The half byte that holds the place of each bit of the mask [nonzeros], for the bits of each word [words]."""
-    first = 2 * starts_of(_bytes(counts)) - starts_of(counts)
-    return first.repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device)
+def _used(mask: Tensor) -> Tensor:
+    """Which half bytes hold a place [half bytes]: all but the last of a word with an odd number of bits."""
+    counts = word_counts(mask.flatten())
+    ends = 2 * _bytes(counts).cumsum(0)
+    used = torch.ones(int(ends[-1]) if len(ends) else 0, dtype=torch.bool, device=mask.device)
+    used[ends[counts % 2 == 1] - 1] = False
+    return used
 
 
 def pack_places(mask: Tensor, places: Tensor) -> Tensor:
     """Places [nonzeros] in uint8, 0 … 15, two to a byte, for a mask [rows, words]."""
-    counts = word_counts(mask.flatten())
-    halves = places.new_zeros(2 * int(_bytes(counts).sum()))
-    halves[_addresses(counts)] = places
+    used = _used(mask)
+    halves = places.new_zeros(len(used)).masked_scatter_(used, places)
     return halves[0::2] | (halves[1::2] << 4)
 
 
 def unpack_places(mask: Tensor, values: Tensor) -> Tensor:
-    """The inverse of `pack_places`."""
-    at = _addresses(word_counts(mask.flatten()))
-    return (values[at // 2] >> (at % 2 * 4).to(torch.uint8)) & 15
+    """The inverse of `pack_places`; `values` may be padded."""
+    used = _used(mask)
+    values = values[: len(used) // 2]
+    return torch.stack([values & 15, values >> 4], -1).flatten()[used]
