@@ -380,7 +380,7 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
         results("rounds-smollm2-135m")["rows_mix"],
         {
             "pattern": "{pattern}", "mask": "`{method}`", "samples": "{calibration}", **JUDGED,
-            "minutes": "{minutes:.0f}", "peak GB": "{peak_GB:.1f}",
+            "peak GB": "{peak_GB:.1f}",
         },
     ),
     "fits-unstructured": (fits("fits-unstructured-smollm2-135m"), by_fit("none", "fast", "balanced")),

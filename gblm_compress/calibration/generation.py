@@ -69,15 +69,29 @@ def bytes_of_sample(config: Any, length: int, dtype: str) -> int:
     return int(cache * getattr(torch, dtype).itemsize + 4 * 4 * vocabulary_of(config))
 
 
-def write(model: Any, tokenizer: Any, work: Work, progress: Progress) -> list[list[int]]:
-    """The tokens of each sample. A sample begins with the separator and may hold several texts."""
+def beginnings(samples: Sequence[Sample], text: CalibrationSettings) -> Tensor | None:
+    """[samples, tokens]: what each of a mix's own samples goes on from, the first quarter of another of its samples."""
+    if not samples:
+        return None
+    tokens = max(1, text.sequence_length // 4)
+    return torch.cat([samples[i % len(samples)]["input_ids"][:1, :tokens] for i in range(text.samples)])
+
+
+def in_order(text: CalibrationSettings) -> list[CalibrationSettings]:
+    """The parts of a mix, the model's own text last since it goes on from the others."""
+    return sorted(text.parts, key=lambda part: part.datasets == (SELF,))
+
+
+def write(model: Any, tokenizer: Any, work: Work, progress: Progress, begun: Tensor | None = None) -> list[list[int]]:
+    """The tokens of each sample, `begun` [samples, tokens] or with the separator. It may hold several texts."""
     vocabulary, size, before = tokenizer.get_vocab(), model.config.get_text_config().vocab_size, model.generation_config
     names = (BETWEEN, tokenizer.bos_token, tokenizer.eos_token)
     first = next((vocabulary[name] for name in names if vocabulary.get(name, size) < size), None)
     if first is None:
         raise UsageError("the model has no token that begins a text, so it cannot write one")
     special = {each for each in (*tokenizer.all_special_ids, *range(len(tokenizer), size)) if each < size}
-    new, batches, rows = work.length - 1, range(0, work.count, work.batch), []
+    begun = (torch.full((work.count, 1), first) if begun is None else begun).to(model.device)
+    new, batches, rows = work.length - begun.shape[1], range(0, work.count, work.batch), list[list[int]]()
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=TOP_K, suppress_tokens=[*special - {first}], max_new_tokens=new, pad_token_id=first
     )
@@ -91,8 +105,8 @@ def write(model: Any, tokenizer: Any, work: Work, progress: Progress) -> list[li
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         try:
-            for begun in batches:
-                begin = torch.full((min(work.batch, work.count - begun), 1), first, device=model.device)
+            for start in batches:
+                begin = begun[start : start + work.batch]
                 mask = torch.ones_like(begin)
                 rows += model.generate(begin, attention_mask=mask, stopping_criteria=[written]).tolist()
         except RuntimeError as error:
@@ -107,13 +121,14 @@ def write(model: Any, tokenizer: Any, work: Work, progress: Progress) -> list[li
 def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, progress: Progress) -> list[Sample]:
     """As `Author.calibration`, for a model in memory."""
     task, samples = task_of(type(model)), list[Sample]()
-    for part in text.parts:
+    for part in in_order(text):
         (dataset,), size = part.datasets, (part.samples, part.sequence_length, part.seed)
         if dataset == SELF:
             sample = bytes_of_sample(model.config, part.sequence_length, str(model.dtype).removeprefix("torch."))
             weights = model.get_memory_footprint(return_buffers=False)
             work = work_of(*size, weights, sample, weights + free_memory(str(model.device)))
-            samples += [{"input_ids": torch.tensor([row])} for row in write(model, processor, work, progress)]
+            rows = write(model, processor, work, progress, beginnings(samples, part))
+            samples += [{"input_ids": torch.tensor([row])} for row in rows]
         else:
             samples += task.calibration(processor, model.config, dataset, *size)
     return samples
@@ -139,10 +154,10 @@ class Author:
     def calibration(self, processor: Any, text: CalibrationSettings) -> list[Sample]:
         """The samples of each dataset, one dataset after the other."""
         task, config, samples = loading.task_of(self.source), loading.config_of(self.source), list[Sample]()
-        for part in text.parts:
+        for part in in_order(text):
             (dataset,), size = part.datasets, (part.samples, part.sequence_length, part.seed)
             if dataset == SELF:
-                samples += self._written(processor, part)
+                samples += self._written(processor, part, beginnings(samples, part))
             else:
                 self.progress.say(f"reading {dataset} …")
                 samples += task.calibration(processor, config, dataset, *size)
@@ -162,16 +177,17 @@ class Author:
         task, config = loading.task_of(self.source), loading.config_of(self.source)
         return task.training(processor, config, dataset, length, tokens)
 
-    def _written(self, tokenizer: Any, text: CalibrationSettings) -> list[Sample]:
+    def _written(self, tokenizer: Any, text: CalibrationSettings, begun: Tensor | None) -> list[Sample]:
         """Samples [1, tokens], the same on all ranks. Each rank writes a share."""
         count, length = text.samples, text.sequence_length
         own, work = self.ranks.share(range(count)), self._work(text)
-        place = self._place(work)
+        begun = None if begun is None else begun[list(own)]
+        place = self._place(work, begun)
         if (rows := _read(place)) is None:
             self.progress.say(f"{self.source.name} writes {count:,} samples of {length:,} tokens …")
             with freed_memory_kept():
                 model = loading.load_model(self.source, self.dtype, self.device)
-                rows = write(model, tokenizer, work, self.progress)
+                rows = write(model, tokenizer, work, self.progress, begun)
             with suppress(OSError, OutputError):  # without a writable cache, the next run writes the samples again
                 place.parent.mkdir(parents=True, exist_ok=True)
                 records.write_sealed(place, {"rows": rows})
@@ -183,10 +199,14 @@ class Author:
         return [{"input_ids": row.unsqueeze(0)} for row in ids.cpu()]
 
     def cost(self, text: CalibrationSettings) -> tuple[float, float]:
-        """Seconds and bytes to write the missing samples, 0 if there are none; UsageError if memory is too small."""
-        own = next((part for part in text.parts if part.datasets == (SELF,)), None)
-        if own is None or _read(self._place(work := self._work(own))) is not None:
+        """Seconds and bytes to write the missing samples, 0 if there are none; UsageError if memory is too small.
+
+        A mix's own samples count as missing: only its other samples, not read yet, tell whether they are in the cache.
+        """
+        *others, last = in_order(text)
+        if last.datasets != (SELF,) or (not others and _read(self._place(self._work(last))) is not None):
             return 0, 0
+        work = self._work(last)
         # Two operations per weight, and the time of three for the rest: SmolLM2-135M, 550 tokens/s on a Zen 5's thread.
         operations = 5 * loading.count_weights(self.source) * work.count * work.length
         rate = cost.operations_per_second(self.device, getattr(torch, self.dtype))
@@ -199,10 +219,11 @@ class Author:
         sample = bytes_of_sample(loading.config_of(self.source), length, self.dtype)
         return work_of(count, length, seed, weights, sample, self.room)
 
-    def _place(self, work: Work) -> Path:
+    def _place(self, work: Work, begun: Tensor | None = None) -> Path:
         versions = __version__, torch.__version__, transformers.__version__
+        begins = None if begun is None else begun.tolist()
         decides = [self.source.fingerprint, asdict(work), self.dtype, self.device.partition(":")[0]]
-        key = json.dumps([*decides, torch.get_num_threads(), versions])
+        key = json.dumps([*decides, begins, torch.get_num_threads(), versions])
         return cache_folder() / "texts" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

@@ -89,18 +89,31 @@ def test_a_models_own_samples_are_written_once_and_are_the_tokens_as_drawn(tiny,
     assert fingerprint(author(source).calibration(byte_tokenizer(), text)) == fingerprint(samples)
 
 
-def test_a_mix_holds_the_samples_of_each_dataset_one_after_the_other(tiny, tmp_path, progress) -> None:
+def test_in_a_mix_the_own_samples_go_on_from_the_others_and_come_last(tiny, tmp_path, progress) -> None:
     source, prose = tiny("llama"), tmp_path / "a.txt"
-    prose.write_text("All work and no play. " * 40)
+    prose.write_text("".join(f"Line {number} of no poem.\n" for number in range(40)))
     alone = {"sequence_length": 20, "seed": 3}
-    mix = CalibrationSettings(dataset=f"{prose}=1,self=2", samples=6, **alone)
-    parts = [CalibrationSettings(dataset=name, samples=n, **alone) for name, n in ((str(prose), 2), ("self", 4))]
-    (seconds, size), (_, alone_size) = author(source).cost(mix), author(source).cost(parts[1])
-    assert seconds > 0 and size == alone_size
-    separate = [sample for part in parts for sample in author(source).calibration(byte_tokenizer(), part)]
-    assert fingerprint(author(source).calibration(byte_tokenizer(), mix)) == fingerprint(separate)
+    read = author(source).calibration(byte_tokenizer(), CalibrationSettings(dataset=str(prose), samples=2, **alone))
+    mix = CalibrationSettings(dataset=f"self=2,{prose}=1", samples=6, **alone)
+    samples = author(source).calibration(byte_tokenizer(), mix)
+    assert fingerprint(samples[:2]) == fingerprint(read)
+    rows = [sample["input_ids"][0].tolist() for sample in samples]
+    assert [row[:5] for row in rows[2:]] == [row[:5] for row in rows[:2]] * 2 and rows[0][:5] != rows[1][:5]
+    assert len({tuple(row) for row in rows}) == 6 and all(len(row) == 20 for row in rows)
     model = load_model(source, faster_dtype("cpu", Ranks()))
-    assert fingerprint(calibration_in_place(model, byte_tokenizer(), mix, progress)) == fingerprint(separate)
+    assert fingerprint(calibration_in_place(model, byte_tokenizer(), mix, progress)) == fingerprint(samples)
+
+
+def test_in_a_mix_the_cache_keeps_the_own_samples_of_one_text(tiny, tmp_path, monkeypatch) -> None:
+    source, prose = tiny("llama"), tmp_path / "a.txt"
+    mix = CalibrationSettings(dataset=f"{prose},self", samples=4, sequence_length=20)
+    texts = []
+    for line in ("All work and no play. ", "No work, but all play. "):
+        prose.write_text(line * 40)
+        texts.append(fingerprint(author(source).calibration(byte_tokenizer(), mix)))
+    assert texts[0] != texts[1] and author(source).cost(mix)[0] > 0
+    monkeypatch.setattr("gblm_compress.models.loading.load_model", None)
+    assert fingerprint(author(source).calibration(byte_tokenizer(), mix)) == texts[1]
 
 
 def test_the_samples_of_a_mix_are_shared_by_weight() -> None:
