@@ -75,14 +75,10 @@ def random_models(shape: Shape, folder: Path) -> dict[str, ModelSource]:
     return models
 
 
-def exported(models: dict[str, ModelSource], folder: Path, dtype: str) -> dict[str, ModelSource]:
-    """The graphs with weights of a dtype, made where they are not in `folder`."""
-    found = {}
-    for name, (model, settings) in GRAPHS.items():
-        if DTYPE_OF[name] != dtype:
-            continue
-        found[name] = exported_once(models[model], folder / name.replace(",", "").replace(" ", "-"), settings)
-    return found
+def exported(models: dict[str, ModelSource], folder: Path, names: list[str]) -> dict[str, ModelSource]:
+    """The graphs of these names, made where they are not in `folder`."""
+    places = {name: folder / name.replace(",", "").replace(" ", "-") for name in names}
+    return {name: exported_once(models[GRAPHS[name][0]], places[name], GRAPHS[name][1]) for name in names}
 
 
 def exported_once(model: ModelSource, target: Path, settings: dict[str, Any]) -> ModelSource:
@@ -206,6 +202,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="so many blocks of the shape")
     parser.add_argument("--folder", type=Path, required=True, help="where the exports are, or will be")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
+    parser.add_argument(
+        "--graphs", nargs="+", choices=GRAPHS, default=list(GRAPHS), help="those of the dtypes by default"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--engines", nargs="*", choices=("onnxruntime", "genai"), default=["onnxruntime"])
     parser.add_argument("--paths", nargs="+", default=[""], help="of the kernels; the best one by default")
@@ -229,7 +228,8 @@ def main() -> None:
         options.model = models["dense"].name
     rows = stored_rows(options.json, KEYS)
     for dtype in options.dtypes:
-        graphs = exported(models, options.folder, dtype)
+        names = [name for name in options.graphs if DTYPE_OF[name] == dtype]
+        graphs = exported(models, options.folder, names)
         for threads in options.threads:
             new = compared(graphs, models["dense"], dtype, threads, options)
             for name, source in graphs.items():
