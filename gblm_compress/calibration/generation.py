@@ -77,13 +77,11 @@ def beginnings(samples: Sequence[Sample], text: CalibrationSettings) -> Tensor |
     return torch.cat([samples[i % len(samples)]["input_ids"][:1, :tokens] for i in range(text.samples)])
 
 
-def in_order(text: CalibrationSettings) -> list[CalibrationSettings]:
-    """The parts of a mix, the model's own text last since it goes on from the others."""
-    return sorted(text.parts, key=lambda part: part.datasets == (SELF,))
-
-
 def write(model: Any, tokenizer: Any, work: Work, progress: Progress, begun: Tensor | None = None) -> list[list[int]]:
-    """The tokens of each sample, `begun` [samples, tokens] or with the separator. It may hold several texts."""
+    """The tokens of each sample. It begins with its row of `begun` [samples, tokens], by default the separator.
+
+    It may hold several texts.
+    """
     vocabulary, size, before = tokenizer.get_vocab(), model.config.get_text_config().vocab_size, model.generation_config
     names = (BETWEEN, tokenizer.bos_token, tokenizer.eos_token)
     first = next((vocabulary[name] for name in names if vocabulary.get(name, size) < size), None)
@@ -121,7 +119,7 @@ def write(model: Any, tokenizer: Any, work: Work, progress: Progress, begun: Ten
 def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, progress: Progress) -> list[Sample]:
     """As `Author.calibration`, for a model in memory."""
     task, samples = task_of(type(model)), list[Sample]()
-    for part in in_order(text):
+    for part in text.parts:
         (dataset,), size = part.datasets, (part.samples, part.sequence_length, part.seed)
         if dataset == SELF:
             sample = bytes_of_sample(model.config, part.sequence_length, str(model.dtype).removeprefix("torch."))
@@ -136,7 +134,7 @@ def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, 
 
 @dataclass(frozen=True)
 class Author:
-    """Reads or writes the samples for a model's pruning or recovery. Each sample of `SELF` is a separate text.
+    """Reads or writes the samples for a model's pruning or recovery. Each sample of `SELF` is written separately.
 
     Written samples stay in the cache folder, so resumed runs and runs with other settings do not write them again.
     """
@@ -154,7 +152,7 @@ class Author:
     def calibration(self, processor: Any, text: CalibrationSettings) -> list[Sample]:
         """The samples of each dataset, one dataset after the other."""
         task, config, samples = loading.task_of(self.source), loading.config_of(self.source), list[Sample]()
-        for part in in_order(text):
+        for part in text.parts:
             (dataset,), size = part.datasets, (part.samples, part.sequence_length, part.seed)
             if dataset == SELF:
                 samples += self._written(processor, part, beginnings(samples, part))
@@ -203,7 +201,7 @@ class Author:
 
         A mix's own samples count as missing: only its other samples, not read yet, tell whether they are in the cache.
         """
-        *others, last = in_order(text)
+        *others, last = text.parts
         if last.datasets != (SELF,) or (not others and _read(self._place(self._work(last))) is not None):
             return 0, 0
         work = self._work(last)

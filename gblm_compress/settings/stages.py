@@ -84,11 +84,12 @@ class CalibrationSettings(Settings):
 
     @property
     def parts(self) -> tuple["CalibrationSettings", ...]:
-        """The same for each dataset alone, with its share of the samples."""
+        """The same for each dataset alone, with its share of the samples; `SELF` last, since it goes on from others."""
         shares = [*accumulate(source.weight for source in self.dataset)]
         ends = [round(self.samples * share / shares[-1]) for share in shares]
         alone = zip(self.dataset, [0, *ends], ends, strict=False)
-        return tuple(self.model_copy(update={"dataset": (s,), "samples": end - start}) for s, start, end in alone)
+        parts = (self.model_copy(update={"dataset": (s,), "samples": end - start}) for s, start, end in alone)
+        return tuple(sorted(parts, key=lambda part: part.datasets == (SELF,)))
 
     @property
     def datasets(self) -> tuple[str, ...]:
