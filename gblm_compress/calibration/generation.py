@@ -178,7 +178,7 @@ class Author:
     def _written(self, tokenizer: Any, text: CalibrationSettings, begun: Tensor | None) -> list[Sample]:
         """Samples [1, tokens], the same on all ranks. Each rank writes a share."""
         count, length = text.samples, text.sequence_length
-        own, work = self.ranks.share(range(count)), self._work(text)
+        own, work = self._own(text), self._work(text)
         begun = None if begun is None else begun[list(own)]
         place = self._place(work, begun)
         if (rows := _read(place)) is None:
@@ -210,9 +210,13 @@ class Author:
         rate = cost.operations_per_second(self.device, getattr(torch, self.dtype))
         return operations / rate, self.source.bytes_on_disk + work.memory
 
+    def _own(self, text: CalibrationSettings) -> Sequence[int]:
+        """Which of the samples this rank writes."""
+        return self.ranks.share(range(text.samples), f"samples of {SELF!r}")
+
     def _work(self, text: CalibrationSettings) -> Work:
         ranks, length = self.ranks, text.sequence_length
-        count, seed = len(ranks.share(range(text.samples))), (text.seed * ranks.size + ranks.rank) % 2**63
+        count, seed = len(self._own(text)), (text.seed * ranks.size + ranks.rank) % 2**63
         weights = loading.count_weights(self.source) * getattr(torch, self.dtype).itemsize
         sample = bytes_of_sample(loading.config_of(self.source), length, self.dtype)
         return work_of(count, length, seed, weights, sample, self.room)

@@ -37,10 +37,10 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, samples: Sequence[T]) -> Sequence[T]:
+    def share(self, samples: Sequence[T], called: str = "samples") -> Sequence[T]:
         """This rank's part, in one piece."""
         if len(samples) < self.size:
-            raise UsageError(f"{len(samples)} samples cannot be split over {self.size} processes; give more --samples")
+            raise UsageError(f"{len(samples)} {called} cannot be split over {self.size} processes; give more --samples")
         return samples[self._part(len(samples))]
 
     def _part(self, count: int) -> slice:

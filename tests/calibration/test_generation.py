@@ -116,6 +116,12 @@ def test_in_a_mix_the_cache_keeps_the_own_samples_of_one_text(tiny, tmp_path, mo
     assert fingerprint(author(source).calibration(byte_tokenizer(), mix)) == texts[1]
 
 
+def test_a_mix_with_fewer_own_samples_than_processes_is_refused_by_their_number(tiny) -> None:
+    three = Author(tiny("llama"), "cpu", 1 << 30, Ranks(1, 3), Progress(quiet=True))
+    with pytest.raises(UsageError, match="1 samples of 'self' cannot be split over 3 processes; give more --samples"):
+        three.cost(CalibrationSettings(dataset="c4=5,self=1", samples=6, sequence_length=20))
+
+
 def test_the_samples_of_a_mix_are_shared_by_weight() -> None:
     def counts(dataset, samples):
         text = CalibrationSettings(dataset=dataset, samples=samples)
