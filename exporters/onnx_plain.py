@@ -38,6 +38,7 @@ _CACHE_NAME = re.compile(r"\w+\.\w+\.layers\.(\d+)\.(keys|values|conv_states|rec
 # {part of a layer's cache: its name in onnxruntime-genai}
 _PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
+_COUNTER = ".cumulative_length_linear"  # From transformers 5.25 on.
 _GENAI_STATES = ("lfm2",)  # Families whose other states onnxruntime-genai 0.18 runs, by their `layer_types`.
 _UNLIMITED = 1 << 20  # Context length of a model without a limit of positions.
 # Classes of caches that the exporter can trace.
@@ -65,7 +66,7 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Place], 
         program = _forward(model, source)
         return program, find(program, model), None
     program = _trace(model, source)
-    slim_(program)
+    _drop_counters_(program)
     _fold_windows_(program, model.config)
     _name_values_(program, source)
     if not any((value.name or "").startswith("past_key_values.") for value in program.graph.inputs):
@@ -120,6 +121,14 @@ def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
     what = f"transformers' ONNX exporter does not manage {type(model).__name__}"
     with silenced(), translated(lambda said: ModelError(f"{source.name!r}: {what} ({said})")):
         yield
+
+
+def _drop_counters_(program: ir.Model) -> None:
+    """Slim the graph without the counts of tokens in layers with states, where nothing else uses them."""
+    inputs, outputs = program.graph.inputs, program.graph.outputs
+    outputs[:] = [value for value in outputs if not (value.name or "").endswith(_COUNTER)]
+    slim_(program)
+    inputs[:] = [value for value in inputs if not (value.name or "").endswith(_COUNTER) or value.uses()]
 
 
 def _fold_windows_(program: ir.Model, config: Any) -> None:

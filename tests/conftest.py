@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -91,11 +91,13 @@ def _quiet_libraries() -> None:
     silence_libraries()
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch) -> None:
-    """Tests never touch the user's cache; the real model's conversion is shared within the run."""
-    if "real_model" not in request.keywords:
-        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests and fixtures use the user's cache only for the real model, whose conversion takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("real_model"):
+            patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "kimi_linear": {
         "num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _LINEAR_FIRST,
     },
+    "kolibri1_1": {
+        "layer_types": ["sliding_attention", "indexed_attention"], "index_layers": [1], "kv_source_layers": [0, 1],
+        "index_num_heads": 2, "index_pool_size": 64, "mlp_only_layers": [0], "mlp_only_intermediate_size": 96,
+        "shared_expert_intermediate_size": 32,
+    },
     "lfm2_moe": {**_CONV_FIRST, "num_dense_layers": 1},
     "longcat_flash": {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
