@@ -383,6 +383,10 @@ TABLES: dict[str, tuple[list[Row], dict[str, str]]] = {
             "peak GB": "{peak_GB:.1f}",
         },
     ),
+    "mix-recovered": (
+        results("rounds-smollm2-135m")["rows_mix_recovered"],
+        {"pattern": "{pattern}", "`--fit` and samples": "{fit and samples}", "recovered": "{recover}", **JUDGED},
+    ),
     "fits-unstructured": (fits("fits-unstructured-smollm2-135m"), by_fit("none", "fast", "balanced")),
     "bits": (
         bits(),
